@@ -1,0 +1,290 @@
+//! What the probes and the agent say to each other: ring records, map keys and values, frozen offsets.
+//!
+//! No dependencies, no logic. Every type is `repr(C)` without implicit padding, so that a record is defined byte
+//! for byte and a pinned map can be opened by another build whose layout hash is the same. The agent never
+//! transmutes ring bytes into these: it reads integers at the offsets asserted below.
+#![cfg_attr(target_arch = "bpf", no_std)]
+
+/// Raised whenever a record or a map value changes its layout or its meaning; it is part of the pin folder's hash.
+pub const ABI_VERSION: u32 = 1;
+
+/// Bytes of a task's `comm`, with its NUL.
+pub const COMM_LEN: usize = 16;
+/// Most bytes of an executed file's name that a record carries.
+pub const FILENAME_MAX: usize = 256;
+/// Most bytes of argv that a record carries; what is longer is cut and marked with [`EXEC_ARGV_CUT`].
+pub const ARGV_MAX: usize = 1024;
+
+/// A process: thread group id and the group leader's `start_boottime` in nanoseconds. A bare pid is never a key.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProcKey {
+    pub start: u64,
+    pub tgid: u32,
+    pub pad: u32,
+}
+
+/// Record kinds, and the index of each kind's [`Counter`].
+pub const KIND_FORK: u16 = 0;
+pub const KIND_EXEC: u16 = 1;
+pub const KIND_EXIT: u16 = 2;
+pub const KIND_LEADER_EXIT: u16 = 3;
+pub const KIND_REAP: u16 = 4;
+pub const KIND_SIGNAL: u16 = 5;
+/// A SIGKILL that a probe sent to a doomed process.
+pub const KIND_KILL: u16 = 6;
+/// Number of kinds, rounded up so that an index can be masked.
+pub const KINDS: usize = 8;
+/// The names of the kinds, as metrics and `events` give them.
+pub const KIND_NAMES: [&str; 7] = ["fork", "exec", "exit", "leader_exit", "reap", "signal", "kill"];
+
+/// The first 32 bytes of every record. `key` is the process that the record is about (of a fork: the child).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Header {
+    pub kind: u16,
+    pub flags: u16,
+    pub cpu: u32,
+    /// `bpf_ktime_get_boot_ns`.
+    pub at: u64,
+    pub key: ProcKey,
+}
+
+/// Fork flag: the child could not be entered into the lineage map (it was full). Mended from /proc at once.
+pub const FORK_NO_ENTRY: u16 = 1;
+/// Fork and row flag: a kernel thread.
+pub const KERNEL_THREAD: u16 = 2;
+
+/// A new process. Threads give no record.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fork {
+    pub hdr: Header,
+    /// Who forked it.
+    pub lineage_parent: ProcKey,
+    /// Who will reap it: differs from `lineage_parent` with CLONE_PARENT.
+    pub parent: ProcKey,
+    /// Innermost job, 0 = none.
+    pub job: u64,
+    pub uid: u32,
+    pub pad: u32,
+    pub comm: [u8; COMM_LEN],
+}
+
+/// Exec flag: argv was longer than what the record holds.
+pub const EXEC_ARGV_CUT: u16 = 1;
+/// Exec flag: the file name was longer than what the record holds.
+pub const EXEC_FILENAME_CUT: u16 = 2;
+
+/// An exec that succeeded. Behind this head: `filename_len` bytes, then `argv_len` bytes (NUL-separated), then
+/// unused bytes up to the record's end (space in the ring is reserved in a few fixed sizes).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ExecHead {
+    pub hdr: Header,
+    /// cgroup v2 id of the task.
+    pub cgroup: u64,
+    /// The thread's id before the exec: differs from the tgid when a thread that is not the leader execs.
+    pub old_tid: u32,
+    pub uid: u32,
+    pub filename_len: u16,
+    pub argv_len: u16,
+    pub pad: u32,
+    pub comm: [u8; COMM_LEN],
+}
+
+/// Exit flag: the status came from `signal->group_exit_code` (SIGNAL_GROUP_EXIT was set).
+pub const EXIT_GROUP: u16 = 1;
+
+/// [`KIND_EXIT`]: the last thread is exiting. [`KIND_LEADER_EXIT`]: the leader is, and other threads live.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Exit {
+    pub hdr: Header,
+    /// As `waitpid` gives it: exit code << 8, or signal, with 0x80 for a core dump. Final only in the reap record.
+    pub status: i32,
+    pub live: u32,
+    pub comm: [u8; COMM_LEN],
+}
+
+/// The kernel let go of the process: somebody (or the kernel itself) reaped it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reap {
+    pub hdr: Header,
+    pub status: i32,
+    pub pad: u32,
+}
+
+/// `info` was SEND_SIG_NOINFO (0), SEND_SIG_PRIV (1) or a pointer to a siginfo (2).
+pub const INFO_NOINFO: u8 = 0;
+pub const INFO_KERNEL: u8 = 1;
+pub const INFO_SIGINFO: u8 = 2;
+/// Signal flag: sent to the whole thread group.
+pub const SIGNAL_GROUP: u16 = 1;
+/// Signal flag: `current` (the sender, by `sender`) was already exiting: PR_SET_PDEATHSIG.
+pub const SIGNAL_SENDER_EXITING: u16 = 2;
+
+/// A signal that the kernel generated, delivered or not.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Signal {
+    pub hdr: Header,
+    /// `current`'s process; whether it is the sender depends on `info` and `code` (see `KERNEL.md`'s table).
+    pub sender: ProcKey,
+    pub target_tid: u32,
+    pub sender_uid: u32,
+    pub code: i32,
+    pub signal: u16,
+    pub info: u8,
+    /// TRACE_SIGNAL_*: 0 delivered, 1 ignored, 2 already pending, 3 overflow, 4 lost info.
+    pub result: u8,
+}
+
+/// A probe's `bpf_send_signal(SIGKILL)` on a doomed process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kill {
+    pub hdr: Header,
+    pub job: u64,
+    /// What the helper returned: 0, -EBUSY, -EPERM, ..
+    pub result: i32,
+    pub pad: u32,
+}
+
+/// Lineage flag: never signalled by a probe, nor by the agent; inherited at fork.
+pub const LINEAGE_SPARED: u32 = 1;
+/// Lineage flag: the group's death has been reported (two last threads can both see `live == 0`).
+pub const LINEAGE_DEAD: u32 = 2;
+/// Lineage flag: made by labelling or mending, not by the fork probe: `parent` is what /proc or the snapshot said.
+pub const LINEAGE_MENDED: u32 = 4;
+
+/// Value of the lineage map and of the map of the dead, both keyed by [`ProcKey`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lineage {
+    pub parent: ProcKey,
+    /// Innermost job, 0 = none.
+    pub job: u64,
+    pub flags: u32,
+    pub pad: u32,
+}
+
+/// Value of the job map, keyed by the job's 64-bit number. The agent is its only writer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Job {
+    /// The job around this one, 0 = none.
+    pub outer: u64,
+    /// Boot-time nanoseconds up to which the job is doomed; 0 = not doomed.
+    pub doom_until: u64,
+    pub flags: u32,
+    pub pad: u32,
+}
+
+/// How many jobs may be nested for the probes' walk from the innermost outwards.
+pub const JOB_DEPTH: usize = 8;
+
+/// What happened to the records of one kind on one CPU. `hits = sent + lost + filtered`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counter {
+    pub hits: u64,
+    pub sent: u64,
+    pub lost: u64,
+    pub filtered: u64,
+}
+
+/// Results of the probes' `bpf_send_signal`, per CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KillCounter {
+    pub ok: u64,
+    pub busy: u64,
+    pub perm: u64,
+    pub other: u64,
+}
+
+/// What may change while the maps are pinned; the one entry of an array map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Control {
+    /// Bit `n - 1` set: signal `n` is recorded.
+    pub signal_mask: u64,
+    /// Not 0: the probes log by aya-log.
+    pub trace: u32,
+    pub pad: u32,
+}
+
+/// One process, as `iter/task` gives it. Only group leaders give a row.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TaskRow {
+    pub key: ProcKey,
+    /// The real parent's group leader: who would reap it now.
+    pub parent: ProcKey,
+    /// From the lineage map, if `known` is not 0.
+    pub lineage: Lineage,
+    pub known: u32,
+    /// [`KERNEL_THREAD`].
+    pub flags: u32,
+    /// `task->__state` and `task->exit_state`.
+    pub state: u32,
+    pub exit_state: u32,
+    /// Threads not yet exiting (`signal->live`).
+    pub live: u32,
+    pub exit_code: i32,
+    pub uid: u32,
+    pub pad: u32,
+    pub comm: [u8; COMM_LEN],
+}
+
+/// Offset of a field that this kernel does not have.
+pub const ABSENT: u32 = u32::MAX;
+
+/// Byte offsets in the running kernel's structures, from its BTF; frozen before load, so the verifier sees constants.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Offsets {
+    pub task_pid: u32,
+    pub task_tgid: u32,
+    pub task_group_leader: u32,
+    pub task_real_parent: u32,
+    pub task_start_boottime: u32,
+    pub task_flags: u32,
+    pub task_state: u32,
+    pub task_exit_state: u32,
+    pub task_exit_code: u32,
+    pub task_signal: u32,
+    pub task_cred: u32,
+    pub task_mm: u32,
+    pub task_comm: u32,
+    pub signal_live: u32,
+    pub signal_flags: u32,
+    pub signal_group_exit_code: u32,
+    pub cred_uid: u32,
+    pub mm_arg_start: u32,
+    pub mm_arg_end: u32,
+    pub bprm_filename: u32,
+    pub siginfo_code: u32,
+    pub siginfo_pid: u32,
+    pub task_files: u32,
+    pub file_inode: u32,
+    pub file_mode: u32,
+    pub inode_ino: u32,
+}
+
+const _: () = {
+    assert!(size_of::<ProcKey>() == 16);
+    assert!(size_of::<Header>() == 32);
+    assert!(size_of::<Fork>() == 96);
+    assert!(size_of::<ExecHead>() == 72);
+    assert!(size_of::<Exit>() == 56);
+    assert!(size_of::<Reap>() == 40);
+    assert!(size_of::<Signal>() == 64);
+    assert!(size_of::<Kill>() == 48);
+    assert!(size_of::<Lineage>() == 32);
+    assert!(size_of::<Job>() == 24);
+    assert!(size_of::<TaskRow>() == 112);
+    assert!(KIND_NAMES.len() <= KINDS);
+};

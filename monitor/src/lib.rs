@@ -1,0 +1,18 @@
+//! jobwarden's library: the live forest of processes, its policy, the cause of what is stuck, and the ending of jobs.
+//!
+//! `forest` and `policy` are pure; `kernel`, `why`, `enforce`, `alert` and `api` touch the world. See ARCHITECTURE.md.
+
+pub mod agent;
+pub mod alert;
+pub mod api;
+pub mod config;
+pub mod contract;
+pub mod enforce;
+pub mod event;
+pub mod forest;
+pub mod kernel;
+pub mod key;
+pub mod metrics;
+pub mod policy;
+pub mod proc;
+pub mod why;

@@ -343,6 +343,9 @@ pub enum SignalOutcome {
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Evidence {
     Blocked {
+        /// Whose thread; None in what older versions stored.
+        #[serde(default)]
+        process: Option<Ref>,
         thread: u32,
         syscall: String,
         fd: Option<u32>,

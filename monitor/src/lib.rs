@@ -17,4 +17,5 @@ pub mod metrics;
 pub mod policy;
 pub mod proc;
 pub mod signal;
+pub mod redact;
 pub mod why;

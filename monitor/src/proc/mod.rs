@@ -6,6 +6,10 @@ use std::path::{Path, PathBuf};
 
 use crate::event::Comm;
 
+pub mod fd;
+
+pub use fd::{EpollItem, FdInfo, FdLink};
+
 /// /proc, or a folder that looks like it.
 #[derive(Clone, Debug)]
 pub struct Proc {

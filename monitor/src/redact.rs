@@ -1,0 +1,195 @@
+//! Masks secrets in what people and receivers are shown: `[agent] redact = ["regex", ..]`. It changes contract values
+//! on their way out; what is matched (rules) and killed never passes through it.
+
+use std::borrow::Cow;
+
+use regex::Regex;
+
+use crate::contract::{Cause, Evidence, Exit, Process, Ref};
+
+/// What stands in a match's place.
+const MASK: &str = "***";
+
+/// The config's patterns. Each is matched against argv joined by one space, so `--password \S+` works whether the
+/// secret is an argument of its own or not. A pattern with groups masks what the groups matched, one without masks
+/// the whole match.
+#[derive(Clone, Debug, Default)]
+pub struct Redactor(Vec<Regex>);
+
+impl Redactor {
+    #[must_use]
+    pub fn new(patterns: Vec<Regex>) -> Self {
+        Self(patterns)
+    }
+
+    /// Byte ranges to mask, in order, overlapping ones joined.
+    fn ranges(&self, text: &str) -> Vec<(usize, usize)> {
+        let mut v: Vec<(usize, usize)> = Vec::new();
+        for c in self.0.iter().flat_map(|re| re.captures_iter(text)) {
+            let whole = c.len() == 1;
+            let parts = c.iter().skip(usize::from(!whole)).flatten();
+            v.extend(parts.filter(|m| !m.is_empty()).map(|m| (m.start(), m.end())));
+        }
+        v.sort_unstable();
+        v.dedup_by(|next, kept| {
+            let joined = next.0 <= kept.1;
+            if joined {
+                kept.1 = kept.1.max(next.1);
+            }
+            joined
+        });
+        v
+    }
+
+    /// Of a line of text: a summary, a remedy, a log line.
+    #[must_use]
+    pub fn text<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        let ranges = self.ranges(text);
+        if ranges.is_empty() { Cow::Borrowed(text) } else { Cow::Owned(masked(text, 0, &ranges)) }
+    }
+
+    pub fn argv(&self, argv: &mut [String]) {
+        if self.0.is_empty() || argv.is_empty() {
+            return;
+        }
+        let ranges = self.ranges(&argv.join(" "));
+        let mut at = 0;
+        for arg in argv {
+            let next = at + arg.len() + 1;
+            if ranges.iter().any(|&(from, to)| from < next - 1 && to > at) {
+                *arg = masked(arg, at, &ranges);
+            }
+            at = next;
+        }
+    }
+
+    pub fn reference(&self, r: &mut Ref) {
+        self.argv(&mut r.argv);
+    }
+
+    pub fn process(&self, p: &mut Process) {
+        self.argv(&mut p.argv);
+        p.adopter.iter_mut().for_each(|r| self.reference(r));
+        self.exit(&mut p.exit);
+    }
+
+    pub fn cause(&self, c: &mut Cause) {
+        self.process(&mut c.process);
+        self.string(&mut c.summary);
+        self.string(&mut c.remedy);
+        c.evidence.iter_mut().for_each(|e| self.evidence(e));
+    }
+
+    fn string(&self, s: &mut String) {
+        if let Cow::Owned(masked) = self.text(s) {
+            *s = masked;
+        }
+    }
+
+    fn exit(&self, e: &mut Option<Exit>) {
+        if let Some(Exit::Signal { sender: Some(r), .. }) = e {
+            self.reference(r);
+        }
+    }
+
+    fn evidence(&self, e: &mut Evidence) {
+        match e {
+            Evidence::Blocked { process, .. } => process.iter_mut().for_each(|r| self.reference(r)),
+            Evidence::Holder { process, .. }
+            | Evidence::Wchan { process, .. }
+            | Evidence::Tracer { process }
+            | Evidence::WaitsFor { process } => self.reference(process),
+            Evidence::Signal { sender, target, .. } => {
+                if let Some(r) = sender {
+                    self.reference(r);
+                }
+                self.reference(target);
+            }
+            Evidence::ParentExit { process, exit } => {
+                self.reference(process);
+                self.exit(exit);
+            }
+            Evidence::Python { source, .. } => source.iter_mut().for_each(|s| self.string(s)),
+            Evidence::Note { text } => self.string(text),
+        }
+    }
+}
+
+/// `text`, which stands at byte `at` of what `ranges` are about, with the mask in each range.
+fn masked(text: &str, at: usize, ranges: &[(usize, usize)]) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut done = 0;
+    for &(from, to) in ranges {
+        let from = from.saturating_sub(at).clamp(done, text.len());
+        let to = to.saturating_sub(at).min(text.len());
+        if from < to {
+            // A match's bounds are char boundaries of the joined text, so of each argument too.
+            out.push_str(text.get(done..from).unwrap_or_default());
+            out.push_str(MASK);
+            done = to;
+        }
+    }
+    out.push_str(text.get(done..).unwrap_or_default());
+    out
+}
+
+/// argv for an alert: at most `max` bytes in all; what is longer ends in `…`.
+#[must_use]
+pub fn cut(argv: &[String], max: usize) -> Vec<String> {
+    let mut left = max;
+    let mut out = Vec::new();
+    for arg in argv {
+        if arg.len() <= left {
+            left = left.saturating_sub(arg.len() + 1);
+            out.push(arg.clone());
+            continue;
+        }
+        let mut end = left;
+        while !arg.is_char_boundary(end) {
+            end -= 1;
+        }
+        out.push(format!("{}…", &arg[..end]));
+        break;
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn argv(patterns: &[&str], argv: &[&str]) -> Vec<String> {
+        let r = Redactor::new(patterns.iter().map(|p| Regex::new(p).unwrap()).collect());
+        let mut v: Vec<String> = argv.iter().map(|s| (*s).to_owned()).collect();
+        r.argv(&mut v);
+        v
+    }
+
+    #[test]
+    fn over_argument_bounds_and_inside_them() {
+        assert_eq!(argv(&[r"--password \S+"], &["x", "--password", "s3cret", "y"]), ["x", "***", "***", "y"]);
+        assert_eq!(argv(&[r"--password[= ](\S+)"], &["--password", "s3"]), ["--password", "***"]);
+        assert_eq!(argv(&[r"token=(\w+)"], &["a?token=abc&b", "token=é1"]), ["a?token=***&b", "token=***"]);
+        assert_eq!(argv(&["b", "bc", ""], &["abcd", "", "é"]), ["a***d", "", "é"]);
+        assert_eq!(argv(&[], &["a"]), ["a"]);
+    }
+
+    #[test]
+    fn a_secret_never_survives_whatever_the_bounds() {
+        let all = ["pw", "S3", "CRET", "x"];
+        for split in 0..4 {
+            let (a, b) = all.split_at(split);
+            let joined = [a.concat(), b.concat()];
+            let v = argv(&["S3 ?CRET"], &[&joined[0], &joined[1]]);
+            assert!(!v.concat().contains("S3CRET"), "{v:?}");
+        }
+    }
+
+    #[test]
+    fn cut_keeps_char_bounds_and_says_so() {
+        let v = ["ab".to_owned(), "éé".to_owned(), "z".to_owned()];
+        assert_eq!(cut(&v, 100), v);
+        assert_eq!(cut(&v, 6), ["ab", "é…"]);
+        assert_eq!(cut(&v, 0), ["…"]);
+    }
+}

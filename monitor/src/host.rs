@@ -1,0 +1,64 @@
+//! Facts about this host and its clocks, read once or on demand. No state.
+
+use std::io;
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// Nanoseconds since boot, suspend included (`CLOCK_BOOTTIME`): the time base of every event and timer here.
+#[must_use]
+pub fn boot_now() -> u64 {
+    nanoseconds(ClockId::Boottime)
+}
+
+/// What to add to boot-time nanoseconds to get nanoseconds since the epoch, at this moment. It changes when the wall
+/// clock is set.
+#[must_use]
+pub fn boot_to_wall() -> u64 {
+    nanoseconds(ClockId::Realtime).saturating_sub(boot_now())
+}
+
+fn nanoseconds(clock: ClockId) -> u64 {
+    let t = clock_gettime(clock);
+    (t.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(t.tv_nsec as u64)
+}
+
+/// The kernel's random id of this boot.
+pub fn boot_id() -> io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// /etc/machine-id, or the host's name where there is none (containers' images often have none).
+#[must_use]
+pub fn machine_id() -> String {
+    std::fs::read_to_string("/etc/machine-id")
+        .map(|s| s.trim().to_owned())
+        .ok()
+        .filter(|s| !s.is_empty())
+        .unwrap_or_else(hostname)
+}
+
+#[must_use]
+pub fn hostname() -> String {
+    String::from_utf8_lossy(rustix::system::uname().nodename().to_bytes()).into_owned()
+}
+
+/// RFC 3339 in UTC with milliseconds, of nanoseconds since the epoch.
+#[must_use]
+pub fn rfc3339(wall_ns: u64) -> String {
+    let at = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(wall_ns);
+    humantime::format_rfc3339_millis(at).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_agree_with_std() {
+        let std = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
+        let ours = u128::from(boot_to_wall() + boot_now());
+        assert!(ours.abs_diff(std) < 1_000_000_000, "{ours} {std}");
+        assert_eq!(rfc3339(1_500_000_000), "1970-01-01T00:00:01.500Z");
+        assert_eq!(boot_id().unwrap().len(), 36);
+    }
+}

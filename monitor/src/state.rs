@@ -1,0 +1,135 @@
+//! What the agent must know again after it was killed: its jobs. One small JSON file in the state directory, written to
+//! a temporary file, synced and renamed, so that a crash at any moment leaves the old state or the new one.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::contract::JobId;
+
+/// Raised when the file's meaning changes; a file of another version is refused by name, never guessed at.
+const VERSION: u32 = 1;
+/// A file larger than this is none of ours.
+const MAX_BYTES: u64 = 64 << 20;
+
+/// A job as it must survive a restart.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedJob {
+    pub id: JobId,
+    /// The job's number in the kernel's maps.
+    pub number: u64,
+    /// The number of the job around it, 0 = none.
+    pub outer: u64,
+    /// The rule's name, or the `--name` of `exec`.
+    pub name: String,
+    /// Whether `exec` made it.
+    pub exec: bool,
+    /// Boot-time nanoseconds.
+    pub started: u64,
+    /// Boot-time nanoseconds; as extended.
+    pub deadline: Option<u64>,
+    /// Its root already ran when its rule first saw it.
+    pub existing: bool,
+}
+
+/// The whole file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    version: u32,
+    /// Boot-time numbers mean nothing on another boot.
+    pub boot_id: String,
+    pub jobs: Vec<SavedJob>,
+    /// The fuse stays open over a restart.
+    pub fuse_open: bool,
+    /// `enforcement on|off` as the operator left it; None: as the config says.
+    pub enforcement: Option<bool>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error("{path}: {source}. Look at the file system and the permissions of the state directory")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{path} is no state of this program ({why}). Move it away to start without the jobs that it may hold")]
+    Foreign { path: PathBuf, why: String },
+}
+
+/// The state file in one state directory.
+#[derive(Clone, Debug)]
+pub struct Store {
+    path: PathBuf,
+}
+
+impl Store {
+    #[must_use]
+    pub fn new(state_dir: &Path) -> Self {
+        Self { path: state_dir.join("jobs.json") }
+    }
+
+    fn io(&self, source: std::io::Error) -> StateError {
+        StateError::Io { path: self.path.clone(), source }
+    }
+
+    /// The saved state; None if there is none yet.
+    pub fn load(&self) -> Result<Option<State>, StateError> {
+        let foreign = |why: String| StateError::Foreign { path: self.path.clone(), why };
+        match std::fs::metadata(&self.path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(self.io(e)),
+            Ok(m) if m.len() > MAX_BYTES => return Err(foreign(format!("{} bytes", m.len()))),
+            Ok(_) => {}
+        }
+        let bytes = std::fs::read(&self.path).map_err(|e| self.io(e))?;
+        let state: State = serde_json::from_slice(&bytes).map_err(|e| foreign(e.to_string()))?;
+        if state.version != VERSION {
+            return Err(foreign(format!("version {}, this program knows {VERSION}", state.version)));
+        }
+        Ok(Some(state))
+    }
+
+    /// Replaces the saved state.
+    pub fn save(&self, state: &State) -> Result<(), StateError> {
+        let bytes = serde_json::to_vec(&State { version: VERSION, ..state.clone() })
+            .map_err(|e| self.io(e.into()))?;
+        let tmp = self.path.with_extension("json.new");
+        let write = || -> std::io::Result<()> {
+            let mut f = std::fs::File::create(&tmp)?;
+            f.write_all(&bytes)?;
+            f.sync_all()?;
+            std::fs::rename(&tmp, &self.path)?;
+            // The rename itself must survive a power cut too.
+            std::fs::File::open(self.path.parent().unwrap_or(Path::new("/")))?.sync_all()
+        };
+        write().map_err(|e| self.io(e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::Key;
+
+    #[test]
+    fn saved_is_loaded_and_foreign_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        assert_eq!(store.load().unwrap(), None);
+        let job = SavedJob {
+            id: JobId { root: Key::new(1, 2), ordinal: 0 },
+            number: 3,
+            outer: 0,
+            name: "n".into(),
+            exec: true,
+            started: 4,
+            deadline: Some(5),
+            existing: false,
+        };
+        let state = State { jobs: vec![job], boot_id: "b".into(), ..State::default() };
+        store.save(&state).unwrap();
+        assert_eq!(store.load().unwrap().unwrap().jobs, state.jobs);
+        for bad in [&b"{"[..], b"", b"{\"version\":99,\"boot_id\":\"\",\"jobs\":[],\"fuse_open\":false}"] {
+            std::fs::write(dir.path().join("jobs.json"), bad).unwrap();
+            assert!(matches!(store.load(), Err(StateError::Foreign { .. })), "{bad:?}");
+        }
+    }
+}

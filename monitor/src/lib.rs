@@ -19,5 +19,6 @@ pub mod policy;
 pub mod proc;
 pub mod signal;
 pub mod redact;
+pub mod recording;
 pub mod state;
 pub mod why;

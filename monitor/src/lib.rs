@@ -6,6 +6,7 @@ pub mod agent;
 pub mod alert;
 pub mod api;
 pub mod config;
+pub mod container;
 pub mod contract;
 pub mod enforce;
 pub mod event;

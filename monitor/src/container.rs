@@ -1,0 +1,169 @@
+//! Which container a process is in, told from its cgroup path alone: pure. Container runtimes write the container's id
+//! into the path, each in its own way; a path that none of them would write belongs to no container.
+
+use crate::contract::Container;
+
+/// The lines of /proc/PID/cgroup that matter: the v2 path, and for v1 hosts the path of the `pids` controller or of
+/// `name=systemd`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cgroups {
+    pub v2: Option<String>,
+    pub v1: Option<String>,
+}
+
+impl Cgroups {
+    /// Parses /proc/PID/cgroup (cgroups(7)): `hierarchy:controllers:path`, a line each. The path may hold colons.
+    #[must_use]
+    pub fn parse(b: &[u8]) -> Self {
+        let mut all = Self::default();
+        let mut systemd = None;
+        for line in b.split(|&c| c == b'\n') {
+            let mut parts = line.splitn(3, |&c| c == b':');
+            let (Some(id), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else {
+                continue;
+            };
+            let path = || Some(crate::contract::text(path));
+            if id == b"0" && controllers.is_empty() {
+                all.v2 = path();
+            } else if controllers.split(|&c| c == b',').any(|c| c == b"pids") {
+                all.v1 = path();
+            } else if controllers == b"name=systemd" {
+                systemd = path();
+            }
+        }
+        all.v1 = all.v1.filter(|p| p != "/").or(systemd);
+        all
+    }
+
+    /// The path by which rules match and which people are shown: the v2 path; on hybrid hosts, where everything may
+    /// sit in the v2 root, the v1 path if that one says more.
+    #[must_use]
+    pub fn path(&self) -> Option<&str> {
+        match (self.v2.as_deref(), self.v1.as_deref()) {
+            (Some("/"), Some(v1)) if v1 != "/" => Some(v1),
+            (Some(v2), _) => Some(v2),
+            (None, v1) => v1,
+        }
+    }
+
+    /// The container that either path names.
+    #[must_use]
+    pub fn container(&self) -> Option<Container> {
+        [&self.v2, &self.v1].into_iter().flatten().find_map(|p| container(p))
+    }
+}
+
+/// systemd scope prefixes, by runtime.
+const SCOPES: [(&str, &str); 5] = [
+    ("docker-", "docker"),
+    ("cri-containerd-", "containerd"),
+    ("crio-", "cri-o"),
+    ("libpod-", "podman"),
+    ("runc-", "runc"),
+];
+
+/// The container named by a cgroup path, innermost last: `/docker/ID`, `/libpod_parent/libpod-ID`,
+/// `/kubepods/burstable/podUID/ID`, `…/cri-containerd-ID.scope`, `/…slice:crio:ID`, `/user.slice/…/libpod-ID.scope/container`.
+#[must_use]
+pub fn container(path: &str) -> Option<Container> {
+    let mut parent = "";
+    let mut found = None;
+    for part in path.split('/').filter(|p| !p.is_empty()) {
+        if let Some((id, runtime)) = part_id(part, parent) {
+            found = Some(Container { id, runtime, pod: pod(path) });
+        }
+        parent = part;
+    }
+    found
+}
+
+fn part_id(part: &str, parent: &str) -> Option<(String, Option<String>)> {
+    let bare = part.strip_suffix(".scope").unwrap_or(part);
+    // containerd without systemd: `system.slice:cri-containerd:ID`
+    if let Some((rest, id)) = bare.rsplit_once(':')
+        && is_id(id)
+    {
+        let runtime = rest.rsplit(':').next().map(|r| if r == "crio" { "cri-o" } else { "containerd" });
+        return Some((id.to_owned(), runtime.map(str::to_owned)));
+    }
+    for (prefix, runtime) in SCOPES {
+        if let Some(id) = bare.strip_prefix(prefix)
+            && (is_id(id) || (runtime == "runc" && !id.is_empty()))
+        {
+            return Some((id.to_owned(), Some(runtime.to_owned())));
+        }
+    }
+    if is_id(bare) {
+        let runtime = match parent {
+            "docker" => Some("docker"),
+            "libpod_parent" => Some("podman"),
+            _ => None,
+        };
+        return Some((bare.to_owned(), runtime.map(str::to_owned)));
+    }
+    None
+}
+
+/// 64 hex digits: the id of docker, containerd (CRI), CRI-O and podman.
+fn is_id(s: &str) -> bool {
+    s.len() == 64 && s.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c))
+}
+
+/// The pod's UID in a kubelet path: `podUID`, or `…-podUID_WITH_UNDERSCORES.slice`.
+fn pod(path: &str) -> Option<String> {
+    path.split('/').find_map(|part| {
+        let bare = part.strip_suffix(".slice").unwrap_or(part);
+        let uid = bare.rsplit_once("-pod").map(|(_, u)| u).or_else(|| bare.strip_prefix("pod"))?;
+        let uid = uid.replace('_', "-");
+        // A UID of the API server has 36 characters; a static pod's is the 32 digits of a hash.
+        let ok = matches!(uid.len(), 32 | 36) && uid.bytes().all(|c| c.is_ascii_hexdigit() || c == b'-');
+        ok.then_some(uid)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_each_runtime() {
+        let id = "0123456789abcdef".repeat(4);
+        let uid = "1a2b3c4d-0000-1111-2222-333344445555";
+        let under = uid.replace('-', "_");
+        let cases = [
+            (format!("/docker/{id}"), Some("docker"), None),
+            (format!("/system.slice/docker-{id}.scope"), Some("docker"), None),
+            (format!("/machine.slice/libpod-{id}.scope/container"), Some("podman"), None),
+            (format!("/libpod_parent/libpod-{id}"), Some("podman"), None),
+            (format!("/kubepods/burstable/pod{uid}/{id}"), None, Some(uid)),
+            (
+                format!("/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{under}.slice/cri-containerd-{id}.scope"),
+                Some("containerd"),
+                Some(uid),
+            ),
+            (format!("/kubepods.slice/kubepods-pod{under}.slice/crio-{id}.scope"), Some("cri-o"), Some(uid)),
+            (format!("/system.slice/containerd.service/kubepods-pod{under}.slice:cri-containerd:{id}"), Some("containerd"), None),
+        ];
+        for (path, runtime, pod) in cases {
+            let c = container(&path).unwrap_or_else(|| panic!("{path}"));
+            assert_eq!((c.id.as_str(), c.runtime.as_deref()), (id.as_str(), runtime), "{path}");
+            if pod.is_some() {
+                assert_eq!(c.pod.as_deref(), pod, "{path}");
+            }
+        }
+        for none in ["/", "/user.slice/user-0.slice/session-1.scope", "/system.slice/ssh.service", "/docker/abc"] {
+            assert_eq!(container(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn hybrid_hosts_use_the_path_that_says_more() {
+        let c = Cgroups::parse(b"11:pids:/a:b\n1:name=systemd:/s\n0::/\n");
+        assert_eq!(c.path(), Some("/a:b"));
+        let c = Cgroups::parse(b"11:pids:/\n1:name=systemd:/s\n");
+        assert_eq!(c.path(), Some("/s"));
+        let c = Cgroups::parse(b"0::/x/y\n11:pids:/\n");
+        assert_eq!(c.path(), Some("/x/y"));
+        assert_eq!(Cgroups::parse(b"\xff\n::\n0:\n").path(), None);
+    }
+}

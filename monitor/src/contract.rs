@@ -406,13 +406,31 @@ pub struct Cause {
     pub alert: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SignalledOutcome {
     Ended,
     AlreadyGone,
     Survived,
     Spared,
+    /// `--dry-run`: would be signalled.
+    DryRun,
+}
+
+impl SignalledOutcome {
+    pub const ALL: [Self; 5] = [Self::Ended, Self::AlreadyGone, Self::Survived, Self::Spared, Self::DryRun];
+
+    /// As in JSON and in the `outcome` label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ended => "ended",
+            Self::AlreadyGone => "already-gone",
+            Self::Survived => "survived",
+            Self::Spared => "spared",
+            Self::DryRun => "dry-run",
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -428,12 +446,27 @@ pub struct Spared {
     pub why: String,
 }
 
+/// What a survivor waits for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stuck {
+    pub process: Ref,
+    /// One letter, as /proc/PID/stat gives it.
+    pub state: String,
+    pub wchan: Option<String>,
+    pub tracer: Option<Ref>,
+    /// In a frozen cgroup.
+    pub frozen: bool,
+}
+
 /// `kill`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KillReport {
     pub target: String,
     pub signalled: Vec<Signalled>,
     pub survivors: Vec<Ref>,
+    /// Each survivor again, with what it waits for.
+    #[serde(default)]
+    pub stuck: Vec<Stuck>,
     pub spared: Vec<Spared>,
     pub zombies: Vec<Ref>,
     pub took_s: f64,

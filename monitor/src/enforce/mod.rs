@@ -1,7 +1,12 @@
 //! Ending a job by pidfd so that nothing of it escapes, and nobody else is touched.
 
+pub mod audit;
+pub mod order;
+
 use std::io;
 
+pub use self::audit::Audit;
+pub use self::order::{AskedBy, EnforceError, Order, Outcome, Reason, What};
 use crate::event::Comm;
 use crate::key::Key;
 
@@ -9,6 +14,7 @@ use crate::key::Key;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Member {
     pub key: Key,
+    /// The real parent: who would reap it now. Lineage is asked of [`Lineage::lineage_parent`].
     pub parent: Key,
     pub comm: Comm,
     pub uid: u32,
@@ -30,6 +36,11 @@ pub trait Lineage: Send + Sync {
     fn members(&self, job: u64) -> io::Result<Vec<Member>>;
     /// Sets the spare flag of one process; forks inherit it from then on.
     fn spare(&self, key: Key) -> io::Result<()>;
+    /// Takes the spare flag away again: a kill that is over must not leave the caller's shell and all it will ever fork
+    /// flagged. No entry is no error.
+    fn unspare(&self, key: Key) -> io::Result<()>;
+    /// Who forked `key`, from the lineage map or from that of the dead; None where neither knows.
+    fn lineage_parent(&self, key: Key) -> io::Result<Option<Key>>;
     /// From now to `until` (boot-time ns) the probes kill whoever in `job` enters a system call. Renewed by another call.
     fn doom(&self, job: u64, until: u64) -> io::Result<()>;
     /// Ends the doom; detaches `sys_enter` when no job is doomed any more.

@@ -1,0 +1,266 @@
+//! Who asked for what, and every signal sent: JSON lines in the state folder and `tracing` events with target `audit`.
+//!
+//! Append only; at [`FILE_MAX`] bytes the file is renamed to `audit.log.1`, at most [`FILES`] files are kept. A line that
+//! cannot be written is counted and logged; it never stops a kill.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use super::order::{AskedBy, Reason};
+use crate::contract::{JobId, Ref, SignalledOutcome};
+
+/// Bytes after which a file is put aside.
+pub const FILE_MAX: u64 = 16 << 20;
+/// Files kept, the present one included.
+pub const FILES: u32 = 5;
+const NAME: &str = "audit.log";
+
+/// What an entry is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum What {
+    /// A mutating request on the control socket: `detail` says which.
+    Request,
+    /// A job's end begins.
+    Kill,
+    /// One signal to one process.
+    Signal,
+    /// A process that the rails keep out of it: `detail` says why.
+    Spared,
+    /// A job's end is over: `detail` has the counts.
+    Done,
+}
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    /// RFC 3339, UTC.
+    pub at: String,
+    pub what: What,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<JobId>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub job_name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+    pub asked_by: AskedBy,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<Ref>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<String>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+}
+
+impl Entry {
+    /// An entry of this moment, with nothing but who asked.
+    #[must_use]
+    pub fn now(what: What, asked_by: AskedBy) -> Self {
+        Self {
+            at: humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
+            what,
+            job: None,
+            job_name: String::new(),
+            reason: None,
+            asked_by,
+            process: None,
+            signal: None,
+            outcome: None,
+            detail: String::new(),
+        }
+    }
+
+    /// A mutating request, by whom, and what came of it.
+    #[must_use]
+    pub fn request(asked_by: AskedBy, detail: impl Into<String>, outcome: impl Into<String>) -> Self {
+        Self { outcome: Some(outcome.into()), detail: detail.into(), ..Self::now(What::Request, asked_by) }
+    }
+
+    #[must_use]
+    pub fn outcome(mut self, o: SignalledOutcome) -> Self {
+        self.outcome = Some(o.as_str().into());
+        self
+    }
+}
+
+/// The audit log. Shared behind an `Arc`; each write is one `write(2)` of whole lines.
+#[derive(Debug)]
+pub struct Audit {
+    file: Option<Mutex<Open>>,
+    failures: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Open {
+    dir: PathBuf,
+    file: File,
+    size: u64,
+}
+
+impl Open {
+    fn at(dir: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(dir.join(NAME))?;
+        let size = file.metadata()?.len();
+        Ok(Self { dir: dir.to_path_buf(), file, size })
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        for n in (1..FILES - 1).rev() {
+            match std::fs::rename(numbered(&self.dir, n), numbered(&self.dir, n + 1)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        std::fs::rename(self.dir.join(NAME), numbered(&self.dir, 1))?;
+        *self = Self::at(&self.dir)?;
+        Ok(())
+    }
+
+    fn append(&mut self, lines: &[u8], max: u64) -> io::Result<()> {
+        if self.size > 0 && self.size + lines.len() as u64 > max {
+            self.rotate()?;
+        }
+        self.file.write_all(lines)?;
+        self.size += lines.len() as u64;
+        Ok(())
+    }
+}
+
+fn numbered(dir: &Path, n: u32) -> PathBuf {
+    if n == 0 { dir.join(NAME) } else { dir.join(format!("{NAME}.{n}")) }
+}
+
+impl Audit {
+    /// Opens or makes `audit.log` in an existing folder.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        Ok(Self { file: Some(Mutex::new(Open::at(dir)?)), failures: AtomicU64::new(0) })
+    }
+
+    /// To the log only: where there is no state folder (`exec` without an agent).
+    #[must_use]
+    pub fn log_only() -> Self {
+        Self { file: None, failures: AtomicU64::new(0) }
+    }
+
+    pub fn write(&self, entry: &Entry) {
+        self.write_all(std::slice::from_ref(entry));
+    }
+
+    /// All of them with one `write(2)`.
+    pub fn write_all(&self, entries: &[Entry]) {
+        let mut lines = Vec::new();
+        for e in entries {
+            tracing::info!(
+                target: "audit",
+                what = ?e.what, job = e.job.map(tracing::field::display), job_name = %e.job_name,
+                reason = e.reason.map(Reason::as_str), uid = e.asked_by.uid, by = e.asked_by.pid,
+                exe = e.asked_by.exe, rule = e.asked_by.rule,
+                process = e.process.as_ref().map(|p| tracing::field::display(p.id)),
+                comm = e.process.as_ref().map(|p| p.comm.as_str()),
+                signal = e.signal, outcome = e.outcome, detail = %e.detail,
+            );
+            // A string-keyed struct of strings and numbers always serializes.
+            if serde_json::to_writer(&mut lines, e).is_ok() {
+                lines.push(b'\n');
+            }
+        }
+        let Some(file) = &self.file else { return };
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(e) = file.append(&lines, FILE_MAX) {
+            self.failures.fetch_add(1, Ordering::Relaxed);
+            tracing::error!(folder = %file.dir.display(), error = %e, "the audit log cannot be written");
+        }
+    }
+
+    /// Writes that failed since the start.
+    #[must_use]
+    pub fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
+    }
+}
+
+/// The entries of the audit log in `dir`, oldest first: those since `since` and of `job` (an id or a name), if given. A
+/// half-written or unreadable line is passed over. At most `max` entries, the newest.
+pub fn read(dir: &Path, since: Option<SystemTime>, job: Option<&str>, max: usize) -> io::Result<Vec<Entry>> {
+    let mut kept = std::collections::VecDeque::new();
+    for n in (0..FILES).rev() {
+        let file = match File::open(numbered(dir, n)) {
+            Ok(f) => f,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(e),
+        };
+        for line in BufReader::new(file).split(b'\n') {
+            let Ok(e) = serde_json::from_slice::<Entry>(&line?) else { continue };
+            let late = since.is_none_or(|s| humantime::parse_rfc3339(&e.at).is_ok_and(|at| at >= s));
+            let of = job.is_none_or(|j| e.job_name == j || e.job.is_some_and(|id| id.to_string() == j));
+            if late && of {
+                if kept.len() == max {
+                    kept.pop_front();
+                }
+                kept.push_back(e);
+            }
+        }
+    }
+    Ok(kept.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_lines_are_read_back_and_filtered() {
+        let d = tempfile::tempdir().unwrap();
+        let a = Audit::open(d.path()).unwrap();
+        let who = AskedBy { uid: Some(0), ..AskedBy::default() };
+        let mut e = Entry::now(What::Signal, who.clone()).outcome(SignalledOutcome::Ended);
+        e.job_name = "batch".into();
+        a.write_all(&[e.clone(), Entry::request(who, "reload", "done")]);
+        // A line that a crash cut short.
+        std::fs::OpenOptions::new()
+            .append(true)
+            .open(d.path().join(NAME))
+            .unwrap()
+            .write_all(b"{\"at\":")
+            .unwrap();
+        assert_eq!(read(d.path(), None, None, 10).unwrap().len(), 2);
+        assert_eq!(read(d.path(), None, None, 1).unwrap()[0].detail, "reload");
+        assert_eq!(read(d.path(), None, Some("batch"), 10).unwrap(), [e]);
+        let later = SystemTime::now() + std::time::Duration::from_secs(5);
+        assert!(read(d.path(), Some(later), None, 10).unwrap().is_empty());
+        let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(d.path().join(NAME)).unwrap());
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn rotation_keeps_a_bounded_number_of_files() {
+        let d = tempfile::tempdir().unwrap();
+        let mut o = Open::at(d.path()).unwrap();
+        for i in 0..20 {
+            o.append(format!("{i:09}\n").as_bytes(), 15).unwrap();
+        }
+        assert_eq!(std::fs::read_dir(d.path()).unwrap().count(), FILES as usize);
+        assert_eq!(std::fs::read(numbered(d.path(), 0)).unwrap(), b"000000019\n");
+        assert_eq!(std::fs::read(numbered(d.path(), 4)).unwrap(), b"000000015\n");
+    }
+
+    #[test]
+    fn a_write_that_fails_is_counted_and_does_no_more() {
+        let d = tempfile::tempdir().unwrap();
+        let a = Audit::open(d.path()).unwrap();
+        // Nothing can be appended any more without a rotation, and the folder is gone.
+        a.file.as_ref().unwrap().lock().unwrap().size = FILE_MAX;
+        drop(d);
+        a.write(&Entry::request(AskedBy::default(), "x", "y"));
+        assert_eq!(a.failures(), 1);
+    }
+}

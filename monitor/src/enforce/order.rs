@@ -1,0 +1,138 @@
+//! What is asked of enforcement, and what it answers. Data only.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::contract::{JobId, KillReport, SignalledOutcome, Stuck};
+use crate::key::Key;
+
+/// Why a job is ended: the `reason` of `jobwarden_job_kills_total` and of the audit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reason {
+    /// Policy: the deadline has passed.
+    Timeout,
+    /// Policy: `on_orphan = "kill"`.
+    Orphan,
+    /// `jobwarden kill`.
+    Operator,
+    /// `jobwarden exec`: its deadline, what its command left behind, or the death of its supervisor.
+    Exec,
+}
+
+impl Reason {
+    pub const ALL: [Self; 4] = [Self::Timeout, Self::Orphan, Self::Operator, Self::Exec];
+
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::Orphan => "orphan",
+            Self::Operator => "operator",
+            Self::Exec => "exec",
+        }
+    }
+}
+
+/// Who asked: a client of the control socket, or a rule.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AskedBy {
+    pub uid: Option<u32>,
+    pub pid: Option<u32>,
+    pub exe: Option<String>,
+    /// The rule's name, when policy asked.
+    pub rule: Option<String>,
+}
+
+/// Whom an [`Order`] is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// All members of the job `Order::job`, which is labelled already.
+    Whole,
+    /// These processes and all who descend from them, and nobody else of the job: orphans, or the target of `kill PID`.
+    /// Each becomes a job of its own inside `Order::job` (0 = none) while it is ended, numbered `number`, `number + 1`, ..:
+    /// the caller keeps as many numbers free as there are roots.
+    Descendants { number: u64, roots: Vec<Key> },
+}
+
+/// One order to end a job or a part of it.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// The job's number in the kernel.
+    pub job: u64,
+    /// Its id in the contract, where it has one.
+    pub id: Option<JobId>,
+    /// Its name, "" where it has none.
+    pub name: String,
+    /// Signalled first, so that it can end its own.
+    pub root: Key,
+    /// `KillReport::target`.
+    pub target: String,
+    pub what: What,
+    /// The stop signal; SIGKILL (9) skips the grace.
+    pub signal: u8,
+    /// 0 = SIGKILL at once.
+    pub grace: Duration,
+    /// How long SIGKILL may take with nobody ending before what is left is a survivor.
+    pub settle: Duration,
+    pub reason: Reason,
+    pub asked_by: AskedBy,
+    /// Nobody is signalled, flagged or doomed: the report says who would be.
+    pub dry_run: bool,
+    /// The v2 cgroup that the job owns (`exec --cgroup`): `cgroup.kill` comes first if all in it are members and none is
+    /// spared. Linux 5.14.
+    pub cgroup: Option<PathBuf>,
+}
+
+impl Order {
+    /// [`Order::settle`] where nobody says otherwise.
+    pub const SETTLE: Duration = Duration::from_secs(5);
+}
+
+/// What an order came to.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub report: KillReport,
+    /// For `jobwarden_signals_sent_total`: how many of each signal had which outcome (SIGCONT included).
+    pub signals: BTreeMap<(u8, SignalledOutcome), u64>,
+}
+
+impl Outcome {
+    /// Whether no member but zombies and the spared is left.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.report.survivors.is_empty()
+    }
+
+    /// One line about the survivors for the `kill-failed` alert: who, state, wchan, tracer.
+    #[must_use]
+    pub fn why_failed(&self) -> String {
+        use std::fmt::Write as _;
+        let one = |s: &Stuck| {
+            let mut t = format!("{} ({}) in state {}", s.process.id, s.process.comm, s.state);
+            if let Some(w) = &s.wchan {
+                let _ = write!(t, ", waits in {w}");
+            }
+            if let Some(r) = &s.tracer {
+                let _ = write!(t, ", held by tracer {} ({})", r.id, r.comm);
+            }
+            if s.frozen {
+                t += ", in a frozen cgroup";
+            }
+            t
+        };
+        self.report.stuck.iter().map(one).collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// The kernel side failed while an order was carried out. What had been signalled until then is in the audit.
+#[derive(Debug, thiserror::Error)]
+#[error("{doing} of job {job}: {source}")]
+pub struct EnforceError {
+    pub doing: &'static str,
+    pub job: u64,
+    pub source: std::io::Error,
+}

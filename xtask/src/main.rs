@@ -1,1 +1,47 @@
-fn main() {}
+//! Everything that is done with this repository, one subcommand each. Builds as the caller; only the agent
+//! and the test binaries run as root.
+
+mod cargo;
+mod needs;
+mod report;
+mod root;
+mod run;
+mod test;
+mod vm;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Everything that is done with this repository", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the agent and run it in the foreground, with its socket and state under target/run/
+    Run(run::Args),
+    /// Build and run every test on the running kernel; ends with 'N passed, N failed, N skipped'
+    Test(test::Args),
+    /// Boot other kernels in QEMU and run the tests, or a given program, inside
+    Vm(vm::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Run(args) => run::run(&args),
+        Command::Test(args) => test::run(&args),
+        Command::Vm(args) => vm::run(&args),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

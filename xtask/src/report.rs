@@ -1,0 +1,126 @@
+//! Counts what tests say, line by line, and prints the closing line. Runs nothing.
+
+use std::collections::BTreeMap;
+
+/// A counted stream of libtest output. A test that cannot run here prints `SKIPPED: name: why` and passes for
+/// libtest; here it counts as skipped.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) passed: u32,
+    pub(crate) failed: u32,
+    pub(crate) failures: Vec<String>,
+    /// By name, with the reason.
+    pub(crate) skipped: BTreeMap<String, String>,
+    /// Tests that said SKIPPED and that libtest therefore counts as passed.
+    said_skipped: u32,
+}
+
+impl Tally {
+    /// Takes one line of output.
+    pub(crate) fn line(&mut self, line: &str) {
+        if let Some(at) = line.find("SKIPPED: ") {
+            let (name, why) = split(&line[at + "SKIPPED: ".len()..]);
+            if self.skipped.insert(name, why).is_none() {
+                self.said_skipped += 1;
+            }
+        } else if let Some(rest) = line.strip_prefix("test result: ") {
+            self.passed += number_before(rest, " passed");
+            self.failed += number_before(rest, " failed");
+        } else if let Some(rest) = line.strip_prefix("test ") {
+            if let Some(name) = rest.strip_suffix("... FAILED") {
+                self.failures.push(name.trim().to_owned());
+            } else if let Some((name, why)) = rest.split_once(" ... ignored") {
+                let why = why.trim_start_matches(',').trim();
+                let why = if why.is_empty() { "ignored" } else { why };
+                self.skipped.insert(name.trim().to_owned(), why.to_owned());
+            }
+        }
+    }
+
+    /// Notes a failure that no test could report itself: a crash, a time limit.
+    pub(crate) fn fail(&mut self, what: String) {
+        self.failed += 1;
+        self.failures.push(what);
+    }
+
+    /// Notes a part that did not run at all.
+    pub(crate) fn skip(&mut self, name: &str, why: &str) {
+        self.skipped.insert(name.to_owned(), why.to_owned());
+    }
+
+    /// Adds another stream's counts; `prefix` keeps the same test on two kernels apart.
+    pub(crate) fn add(&mut self, other: Self, prefix: &str) {
+        self.passed += other.passed.saturating_sub(other.said_skipped);
+        self.failed += other.failed;
+        self.failures.extend(other.failures.into_iter().map(|f| format!("{prefix}{f}")));
+        self.skipped.extend(other.skipped.into_iter().map(|(name, why)| (format!("{prefix}{name}"), why)));
+    }
+
+    /// `N passed, N failed, N skipped`.
+    pub(crate) fn closing(&self) -> String {
+        let passed = self.passed.saturating_sub(self.said_skipped);
+        format!("{passed} passed, {} failed, {} skipped", self.failed, self.skipped.len())
+    }
+
+    /// Prints what failed and what was skipped by name, and the closing line last.
+    pub(crate) fn print(&self) {
+        println!();
+        for name in &self.failures {
+            println!("FAILED: {name}");
+        }
+        for (name, why) in &self.skipped {
+            println!("SKIPPED: {name}: {why}");
+        }
+        println!("{}", self.closing());
+    }
+}
+
+fn split(text: &str) -> (String, String) {
+    match text.split_once(": ") {
+        Some((name, why)) => (name.trim().to_owned(), why.trim().to_owned()),
+        None => (text.trim().to_owned(), "no reason given".to_owned()),
+    }
+}
+
+/// The number that stands right before `word` in `text`, 0 if there is none.
+fn number_before(text: &str, word: &str) -> u32 {
+    let Some(end) = text.find(word) else { return 0 };
+    let digits: String = text[..end].chars().rev().take_while(char::is_ascii_digit).collect();
+    digits.chars().rev().collect::<String>().parse().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTPUT: &str = "\
+running 4 tests
+test a ... ok
+test b ... FAILED
+test c ... ignored, long
+SKIPPED: d: no podman here
+test d ... ok
+test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s";
+
+    #[test]
+    fn what_libtest_says_is_counted_and_skipped_tests_are_not_passed() {
+        let mut tally = Tally::default();
+        OUTPUT.lines().for_each(|l| tally.line(l));
+        assert_eq!(tally.closing(), "1 passed, 1 failed, 2 skipped");
+        assert_eq!(tally.failures, ["b"]);
+        assert_eq!(tally.skipped["d"], "no podman here");
+        assert_eq!(tally.skipped["c"], "long");
+    }
+
+    #[test]
+    fn streams_add_up() {
+        let mut tally = Tally::default();
+        OUTPUT.lines().for_each(|l| tally.line(l));
+        let mut all = Tally::default();
+        all.add(tally.clone(), "6.1: ");
+        all.add(tally, "5.10: ");
+        all.fail("hang".to_owned());
+        assert_eq!(all.closing(), "2 passed, 3 failed, 4 skipped");
+        assert_eq!(all.failures, ["6.1: b", "5.10: b", "hang"]);
+    }
+}

@@ -1,0 +1,106 @@
+//! `cargo xtask test`: every test binary of the workspace, built as the caller and run as root, one after the other,
+//! within a time limit. Counts what they say and names what they skipped.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::cargo::{self, Built};
+use crate::report::Tally;
+use crate::{needs, root, vm};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Also the long rounds, the scenarios with Prometheus' own programs, and the VMs
+    #[arg(long)]
+    all: bool,
+    /// With --all: leave the VMs out
+    #[arg(long)]
+    no_vm: bool,
+    /// Only test binaries whose name contains this
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+    /// For the test binaries: a filter, or libtest's own options
+    #[arg(last = true)]
+    libtest: Vec<String>,
+}
+
+/// For everything but the VMs.
+const LIMIT: Duration = Duration::from_mins(15);
+const LIMIT_ALL: Duration = Duration::from_mins(40);
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    needs::check(&needs::for_agent())?;
+    if args.all {
+        needs::apt(&["prometheus", "prometheus-alertmanager"], || {
+            needs::runs("promtool", "--version") && needs::runs("prometheus-alertmanager", "--version")
+        });
+    }
+    // The scenarios start the agent and the helper programs: those are built first, so that none is stale.
+    cargo::build(&["build", "--workspace", "--bins"])?;
+    let built = cargo::build(&["test", "--no-run", "--workspace"])?;
+    let wanted = |b: &&Built| {
+        b.is_test && args.only.as_ref().is_none_or(|only| b.name.contains(only) || b.package.contains(only))
+    };
+    let started = Instant::now();
+    let limit = if args.all { LIMIT_ALL } else { LIMIT };
+    let mut total = Tally::default();
+    for test in built.iter().filter(wanted) {
+        let left = limit.saturating_sub(started.elapsed());
+        total.add(one(test, args, left)?, &format!("{}: ", test.name));
+    }
+    if args.all && !args.no_vm && args.only.is_none() {
+        if let Err(error) = vm::run_tests(&mut total) {
+            total.fail(format!("vm: {error:#}"));
+        }
+    } else {
+        total.skip("vm", "other kernels are booted with --all, or by cargo xtask vm");
+    }
+    total.print();
+    Ok(total.failed == 0)
+}
+
+/// Runs one test binary for at most `left`.
+fn one(test: &Built, args: &Args, left: Duration) -> Result<Tally> {
+    let mut tally = Tally::default();
+    println!("\n== {} ({})", test.name, test.package);
+    if left.is_zero() {
+        tally.fail("not started: the time for all tests is used up".to_owned());
+        return Ok(tally);
+    }
+    let mut command = command(test, left);
+    if args.all {
+        command.arg("--include-ignored");
+    }
+    let mut child = command.args(&args.libtest).spawn().context("the test could not be started")?;
+    let out = child.stdout.take().context("the test has no output")?;
+    for bytes in BufReader::new(out).split(b'\n') {
+        let line = String::from_utf8_lossy(&bytes?).into_owned();
+        tally.line(&line);
+        println!("{line}");
+    }
+    let status = child.wait()?;
+    match status.code() {
+        Some(0) => {}
+        Some(124 | 137) => tally.fail(format!("ended at its time limit of {} s", left.as_secs())),
+        _ if tally.failed > 0 => {}
+        _ => tally.fail(format!("ended with {status}")),
+    }
+    Ok(tally)
+}
+
+/// The test binary as cargo would run it, through `timeout` and as root, stderr in one stream with stdout.
+fn command(test: &Built, left: Duration) -> Command {
+    let mut env = vec![("CARGO_MANIFEST_DIR", test.package_dir.display().to_string())];
+    for name in ["CI", "PATH", "RUST_BACKTRACE", "JOBWARDEN_SEED"] {
+        env.extend(std::env::var(name).ok().map(|value| (name, value)));
+    }
+    let mut command = root::command("timeout", env);
+    // In the foreground, so that Ctrl-C reaches the test. What it left behind is its own to clean up.
+    command.args(["--foreground", "--kill-after=10", &left.as_secs().max(1).to_string()]);
+    command.args(["sh", "-c", "exec \"$@\" 2>&1", "sh"]);
+    command.arg(&test.executable).current_dir(&test.package_dir).stdin(Stdio::null()).stdout(Stdio::piped());
+    command
+}

@@ -1,0 +1,280 @@
+//! Boots other kernels in QEMU and runs the scenarios, or one given program, inside. Writes under target/vm only.
+
+mod boot;
+mod initramfs;
+mod kernels;
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use self::boot::{Boot, End};
+use self::initramfs::Initramfs;
+use self::kernels::{Kernel, SERIES};
+use crate::cargo::{self, Built};
+use crate::report::Tally;
+use crate::{needs, root};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Kernel series; may be given several times. All five when not given
+    #[arg(long = "kernel", value_name = "V")]
+    kernels: Vec<String>,
+    /// Seconds after which a guest counts as hung
+    #[arg(long, default_value_t = 1200)]
+    timeout: u64,
+    /// Memory of the guest in MiB; by default what the files need
+    #[arg(long)]
+    memory: Option<u64>,
+    /// A file or folder to pack beside the program, under the path it has here; may be given several times
+    #[arg(long = "file", value_name = "PATH")]
+    files: Vec<PathBuf>,
+    /// More kernel arguments
+    #[arg(long, default_value = "")]
+    append: String,
+    /// How many guests run at a time
+    #[arg(long, default_value_t = 2)]
+    parallel: usize,
+    /// Only fetch the kernels
+    #[arg(long)]
+    fetch: bool,
+    /// A program to run in the guests instead of the tests, with its arguments
+    #[arg(last = true, value_name = "PROGRAM")]
+    program: Vec<String>,
+}
+
+/// Real programs, so that a process has the name the tests expect; busybox gives the rest.
+const PROGRAMS: [&str; 15] = [
+    "bash", "cat", "chmod", "cut", "dash", "env", "false", "kill", "ls", "mkdir", "setsid", "sh", "sleep",
+    "timeout", "true",
+];
+
+/// One kernel's outcome.
+struct Verdict {
+    kernel: Kernel,
+    end: End,
+    tally: Tally,
+    took: Duration,
+}
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let series: Vec<String> = if args.kernels.is_empty() {
+        SERIES.iter().map(|&s| s.to_owned()).collect()
+    } else {
+        args.kernels.clone()
+    };
+    if let Some(unknown) = series.iter().find(|s| !SERIES.contains(&s.as_str())) {
+        bail!("no kernel {unknown}: those that are tested are {}", SERIES.join(", "));
+    }
+    needs::check(&needs::for_vm())?;
+    let kernels = kernels::get(&series)?;
+    if args.fetch {
+        return Ok(true);
+    }
+    let verdicts = boot_all(args, &kernels)?;
+    let mut total = Tally::default();
+    println!();
+    for verdict in verdicts {
+        println!("{}", line(&verdict));
+        total.add(settled(verdict.tally, verdict.end), &format!("{}: ", verdict.kernel.series));
+    }
+    total.print();
+    Ok(total.failed == 0)
+}
+
+/// The tests on all kernels, added to `total`; a guest that hangs or dies is a failure.
+pub(crate) fn run_tests(total: &mut Tally) -> Result<()> {
+    let args = Args {
+        kernels: Vec::new(),
+        timeout: 1200,
+        memory: None,
+        files: Vec::new(),
+        append: String::new(),
+        parallel: 2,
+        fetch: false,
+        program: Vec::new(),
+    };
+    needs::check(&needs::for_vm())?;
+    let series: Vec<String> = SERIES.iter().map(|&s| s.to_owned()).collect();
+    for verdict in boot_all(&args, &kernels::get(&series)?)? {
+        println!("{}", line(&verdict));
+        total.add(settled(verdict.tally, verdict.end), &format!("{}: ", verdict.kernel.series));
+    }
+    Ok(())
+}
+
+fn boot_all(args: &Args, kernels: &[Kernel]) -> Result<Vec<Verdict>> {
+    let image = root::target().join("vm").join(format!("initramfs-{}.cpio", std::process::id()));
+    let size = pack(args, &image)?;
+    // Unpacking holds the archive and the files at once; the rest is for the kernel and the tests.
+    let memory_mib = args.memory.unwrap_or(320 + 2 * (size as u64 >> 20));
+    println!("{} MiB of files, {memory_mib} MiB of memory a guest", size >> 20);
+    let queue: Mutex<VecDeque<&Kernel>> = Mutex::new(kernels.iter().collect());
+    let next = || queue.lock().ok().and_then(|mut q| q.pop_front());
+    let work = || -> Result<Vec<Verdict>> {
+        let mut verdicts = Vec::new();
+        while let Some(kernel) = next() {
+            let boot = Boot {
+                kernel,
+                initramfs: &image,
+                memory_mib,
+                limit: Duration::from_secs(args.timeout),
+                append: &args.append,
+                logs: root::target().join("vm/logs"),
+            };
+            verdicts.push(boot_one(&boot)?);
+        }
+        Ok(verdicts)
+    };
+    let outcomes: Vec<Result<Vec<Verdict>>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..args.parallel.clamp(1, 8)).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().filter_map(|t| t.join().ok()).collect()
+    });
+    fs::remove_file(&image)?;
+    let mut verdicts: Vec<Verdict> =
+        outcomes.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    verdicts.sort_by_key(|v| SERIES.iter().position(|&s| s == v.kernel.series));
+    Ok(verdicts)
+}
+
+fn boot_one(boot: &Boot<'_>) -> Result<Verdict> {
+    let started = Instant::now();
+    let series = &boot.kernel.series;
+    let mut tally = Tally::default();
+    let end = boot.run(|text| {
+        tally.line(text);
+        println!("[{series}] {text}");
+    })?;
+    Ok(Verdict { kernel: boot.kernel.clone(), end, tally, took: started.elapsed() })
+}
+
+/// A guest that did not end well failed, whatever its tests said before.
+fn settled(mut tally: Tally, end: End) -> Tally {
+    match end {
+        End::Status(0) => {}
+        End::Status(_) if tally.failed > 0 => {}
+        End::Status(status) => tally.fail(format!("the program ended with status {status}")),
+        End::Hang => tally.fail("the guest hung".to_owned()),
+        End::Died => tally.fail("the guest's kernel died or never came up".to_owned()),
+    }
+    tally
+}
+
+/// The verdict line of a kernel.
+fn line(verdict: &Verdict) -> String {
+    let tally = &verdict.tally;
+    let word = match verdict.end {
+        End::Status(0) => "ok".to_owned(),
+        End::Status(status) => format!("FAILED (status {status})"),
+        End::Hang => "HUNG".to_owned(),
+        End::Died => "DIED".to_owned(),
+    };
+    let mut text = format!(
+        "kernel {} ({}): {word}, {} in {:.0} s",
+        verdict.kernel.series,
+        verdict.kernel.release,
+        tally.closing(),
+        verdict.took.as_secs_f64()
+    );
+    for (name, why) in &tally.skipped {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "; skipped {name}: {why}");
+    }
+    text
+}
+
+/// Writes the guests' root and returns its size in bytes.
+fn pack(args: &Args, image: &Path) -> Result<usize> {
+    let mut root = Initramfs::new();
+    root.file(Path::new("/init"), 0o755, include_bytes!("init.sh"));
+    root.host_file_as(Path::new("/bin/busybox"), Path::new("/bin/busybox"))?;
+    for program in PROGRAMS {
+        let path = Path::new("/usr/bin").join(program);
+        if path.exists() {
+            root.host_file(&path)?;
+        }
+    }
+    for file in &args.files {
+        let file = std::path::absolute(file)?;
+        if file.is_dir() {
+            root.host_folder(&file)?;
+        } else {
+            root.host_file(&file)?;
+        }
+    }
+    let script = match args.program.split_first() {
+        Some((program, rest)) => {
+            let program = std::path::absolute(program)?;
+            root.host_file(&program)?;
+            program_script(&program, rest)
+        }
+        None => pack_tests(&mut root)?,
+    };
+    root.file(Path::new("/run.sh"), 0o755, script.as_bytes());
+    fs::create_dir_all(root::target().join("vm"))?;
+    root.write(image)
+}
+
+fn program_script(program: &Path, args: &[String]) -> String {
+    let mut script = String::from("export RUST_BACKTRACE=1 JOBWARDEN_VM=1\ncd /tmp\nexec ");
+    script.push_str(&quoted(&program.to_string_lossy()));
+    for arg in args {
+        script.push(' ');
+        script.push_str(&quoted(arg));
+    }
+    script.push('\n');
+    script
+}
+
+/// Builds the scenarios with all programs they start, packs them, and returns the script that runs them.
+fn pack_tests(root: &mut Initramfs) -> Result<String> {
+    let programs = cargo::build(&["build", "--workspace", "--bins"])?;
+    let tests = cargo::build(&["test", "--no-run", "--package", "jobwarden-tests"])?;
+    for built in programs.iter().filter(|b| b.kind == "bin" && b.package != "xtask") {
+        root.host_file(&built.executable)?;
+    }
+    let scenarios: Vec<&Built> = tests.iter().filter(|b| b.is_test && b.kind == "test").collect();
+    let first = scenarios.first().context("the tests package has no scenarios")?;
+    root.folder(&first.package_dir);
+    let mut script = format!(
+        "export RUST_BACKTRACE=1 JOBWARDEN_VM=1 CARGO_MANIFEST_DIR={0}\ncd {0}\nfailed=0\n",
+        quoted(&first.package_dir.to_string_lossy())
+    );
+    for built in scenarios {
+        root.host_file(&built.executable)?;
+        let path = quoted(&built.executable.to_string_lossy());
+        // Writing to a String cannot fail.
+        let _ = writeln!(script, "echo 'running {}'\n{path} --test-threads=1 || failed=$?", built.name);
+    }
+    script.push_str("exit $failed\n");
+    Ok(script)
+}
+
+/// For a POSIX shell.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_with_spaces_and_quotes_reaches_the_shell_whole() {
+        let script = program_script(Path::new("/a b"), &["it's".to_owned()]);
+        assert!(script.ends_with("exec '/a b' 'it'\\''s'\n"), "{script}");
+    }
+
+    #[test]
+    fn a_guest_that_hangs_fails_even_if_its_tests_passed() {
+        let mut tally = Tally::default();
+        tally.line("test result: ok. 3 passed; 0 failed; 0 ignored");
+        assert_eq!(settled(tally.clone(), End::Hang).closing(), "3 passed, 1 failed, 0 skipped");
+        assert_eq!(settled(tally, End::Status(0)).closing(), "3 passed, 0 failed, 0 skipped");
+    }
+}

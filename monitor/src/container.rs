@@ -137,12 +137,18 @@ mod tests {
             (format!("/libpod_parent/libpod-{id}"), Some("podman"), None),
             (format!("/kubepods/burstable/pod{uid}/{id}"), None, Some(uid)),
             (
-                format!("/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{under}.slice/cri-containerd-{id}.scope"),
+                format!(
+                    "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{under}.slice/cri-containerd-{id}.scope"
+                ),
                 Some("containerd"),
                 Some(uid),
             ),
             (format!("/kubepods.slice/kubepods-pod{under}.slice/crio-{id}.scope"), Some("cri-o"), Some(uid)),
-            (format!("/system.slice/containerd.service/kubepods-pod{under}.slice:cri-containerd:{id}"), Some("containerd"), None),
+            (
+                format!("/system.slice/containerd.service/kubepods-pod{under}.slice:cri-containerd:{id}"),
+                Some("containerd"),
+                None,
+            ),
         ];
         for (path, runtime, pod) in cases {
             let c = container(&path).unwrap_or_else(|| panic!("{path}"));
@@ -151,7 +157,9 @@ mod tests {
                 assert_eq!(c.pod.as_deref(), pod, "{path}");
             }
         }
-        for none in ["/", "/user.slice/user-0.slice/session-1.scope", "/system.slice/ssh.service", "/docker/abc"] {
+        for none in
+            ["/", "/user.slice/user-0.slice/session-1.scope", "/system.slice/ssh.service", "/docker/abc"]
+        {
             assert_eq!(container(none), None, "{none}");
         }
     }

@@ -123,6 +123,14 @@ pub struct Process {
     pub kernel_thread: bool,
     pub exit: Option<Exit>,
     pub children: Vec<Key>,
+    /// Dead ancestors between it and `lineage_parent` that are not kept: "n more".
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub elided: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+const fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 impl Process {
@@ -140,7 +148,7 @@ pub struct Tree {
     pub processes: Vec<Process>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum JobState {
     Running,
@@ -241,7 +249,7 @@ impl fmt::Display for AlertKind {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AlertState {
     Pending,

@@ -27,7 +27,7 @@ impl WaitStatus {
 }
 
 /// A task's `comm`: up to 15 bytes and NULs.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Comm(pub [u8; abi::COMM_LEN]);
 
 impl Comm {

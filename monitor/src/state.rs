@@ -50,7 +50,9 @@ pub struct State {
 pub enum StateError {
     #[error("{path}: {source}. Look at the file system and the permissions of the state directory")]
     Io { path: PathBuf, source: std::io::Error },
-    #[error("{path} is no state of this program ({why}). Move it away to start without the jobs that it may hold")]
+    #[error(
+        "{path} is no state of this program ({why}). Move it away to start without the jobs that it may hold"
+    )]
     Foreign { path: PathBuf, why: String },
 }
 

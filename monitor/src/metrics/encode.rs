@@ -208,10 +208,7 @@ mod tests {
             e.counter("a_total", "help").sample(&[("kind", "x\"\\\n")], 3.0);
         });
         assert_eq!(text, "# HELP a_total help\n# TYPE a_total counter\na_total{kind=\"x\\\"\\\\\\n\"} 3\n");
-        assert_eq!(
-            open,
-            "# HELP a help\n# TYPE a counter\na_total{kind=\"x\\\"\\\\\\n\"} 3\n# EOF\n"
-        );
+        assert_eq!(open, "# HELP a help\n# TYPE a counter\na_total{kind=\"x\\\"\\\\\\n\"} 3\n# EOF\n");
     }
 
     #[test]

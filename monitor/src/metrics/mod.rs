@@ -25,10 +25,12 @@ pub const REAP_DELAY_BOUNDS: &[f64] = &[0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0,
 /// Seconds between the probe and the forest.
 pub const EVENT_LAG_BOUNDS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 10.0];
 /// Seconds that one delivery took.
-pub const NOTIFICATION_BOUNDS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+pub const NOTIFICATION_BOUNDS: &[f64] =
+    &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
 /// How jobs ended, as a label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Outcome {
     Completed,
     Failed,
@@ -192,10 +194,8 @@ pub const fn alert_state_label(s: AlertState) -> &'static str {
 #[must_use]
 pub fn encode(s: &Sources<'_>, format: encode::Format) -> String {
     let mut e = encode::Encoder::new(format);
-    e.gauge("jobwarden_build_info", "1; the version, the revision and the probe object in its labels.").sample(
-        &[("version", s.version), ("revision", s.revision), ("object", s.object)],
-        1.0,
-    );
+    e.gauge("jobwarden_build_info", "1; the version, the revision and the probe object in its labels.")
+        .sample(&[("version", s.version), ("revision", s.revision), ("object", s.object)], 1.0);
     own::encode(&mut e, s.proc, s.boot_to_wall_ns);
     table::core(&mut e, s.core);
     table::kernel(&mut e, s.core, s.kernel);

@@ -100,9 +100,13 @@ pub(super) fn core(e: &mut Encoder, c: &Core) {
             e.sample(&[("reason", reason), ("outcome", outcome)], n as f64);
         }
     }
-    e.gauge("jobwarden_enforcement_enabled", "1 when the policy may kill.").sample(&[], bit(c.enforcement_enabled));
-    e.gauge("jobwarden_enforcement_fuse_open", "1 when too many jobs were ended and the policy stopped killing.")
-        .sample(&[], bit(c.fuse_open));
+    e.gauge("jobwarden_enforcement_enabled", "1 when the policy may kill.")
+        .sample(&[], bit(c.enforcement_enabled));
+    e.gauge(
+        "jobwarden_enforcement_fuse_open",
+        "1 when too many jobs were ended and the policy stopped killing.",
+    )
+    .sample(&[], bit(c.fuse_open));
     e.gauge("jobwarden_config_last_reload_successful", "1 when the last config read was accepted.")
         .sample(&[], bit(c.reload_ok));
     e.gauge("jobwarden_config_last_reload_success_timestamp_seconds", "When a config was last accepted.")
@@ -116,12 +120,19 @@ pub(super) fn kernel(e: &mut Encoder, c: &Core, k: &Kernel) {
             e.sample(&[("kind", kind)], of(i) as f64);
         }
     };
-    by_kind("jobwarden_probe_hits_total", "What the probes saw: sent + lost + filtered.", &|i| k.counters[i].hits);
+    by_kind("jobwarden_probe_hits_total", "What the probes saw: sent + lost + filtered.", &|i| {
+        k.counters[i].hits
+    });
     by_kind("jobwarden_events_sent_total", "Records written to the ring.", &|i| k.counters[i].sent);
-    by_kind("jobwarden_events_filtered_total", "What a mask kept out of the ring.", &|i| k.counters[i].filtered);
-    by_kind("jobwarden_events_lost_total", "Records for which the ring had no room.", &|i| k.counters[i].lost);
+    by_kind("jobwarden_events_filtered_total", "What a mask kept out of the ring.", &|i| {
+        k.counters[i].filtered
+    });
+    by_kind("jobwarden_events_lost_total", "Records for which the ring had no room.", &|i| {
+        k.counters[i].lost
+    });
     by_kind("jobwarden_events_total", "Records received from the ring.", &|i| c.events[i]);
-    e.gauge("jobwarden_ring_used_bytes", "Bytes in the ring that are not read yet.").sample(&[], k.ring_used as f64);
+    e.gauge("jobwarden_ring_used_bytes", "Bytes in the ring that are not read yet.")
+        .sample(&[], k.ring_used as f64);
     e.gauge("jobwarden_ring_size_bytes", "Size of the ring.").sample(&[], k.ring_size as f64);
     e.counter("jobwarden_kernel_kills_total", "SIGKILLs that the probes sent into doomed jobs.")
         .sample(&[], k.kills.ok as f64);
@@ -155,8 +166,15 @@ pub(super) fn notifications(e: &mut Encoder, all: &[Notifications]) {
     };
     each("jobwarden_notifications_total", "Deliveries that a receiver took.", true, &|n| n.sent);
     each("jobwarden_notifications_pending", "Notifications waiting to be delivered.", false, &|n| n.pending);
-    each("jobwarden_notifications_parked", "Notifications that a receiver refused for good.", false, &|n| n.parked);
-    each("jobwarden_notifications_dropped_total", "Notifications given up: too old or too many.", true, &|n| n.dropped);
+    each("jobwarden_notifications_parked", "Notifications that a receiver refused for good.", false, &|n| {
+        n.parked
+    });
+    each(
+        "jobwarden_notifications_dropped_total",
+        "Notifications given up: too old or too many.",
+        true,
+        &|n| n.dropped,
+    );
     e.counter("jobwarden_notifications_failed_total", "Attempts that failed, by reason.");
     for n in all {
         for (reason, count) in &n.failed {

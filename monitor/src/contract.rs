@@ -502,6 +502,9 @@ pub struct ErrorInfo {
     pub code: String,
     pub message: String,
     pub hint: Option<String>,
+    /// Where several matched and nothing was done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub matches: Vec<crate::api::Matched>,
 }
 
 /// Bytes as text: valid UTF-8 as it is, anything else as `\xNN`.

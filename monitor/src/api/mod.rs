@@ -1,1 +1,17 @@
-//! (to come)
+//! How others talk to the agent: the control socket (HTTP/JSON over a unix socket) and the TCP listener for Prometheus.
+//!
+//! It answers nothing by itself: each request is sent to the agent as a [`Request`] with a oneshot for the reply. It does
+//! not touch the forest, the kernel or the store, so a busy client cannot hold them up.
+
+mod error;
+mod feed;
+mod request;
+mod target;
+
+pub use error::{ApiError, Class, Matched};
+pub use feed::{Feed, JobRef, Subscription};
+pub use request::{
+    AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecRegistered, ExecRequest,
+    ExtendReply, KillRequest, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery, WhyQuery,
+};
+pub use target::{Target, TargetError};

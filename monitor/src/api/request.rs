@@ -1,0 +1,271 @@
+//! What can be asked of the agent, with the arguments checked and the place for the reply. Data only.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use super::{ApiError, Matched, Subscription, Target};
+use crate::contract::{Alerts, Cause, JobId, Jobs, KillReport, Tree};
+use crate::enforce::audit;
+use crate::enforce::order::AskedBy;
+use crate::key::Key;
+
+pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
+
+/// Who is at the other end of the control socket, by the kernel's word (`SO_PEERCRED`) when it connected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// In the agent's pid namespace; 0 if it is outside.
+    pub pid: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub exe: Option<String>,
+    /// uid 0 in the agent's own pid namespace: may kill, exec, reload, notify, extend, and switch enforcement. The server
+    /// has refused everything else to others before a [`Request`] is made of it.
+    pub privileged: bool,
+}
+
+impl From<&Peer> for AskedBy {
+    fn from(p: &Peer) -> Self {
+        Self { uid: Some(p.uid), pid: Some(p.pid), exe: p.exe.clone(), rule: None }
+    }
+}
+
+/// `tree`: all of it, or what the fields select. `super::select` does it on a whole [`Tree`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TreeQuery {
+    /// Its ancestors, itself and its descendants.
+    pub target: Option<Target>,
+    /// Zombies, with their ancestors.
+    pub zombies: bool,
+    /// Orphans, with their ancestors.
+    pub orphans: bool,
+    pub uid: Option<u32>,
+    /// A container's id, or its beginning.
+    pub container: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AlertQuery {
+    /// Pending ones too, and the resolved that are still kept.
+    pub all: bool,
+    /// From the store: past ones.
+    pub history: bool,
+    /// Seconds back.
+    pub since_s: Option<f64>,
+    pub undelivered: bool,
+}
+
+/// Which lines of `events` are wanted. `lost` is always sent.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EventFilter {
+    /// Seconds back, as far as the agent remembers.
+    pub since_s: Option<f64>,
+    pub job: Option<Target>,
+    pub pid: Option<u32>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WhyQuery {
+    /// None: of every firing alert.
+    pub target: Option<Target>,
+    /// `target` is then a pid as it is in this container.
+    pub container: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KillRequest {
+    pub target: Target,
+    /// Signal number; None: the job's own, else SIGTERM.
+    pub signal: Option<u8>,
+    /// Seconds; None: the job's own, else 10 s. 0 = SIGKILL at once.
+    pub grace_s: Option<f64>,
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Only the orphans among them, and what descends from those.
+    #[serde(default)]
+    pub orphans: bool,
+    /// Every match, where several match.
+    #[serde(default)]
+    pub all: bool,
+}
+
+/// `exec` asks for a job whose root it is about to let run. The agent is the watcher: when the client's process (the
+/// supervisor) dies without [`Request::ExecEnd`], the job is ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecRequest {
+    /// Forked, and held before its first instruction.
+    pub root: Key,
+    pub name: String,
+    pub timeout_s: Option<f64>,
+    /// Seconds.
+    pub grace_s: f64,
+    /// Signal number.
+    pub signal: u8,
+    pub orphan_after_s: Option<f64>,
+    pub keep_orphans: bool,
+    /// The v2 cgroup that the job owns, with `--cgroup`.
+    pub cgroup: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecRegistered {
+    pub job: JobId,
+    /// The job's number in the kernel's maps.
+    pub number: u64,
+}
+
+/// `exec` is over: what is left of the job is to be ended now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecEnd {
+    pub job: JobId,
+    /// The deadline has passed; else the command has ended and this is about what it left.
+    pub timed_out: bool,
+    /// Nothing is signalled, the job is let go (`--keep-orphans`).
+    pub keep: bool,
+    /// Seconds.
+    pub grace_s: f64,
+    /// Signal number.
+    pub signal: u8,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EnforcementStatus {
+    pub enabled: bool,
+    /// RFC 3339: when `enforcement on|off --for D` falls back to the config's word.
+    pub until: Option<String>,
+    pub fuse_open: bool,
+    /// Jobs ended by policy within the last minute, and how many may be.
+    pub kills_last_minute: u32,
+    pub max_kills_per_minute: u32,
+}
+
+/// `status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    pub version: String,
+    pub revision: String,
+    /// Hash of the probe object.
+    pub object: String,
+    pub host: String,
+    pub kernel: String,
+    pub pid: u32,
+    pub started: String,
+    pub synced: bool,
+    /// Why it is not ready; empty when it is.
+    pub not_ready: Vec<String>,
+    /// Events lost since the start, by kind; kinds that lost none may be left out.
+    pub lost: BTreeMap<String, u64>,
+    /// Received, by kind.
+    pub events: BTreeMap<String, u64>,
+    pub processes: usize,
+    pub zombies: usize,
+    pub orphans: usize,
+    pub jobs: usize,
+    pub enforcement: EnforcementStatus,
+    pub alerts_firing: usize,
+    pub alerts_pending: usize,
+    pub undelivered: u64,
+    /// Probes that are not attached, with the reason.
+    pub probes_off: BTreeMap<String, String>,
+    pub config: Option<PathBuf>,
+    pub config_ok: bool,
+    pub listen: Option<String>,
+    pub pinned: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExtendReply {
+    pub job: JobId,
+    pub deadline: Option<String>,
+}
+
+/// `audit`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AuditLines {
+    pub entries: Vec<audit::Entry>,
+}
+
+/// `reload`: what is in force now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reloaded {
+    pub config: Option<PathBuf>,
+    pub jobs: usize,
+    pub receivers: usize,
+    /// What is only read at start and differs from what runs.
+    pub needs_restart: Vec<String>,
+}
+
+/// `notify`: what the receiver said to a test alert.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Notified {
+    pub receiver: String,
+    pub delivered: bool,
+    /// Status line or error.
+    pub answer: String,
+    pub took_s: f64,
+}
+
+/// Everything that can be asked. Those with a [`Peer`] change something and are to be audited.
+#[derive(Debug)]
+pub enum Request {
+    Tree(TreeQuery, Reply<Tree>),
+    Jobs(Reply<Jobs>),
+    Extend {
+        job: Target,
+        by: Duration,
+        peer: Peer,
+        reply: Reply<ExtendReply>,
+    },
+    Alerts(AlertQuery, Reply<Alerts>),
+    Events(EventFilter, Reply<Subscription>),
+    Why(WhyQuery, Reply<Vec<Cause>>),
+    /// What a target means at this moment.
+    Resolve(Target, Reply<Vec<Matched>>),
+    Kill {
+        kill: KillRequest,
+        peer: Peer,
+        reply: Reply<KillReport>,
+    },
+    Status(Reply<Status>),
+    Enforcement {
+        on: bool,
+        lasting: Option<Duration>,
+        peer: Peer,
+        reply: Reply<EnforcementStatus>,
+    },
+    Audit {
+        since: Option<Duration>,
+        job: Option<Target>,
+        reply: Reply<AuditLines>,
+    },
+    Reload {
+        peer: Peer,
+        reply: Reply<Reloaded>,
+    },
+    Notify {
+        receiver: String,
+        peer: Peer,
+        reply: Reply<Notified>,
+    },
+    ExecRegister {
+        exec: ExecRequest,
+        peer: Peer,
+        reply: Reply<ExecRegistered>,
+    },
+    ExecEnd {
+        end: ExecEnd,
+        peer: Peer,
+        reply: Reply<KillReport>,
+    },
+}

@@ -1,0 +1,100 @@
+//! Nothing is lost, to the last event: what the probes hit, sent, lost and filtered, what the agent received, and what
+//! the one who spawned counted.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, ensure};
+use jobwarden::key::Key;
+use jobwarden_tests::truth::forest_is_proc;
+use jobwarden_tests::{Agent, Events, Metrics, Shape, eventually, ground, loudly, ms, rounds};
+
+const KINDS: [&str; 6] = ["fork", "exec", "exit", "leader_exit", "reap", "signal"];
+
+/// hits = sent + lost + filtered for each kind; sent = received + still in the ring.
+fn identity(m: &Metrics) -> Result<()> {
+    for kind in KINDS {
+        let label = format!("kind=\"{kind}\"");
+        let of = |name| m.sum(name, &[&label]);
+        let (hits, sent) = (of("jobwarden_probe_hits_total"), of("jobwarden_events_sent_total"));
+        let (lost, filtered) = (of("jobwarden_events_lost_total"), of("jobwarden_events_filtered_total"));
+        ensure!(
+            (hits - sent - lost - filtered).abs() < 0.5,
+            "{kind}: {hits} hits, {sent} + {lost} + {filtered}"
+        );
+        let received = of("jobwarden_events_total");
+        ensure!((sent - received).abs() < 0.5, "{kind}: {sent} sent, {received} received");
+    }
+    ensure!(m.one("jobwarden_ring_used_bytes", &[])? < 0.5, "the ring is not empty");
+    Ok(())
+}
+
+#[test]
+fn five_thousand_as_fast_as_possible() -> Result<()> {
+    let ground = ground!("five_thousand_as_fast_as_possible");
+    let n = rounds("JWTEST_SPAWN", 5000);
+    let agent = Agent::start(&ground, "")?;
+    let events = Events::start(&ground, &agent)?;
+    let before = agent.metrics()?;
+    let mut s = Shape::start(&ground, "spawner", &[&n.to_string()])?;
+    s.step()?;
+    let begun = std::time::Instant::now();
+    let (spawned, waited): (usize, usize) = (s.fact("spawned")?, s.fact("reaped")?);
+    loudly(&format!("{spawned} processes in {:.2} s", begun.elapsed().as_secs_f64()));
+    assert_eq!((spawned, waited), (n as usize, n as usize), "the spawner's own count");
+    let spawner = s.pid();
+    eventually("each fork, exec, exit and reap", ms(30_000), || {
+        let mut lives: BTreeMap<Key, BTreeMap<String, usize>> = BTreeMap::new();
+        for e in events.all() {
+            if let Some(p) = &e.process {
+                *lives.entry(p.id).or_default().entry(e.kind).or_default() += 1;
+            }
+        }
+        let mine: BTreeMap<Key, usize> = events
+            .all()
+            .iter()
+            .filter(|e| e.kind == "exec")
+            .filter_map(|e| e.process.as_ref())
+            .filter(|p| p.argv.len() == 3 && p.argv[1] == ground.tag)
+            .filter_map(|p| Some((p.id, p.argv[2].parse().ok()?)))
+            .collect();
+        let mut indexes: Vec<usize> = mine.values().copied().collect();
+        indexes.sort_unstable();
+        ensure!(indexes == (0..spawned).collect::<Vec<_>>(), "{} of {spawned} execs", indexes.len());
+        for key in mine.keys() {
+            for kind in ["fork", "exec", "exit", "reap"] {
+                let seen = lives[key].get(kind).copied().unwrap_or(0);
+                ensure!(seen == 1, "{key}: {seen} {kind} events");
+            }
+        }
+        Ok(())
+    })?;
+    assert!(!events.all().iter().any(|e| e.kind == "lost"), "nothing was lost");
+    let after = agent.metrics()?;
+    for kind in ["fork", "exec", "exit", "reap"] {
+        let label = format!("kind=\"{kind}\"");
+        let grown =
+            after.sum("jobwarden_events_total", &[&label]) - before.sum("jobwarden_events_total", &[&label]);
+        assert!(grown >= n as f64, "{kind}: {grown}");
+    }
+    assert!(after.sum("jobwarden_events_lost_total", &[]) < 0.5);
+    eventually("the accounts balance", ms(10_000), || identity(&agent.metrics()?))?;
+    s.finish()?;
+    agent.gone(spawner)?;
+    forest_is_proc(&agent)?;
+    Ok(())
+}
+
+#[test]
+fn the_forest_equals_proc() -> Result<()> {
+    let ground = ground!("the_forest_equals_proc");
+    let agent = Agent::start(&ground, "")?;
+    let n = forest_is_proc(&agent)?;
+    let mut s = Shape::start(&ground, "stubborn", &["100"])?;
+    s.facts::<u32>("ready", 100)?;
+    let more = forest_is_proc(&agent)?;
+    loudly(&format!("{n} then {more} processes compared"));
+    s.kill()?;
+    let _ = ground.clear();
+    forest_is_proc(&agent)?;
+    Ok(())
+}

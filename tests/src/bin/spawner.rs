@@ -1,0 +1,51 @@
+//! Spawns N processes as fast as it can (posix_spawn of /bin/true, which is vfork and exec), reaps each, and prints
+//! what it counted. Each child's argv is `true TAG INDEX`. With `and-again` it goes on until stdin is closed.
+
+use std::ffi::CString;
+
+use jobwarden_tests::shape::{bounded, number, pid_t, say, step, wait};
+
+unsafe extern "C" {
+    static environ: *const *mut libc::c_char;
+}
+
+fn spawn(tag: &CString, index: u64) -> Option<pid_t> {
+    let index = CString::new(index.to_string()).ok()?;
+    let argv = [
+        c"true".as_ptr().cast_mut(),
+        tag.as_ptr().cast_mut(),
+        index.as_ptr().cast_mut(),
+        std::ptr::null_mut(),
+    ];
+    let mut pid = 0;
+    // SAFETY: valid C strings, both vectors end with NULL, and nobody changes the environment.
+    let e = unsafe {
+        libc::posix_spawn(
+            &raw mut pid,
+            c"/bin/true".as_ptr(),
+            std::ptr::null(),
+            std::ptr::null(),
+            argv.as_ptr(),
+            environ,
+        )
+    };
+    (e == 0).then_some(pid)
+}
+
+fn main() {
+    bounded();
+    let n = number(1, 1000);
+    let tag = CString::new(std::env::args().next_back().unwrap_or_default()).unwrap_or_default();
+    step();
+    let (mut spawned, mut reaped) = (0u64, 0u64);
+    for i in 0..n {
+        let Some(child) = spawn(&tag, i) else { continue };
+        spawned += 1;
+        if wait(child) == 0 {
+            reaped += 1;
+        }
+    }
+    say("spawned", spawned);
+    say("reaped", reaped);
+    step();
+}

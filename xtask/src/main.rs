@@ -2,6 +2,7 @@
 //! and the test binaries run as root.
 
 mod cargo;
+mod demo;
 mod needs;
 mod report;
 mod root;
@@ -26,6 +27,8 @@ enum Command {
     Run(run::Args),
     /// Build and run every test on the running kernel; ends with 'N passed, N failed, N skipped'
     Test(test::Args),
+    /// The incident that jobwarden was made for, found, explained and cured, on this machine
+    Demo(demo::Args),
     /// Boot other kernels in QEMU and run the tests, or a given program, inside
     Vm(vm::Args),
 }
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Test(args) => test::run(&args),
+        Command::Demo(args) => demo::run(&args),
         Command::Vm(args) => vm::run(&args),
     };
     match done {

@@ -57,6 +57,16 @@ pub(crate) fn for_vm() -> Vec<Need> {
     ]
 }
 
+/// For the demo's worker.
+pub(crate) fn for_demo() -> Need {
+    Need {
+        what: "Python 3".to_owned(),
+        met: || runs("python3", "--version"),
+        mend: "sudo apt-get install -y python3",
+        automatic: true,
+    }
+}
+
 /// An error that names everything that is missing with what mends it.
 pub(crate) fn check(needs: &[Need]) -> Result<()> {
     let mut missing: Vec<&Need> = needs.iter().filter(|n| !(n.met)()).collect();

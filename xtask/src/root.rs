@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
 /// The top folder of this repository.
 pub(crate) fn dir() -> PathBuf {
@@ -45,4 +45,14 @@ pub(crate) fn command<'a>(
     }
     command.arg(program);
     command
+}
+
+/// Starts a program and from then on leaves Ctrl-C to it, which gets it from the terminal too and stops in order.
+pub(crate) fn spawn_for_terminal(command: &mut Command) -> std::io::Result<Child> {
+    let child = command.spawn()?;
+    // SAFETY: SIG_IGN is a valid disposition for SIGINT, and no handler of this process is replaced.
+    unsafe {
+        libc::signal(libc::SIGINT, libc::SIG_IGN);
+    }
+    Ok(child)
 }

@@ -37,9 +37,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         .args(["agent", "--no-pin", "--socket", SOCKET, "--state-dir", STATE])
         .args(["--listen", &args.listen.to_string()])
         .args(&args.agent);
-    let mut agent = command.spawn().context("the agent could not be started")?;
-    // Ctrl-C reaches the agent, which stops cleanly; this process waits for that.
-    ignore_interrupt();
+    let mut agent = root::spawn_for_terminal(&mut command).context("the agent could not be started")?;
     let status = if let Some(status) = ready(&mut agent, args.listen)? {
         status
     } else {
@@ -91,11 +89,4 @@ fn get(at: SocketAddr, path: &str) -> Option<String> {
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).ok()?;
     Some(String::from_utf8_lossy(&answer).into_owned())
-}
-
-fn ignore_interrupt() {
-    // SAFETY: SIG_IGN is a valid disposition for SIGINT, and no handler of this process is replaced.
-    unsafe {
-        libc::signal(libc::SIGINT, libc::SIG_IGN);
-    }
 }

@@ -38,9 +38,9 @@ fn five_thousand_as_fast_as_possible() -> Result<()> {
     let mut s = Shape::start(&ground, "spawner", &[&n.to_string()])?;
     s.step()?;
     let begun = std::time::Instant::now();
-    let (spawned, waited): (usize, usize) = (s.fact("spawned")?, s.fact("reaped")?);
-    loudly(&format!("{spawned} processes in {:.2} s", begun.elapsed().as_secs_f64()));
-    assert_eq!((spawned, waited), (n as usize, n as usize), "the spawner's own count");
+    let (started, waited): (usize, usize) = (s.fact("spawned")?, s.fact("reaped")?);
+    loudly(&format!("{started} processes in {:.2} s", begun.elapsed().as_secs_f64()));
+    assert_eq!((started, waited), (n as usize, n as usize), "the spawner's own count");
     let spawner = s.pid();
     eventually("each fork, exec, exit and reap", ms(30_000), || {
         let mut lives: BTreeMap<Key, BTreeMap<String, usize>> = BTreeMap::new();
@@ -59,7 +59,7 @@ fn five_thousand_as_fast_as_possible() -> Result<()> {
             .collect();
         let mut indexes: Vec<usize> = mine.values().copied().collect();
         indexes.sort_unstable();
-        ensure!(indexes == (0..spawned).collect::<Vec<_>>(), "{} of {spawned} execs", indexes.len());
+        ensure!(indexes == (0..started).collect::<Vec<_>>(), "{} of {started} execs", indexes.len());
         for key in mine.keys() {
             for kind in ["fork", "exec", "exit", "reap"] {
                 let seen = lives[key].get(kind).copied().unwrap_or(0);

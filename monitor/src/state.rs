@@ -6,32 +6,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::contract::JobId;
+use crate::policy::{EnforcementState, JobRecord};
 
 /// Raised when the file's meaning changes; a file of another version is refused by name, never guessed at.
 const VERSION: u32 = 1;
 /// A file larger than this is none of ours.
 const MAX_BYTES: u64 = 64 << 20;
-
-/// A job as it must survive a restart.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SavedJob {
-    pub id: JobId,
-    /// The job's number in the kernel's maps.
-    pub number: u64,
-    /// The number of the job around it, 0 = none.
-    pub outer: u64,
-    /// The rule's name, or the `--name` of `exec`.
-    pub name: String,
-    /// Whether `exec` made it.
-    pub exec: bool,
-    /// Boot-time nanoseconds.
-    pub started: u64,
-    /// Boot-time nanoseconds; as extended.
-    pub deadline: Option<u64>,
-    /// Its root already ran when its rule first saw it.
-    pub existing: bool,
-}
 
 /// The whole file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,11 +19,9 @@ pub struct State {
     version: u32,
     /// Boot-time numbers mean nothing on another boot.
     pub boot_id: String,
-    pub jobs: Vec<SavedJob>,
-    /// The fuse stays open over a restart.
-    pub fuse_open: bool,
-    /// `enforcement on|off` as the operator left it; None: as the config says.
-    pub enforcement: Option<bool>,
+    pub jobs: Vec<JobRecord>,
+    /// The operator's word and the fuse hold over a restart.
+    pub enforcement: EnforcementState,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -109,27 +87,43 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::contract::JobId;
     use crate::key::Key;
+    use crate::policy::JobPolicy;
 
     #[test]
     fn saved_is_loaded_and_foreign_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path());
         assert_eq!(store.load().unwrap(), None);
-        let job = SavedJob {
-            id: JobId { root: Key::new(1, 2), ordinal: 0 },
+        let job = JobRecord {
             number: 3,
-            outer: 0,
+            id: JobId { root: Key::new(1, 2), ordinal: 0 },
             name: "n".into(),
-            exec: true,
+            rule: None,
+            outer: 0,
             started: 4,
             deadline: Some(5),
+            policy: JobPolicy {
+                timeout_ns: Some(1),
+                zombie_after_ns: None,
+                orphan_after_ns: Some(2),
+                kill_on_timeout: true,
+                kill_on_orphan: false,
+                kill_daemons: false,
+                enforce_existing: false,
+                stop_signal: 15,
+                grace_ns: 10,
+                severity: None,
+            },
             existing: false,
+            supervisor: None,
+            expired: false,
         };
         let state = State { jobs: vec![job], boot_id: "b".into(), ..State::default() };
         store.save(&state).unwrap();
         assert_eq!(store.load().unwrap().unwrap().jobs, state.jobs);
-        for bad in [&b"{"[..], b"", b"{\"version\":99,\"boot_id\":\"\",\"jobs\":[],\"fuse_open\":false}"] {
+        for bad in [&b"{"[..], b"", b"{\"version\":99,\"boot_id\":\"\",\"jobs\":[],\"enforcement\":{\"by_operator\":null,\"until\":null,\"fuse_open\":false}}"] {
             std::fs::write(dir.path().join("jobs.json"), bad).unwrap();
             assert!(matches!(store.load(), Err(StateError::Foreign { .. })), "{bad:?}");
         }

@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 
 use monitor_abi::{KIND_NAMES, KINDS, KillCounter};
 
-use crate::contract::{AlertKind, AlertState, JobState, State};
+use crate::contract::{AlertState, JobState, SignalledOutcome, State};
+use crate::enforce::Reason;
+use crate::policy::Gauges;
 use encode::Histogram;
 
 /// Most values of the `job_name` label; further names are counted under [`OTHER`].
@@ -74,34 +76,37 @@ impl Default for JobNumbers {
     }
 }
 
-/// What the core knows: published by it at each scrape, so that no lock is shared with the ring's reader.
+/// What the agent counts beside the engine.
 #[derive(Clone, Debug)]
-pub struct Core {
-    /// By [`state_label`].
-    pub processes: BTreeMap<&'static str, u64>,
-    /// By `job_name`; `""` = outside jobs. Bounded by [`MAX_JOB_NAMES`] at the source.
-    pub jobs: BTreeMap<String, JobNumbers>,
-    pub unreaping_parents: u64,
-    pub oldest_zombie_age_s: f64,
-    pub reap_delay: Histogram,
+pub struct Counts {
     pub event_lag: Histogram,
     /// Received, by kind.
     pub events: [u64; KINDS],
-    /// By reason.
+    /// By reason: start, loss, request.
     pub resyncs: BTreeMap<&'static str, u64>,
     pub synced: bool,
-    pub stores: Vec<StoreNumbers>,
-    pub alerts: BTreeMap<(AlertKind, &'static str), u64>,
-    pub alerts_fired: BTreeMap<AlertKind, u64>,
-    pub enforcement_enabled: bool,
-    pub fuse_open: bool,
-    /// By reason and outcome.
-    pub job_kills: BTreeMap<(&'static str, &'static str), u64>,
-    /// By signal name and outcome.
-    pub signals_sent: BTreeMap<(String, &'static str), u64>,
+    /// By why, and `ended` or `survived`.
+    pub job_kills: BTreeMap<(Reason, &'static str), u64>,
+    /// By signal number and what became of the process.
+    pub signals_sent: BTreeMap<(u8, SignalledOutcome), u64>,
     pub reload_ok: bool,
     /// Seconds since the epoch.
     pub reload_at: f64,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self {
+            event_lag: Histogram::new(EVENT_LAG_BOUNDS),
+            events: [0; KINDS],
+            resyncs: BTreeMap::new(),
+            synced: false,
+            job_kills: BTreeMap::new(),
+            signals_sent: BTreeMap::new(),
+            reload_ok: true,
+            reload_at: 0.0,
+        }
+    }
 }
 
 /// A bounded table and how full it is.
@@ -151,7 +156,8 @@ pub struct Sources<'a> {
     pub version: &'a str,
     pub revision: &'a str,
     pub object: &'a str,
-    pub core: &'a Core,
+    pub gauges: &'a Gauges,
+    pub counts: &'a Counts,
     pub kernel: &'a Kernel,
     pub notifications: &'a [Notifications],
     pub proc: &'a crate::proc::Proc,
@@ -197,8 +203,8 @@ pub fn encode(s: &Sources<'_>, format: encode::Format) -> String {
     e.gauge("jobwarden_build_info", "1; the version, the revision and the probe object in its labels.")
         .sample(&[("version", s.version), ("revision", s.revision), ("object", s.object)], 1.0);
     own::encode(&mut e, s.proc, s.boot_to_wall_ns);
-    table::core(&mut e, s.core);
-    table::kernel(&mut e, s.core, s.kernel);
+    table::core(&mut e, s.gauges, s.counts);
+    table::kernel(&mut e, s.counts, s.kernel);
     table::notifications(&mut e, s.notifications);
     e.finish()
 }

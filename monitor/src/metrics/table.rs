@@ -2,35 +2,43 @@
 //! yet: a rate over a series that appears with its first event misses that event.
 
 use super::encode::Encoder;
-use super::{Core, Kernel, Notifications, Outcome, alert_state_label, kinds};
-use crate::contract::{AlertKind, AlertState};
+use super::{Counts, Kernel, Notifications, Outcome, alert_state_label, kinds};
+use crate::config::signal_name;
+use crate::contract::{AlertKind, AlertState, SignalledOutcome};
+use crate::enforce::Reason;
+use crate::policy::Gauges;
 
 const JOB_STATES: [&str; 5] = ["running", "lingering", "expired", "killing", "done"];
-const KILL_REASONS: [&str; 4] = ["timeout", "orphan", "operator", "exec"];
-const KILL_OUTCOMES: [&str; 2] = ["ended", "survived"];
+const SIGNALS: [u8; 3] = [libc::SIGTERM as u8, libc::SIGCONT as u8, libc::SIGKILL as u8];
+const OUTCOMES: [SignalledOutcome; 4] = [
+    SignalledOutcome::Ended,
+    SignalledOutcome::AlreadyGone,
+    SignalledOutcome::Survived,
+    SignalledOutcome::Spared,
+];
 
 fn bit(b: bool) -> f64 {
     f64::from(u8::from(b))
 }
 
-pub(super) fn core(e: &mut Encoder, c: &Core) {
+pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts) {
     e.gauge("jobwarden_processes", "Processes by state, kernel threads apart.");
     for state in ["running", "leader_exited", "exiting", "zombie"] {
-        e.sample(&[("state", state)], c.processes.get(state).copied().unwrap_or(0) as f64);
+        e.sample(&[("state", state)], g.processes.get(state).copied().unwrap_or(0) as f64);
     }
     e.gauge("jobwarden_zombies", "Zombies by job; an empty job_name is outside of jobs.");
-    for (name, j) in &c.jobs {
+    for (name, j) in &g.jobs {
         e.sample(&[("job_name", name)], j.zombies as f64);
     }
     e.gauge("jobwarden_orphans", "Orphans by job; an empty job_name is outside of jobs.");
-    for (name, j) in &c.jobs {
+    for (name, j) in &g.jobs {
         e.sample(&[("job_name", name)], j.orphans as f64);
     }
     e.gauge("jobwarden_unreaping_parents", "Processes that have at least one zombie child.")
-        .sample(&[], c.unreaping_parents as f64);
+        .sample(&[], g.unreaping_parents as f64);
     e.gauge("jobwarden_oldest_zombie_age_seconds", "Age of the oldest zombie; 0 when there is none.")
-        .sample(&[], c.oldest_zombie_age_s);
-    let jobs = || c.jobs.iter().filter(|(name, _)| !name.is_empty());
+        .sample(&[], g.oldest_zombie_age_s);
+    let jobs = || g.jobs.iter().filter(|(name, _)| !name.is_empty());
     e.gauge("jobwarden_jobs", "Jobs by name and state.");
     for (name, j) in jobs() {
         for state in JOB_STATES {
@@ -50,7 +58,7 @@ pub(super) fn core(e: &mut Encoder, c: &Core) {
         e.buckets(&[("job_name", name)], &j.duration);
     }
     e.histogram("jobwarden_reap_delay_seconds", "From the exit of a process to its reap.")
-        .buckets(&[], &c.reap_delay);
+        .buckets(&[], &g.reap_delay);
     e.histogram("jobwarden_event_lag_seconds", "From the probe to the forest.").buckets(&[], &c.event_lag);
     e.counter("jobwarden_resyncs_total", "Snapshots taken, by reason.");
     for reason in ["start", "loss", "request"] {
@@ -59,61 +67,60 @@ pub(super) fn core(e: &mut Encoder, c: &Core) {
     e.gauge("jobwarden_synced", "1 when the forest is known to equal the kernel's truth.")
         .sample(&[], bit(c.synced));
     e.gauge("jobwarden_store_entries", "Entries in each bounded table.");
-    for s in &c.stores {
+    for s in &g.stores {
         e.sample(&[("store", s.store)], s.entries as f64);
     }
     e.gauge("jobwarden_store_max_entries", "The bound of each table.");
-    for s in &c.stores {
+    for s in &g.stores {
         e.sample(&[("store", s.store)], s.max as f64);
     }
     e.counter("jobwarden_store_evictions_total", "Entries that a full table had to give up.");
-    for s in &c.stores {
+    for s in &g.stores {
         e.sample(&[("store", s.store)], s.evictions as f64);
     }
     e.gauge("jobwarden_alerts", "Alerts by kind and state.");
     for kind in AlertKind::ALL {
         for state in [AlertState::Pending, AlertState::Firing] {
             let state = alert_state_label(state);
-            let n = c.alerts.get(&(kind, state)).copied().unwrap_or(0);
+            let n = g.alerts.get(&(kind, state)).copied().unwrap_or(0);
             e.sample(&[("kind", kind.as_str()), ("state", state)], n as f64);
         }
     }
     e.counter("jobwarden_alerts_fired_total", "Alerts that began to fire.");
     for kind in AlertKind::ALL {
-        e.sample(&[("kind", kind.as_str())], c.alerts_fired.get(&kind).copied().unwrap_or(0) as f64);
+        e.sample(&[("kind", kind.as_str())], g.alerts_fired.get(&kind).copied().unwrap_or(0) as f64);
     }
     e.counter("jobwarden_signals_sent_total", "Signals sent by the agent, by what became of the process.");
-    for signal in ["SIGTERM", "SIGCONT", "SIGKILL"] {
-        for outcome in ["ended", "already_gone", "survived", "spared"] {
-            if !c.signals_sent.contains_key(&(signal.to_owned(), outcome)) {
-                e.sample(&[("signal", signal), ("outcome", outcome)], 0.0);
-            }
+    let seen = c.signals_sent.keys().map(|k| k.0);
+    for signal in SIGNALS.into_iter().chain(seen).collect::<std::collections::BTreeSet<u8>>() {
+        for outcome in OUTCOMES {
+            let n = c.signals_sent.get(&(signal, outcome)).copied().unwrap_or(0);
+            // Metrics have underscores where JSON has hyphens.
+            let outcome = outcome.as_str().replace('-', "_");
+            e.sample(&[("signal", &signal_name(signal)), ("outcome", &outcome)], n as f64);
         }
     }
-    for ((signal, outcome), n) in &c.signals_sent {
-        e.sample(&[("signal", signal), ("outcome", outcome)], *n as f64);
-    }
     e.counter("jobwarden_job_kills_total", "Jobs that were ended, by why and whether it worked.");
-    for reason in KILL_REASONS {
-        for outcome in KILL_OUTCOMES {
+    for reason in Reason::ALL {
+        for outcome in ["ended", "survived"] {
             let n = c.job_kills.get(&(reason, outcome)).copied().unwrap_or(0);
-            e.sample(&[("reason", reason), ("outcome", outcome)], n as f64);
+            e.sample(&[("reason", reason.as_str()), ("outcome", outcome)], n as f64);
         }
     }
     e.gauge("jobwarden_enforcement_enabled", "1 when the policy may kill.")
-        .sample(&[], bit(c.enforcement_enabled));
+        .sample(&[], bit(g.enforcement_enabled));
     e.gauge(
         "jobwarden_enforcement_fuse_open",
         "1 when too many jobs were ended and the policy stopped killing.",
     )
-    .sample(&[], bit(c.fuse_open));
+    .sample(&[], bit(g.fuse_open));
     e.gauge("jobwarden_config_last_reload_successful", "1 when the last config read was accepted.")
         .sample(&[], bit(c.reload_ok));
     e.gauge("jobwarden_config_last_reload_success_timestamp_seconds", "When a config was last accepted.")
         .sample(&[], c.reload_at);
 }
 
-pub(super) fn kernel(e: &mut Encoder, c: &Core, k: &Kernel) {
+pub(super) fn kernel(e: &mut Encoder, c: &Counts, k: &Kernel) {
     let mut by_kind = |name: &str, help: &str, of: &dyn Fn(usize) -> u64| {
         e.counter(name, help);
         for (i, kind) in kinds() {

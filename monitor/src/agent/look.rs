@@ -1,0 +1,76 @@
+//! Looks at /proc that the core asked for. Reading only; what it means is decided by the forest.
+//!
+//! Races: the pid may be reused between the event and the look. The start in /proc (clock ticks, 10 ms) is compared, so
+//! a stranger is mistaken for the dead one only if it started in the very same tick; the forest, which has seen the
+//! stranger's fork, refuses such an answer by key.
+
+use std::os::unix::ffi::OsStringExt as _;
+
+use crate::container::Cgroups;
+use crate::contract::text;
+use crate::forest::{Facts, Look, Seen};
+use crate::key::Key;
+use crate::proc::Proc;
+
+/// A reader of /proc that knows how its clock relates to the kernel's.
+#[derive(Clone, Debug)]
+pub(super) struct Looker {
+    pub proc: Proc,
+    ticks_per_second: u64,
+    /// This time namespace's offset: /proc shows starts shifted by it.
+    timens_offset_ns: i64,
+}
+
+impl Looker {
+    pub(super) fn new(proc: Proc, timens_offset_ns: i64) -> Self {
+        Self { proc, ticks_per_second: rustix::param::clock_ticks_per_second(), timens_offset_ns }
+    }
+
+    /// The start in clock ticks, as /proc/PID/stat shows it for this key (`nsec_to_clock_t`).
+    fn ticks(&self, key: Key) -> u64 {
+        key.start.saturating_add_signed(self.timens_offset_ns)
+            / (1_000_000_000 / self.ticks_per_second.max(1))
+    }
+
+    /// State, parent and whether any thread lives: two or three small files that never block on the process's memory.
+    pub(super) fn look(&self, key: Key) -> Seen {
+        let Ok(stat) = self.proc.stat(key.pid) else { return Seen::Absent };
+        if stat.start_ticks != self.ticks(key) {
+            return Seen::Absent;
+        }
+        Seen::Present(Look {
+            state: stat.state,
+            ppid: stat.ppid,
+            pgrp: stat.pgrp,
+            session: stat.session,
+            live_thread: stat.state != b'Z' || self.proc.has_live_thread(key.pid),
+        })
+    }
+
+    /// What rules and views want to know beside that. May block: /proc/PID/cmdline takes the process's `mmap_lock`.
+    pub(super) fn facts(&self, key: Key) -> Option<Facts> {
+        if self.proc.stat(key.pid).ok()?.start_ticks != self.ticks(key) {
+            return None;
+        }
+        let pid = key.pid;
+        let status = self.proc.status(pid).ok()?;
+        let cgroups = std::fs::read(self.proc.path(pid, "cgroup")).map(|b| Cgroups::parse(&b)).ok();
+        let pid_ns = std::fs::read_link(self.proc.path(pid, "ns/pid"))
+            .ok()
+            .and_then(|l| l.to_str()?.strip_prefix("pid:[")?.strip_suffix(']')?.parse().ok());
+        Some(Facts {
+            argv: std::fs::read(self.proc.path(pid, "cmdline")).ok().filter(|b| !b.is_empty()),
+            exe: self.proc.exe(pid).ok().map(|p| p.into_os_string().into_vec()),
+            cgroup: cgroups.as_ref().and_then(|c| c.path().map(str::to_owned)),
+            uid: status.uid,
+            pid_ns,
+            ns_pid: status.ns_pids.last().copied(),
+        })
+    }
+
+    /// The letter of /proc/PID/stat at this moment, for views.
+    pub(super) fn kernel_state(&self, key: Key) -> Option<String> {
+        let stat = self.proc.stat(key.pid).ok()?;
+        (stat.start_ticks == self.ticks(key)).then(|| text(&[stat.state]))
+    }
+}

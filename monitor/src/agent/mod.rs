@@ -1,0 +1,2 @@
+//! The agent: wiring only.
+mod look;

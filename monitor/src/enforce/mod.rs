@@ -1,12 +1,19 @@
 //! Ending a job by pidfd so that nothing of it escapes, and nobody else is touched.
 
 pub mod audit;
+pub mod cgroup;
 pub mod order;
+pub mod pidfd;
+mod rails;
+mod stages;
+mod stuck;
 
 use std::io;
 
 pub use self::audit::Audit;
 pub use self::order::{AskedBy, EnforceError, Order, Outcome, Reason, What};
+pub use self::rails::Rails;
+pub use self::stages::{DOOM, Enforcer};
 use crate::event::Comm;
 use crate::key::Key;
 

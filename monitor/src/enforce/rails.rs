@@ -1,0 +1,303 @@
+//! Whom nobody may signal: the host's PID 1, kernel threads, the agent and its ancestors, the calling client and its
+//! ancestors, members that `protect` matches and what descends from such a member. It reads /proc and asks for lineage; it
+//! signals nobody and sets no flag.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+
+use super::{Lineage, Member};
+use crate::config::Match;
+use crate::container::Cgroups;
+use crate::contract::{Ref, text};
+use crate::key::Key;
+use crate::matcher::{self, Facts, Needs};
+use crate::proc::Proc;
+use crate::redact::Redactor;
+
+/// Most ancestors that are looked at: a chain longer than this is a loop or an attack.
+const CHAIN: usize = 4096;
+/// PF_KTHREAD, include/linux/sched.h.
+const PF_KTHREAD: u32 = 0x0020_0000;
+
+/// What the config protects, and whose ancestors are kept whole. Made anew for each order.
+#[derive(Clone, Debug, Default)]
+pub struct Rails {
+    protect: Vec<Match>,
+    defaults: bool,
+    kept: Vec<Kept>,
+    members: Vec<(Key, String)>,
+}
+
+#[derive(Clone, Debug)]
+struct Kept {
+    pid: u32,
+    /// None: it could not be asked (PID 1 is hidden from the iterator on some hosts).
+    start: Option<u64>,
+    why: String,
+}
+
+impl Rails {
+    #[must_use]
+    pub fn new(protect: Vec<Match>, defaults: bool) -> Self {
+        Self { protect, defaults, kept: Vec::new(), members: Vec::new() }
+    }
+
+    /// Keeps `pid` and its ancestors, by present parents and by lineage, but not what else descends from those. `who` is
+    /// "the agent", "the client", ..
+    pub fn keep(&mut self, pid: u32, who: &str, proc: &Proc, lineage: &dyn Lineage) -> io::Result<()> {
+        let mut next = Some(pid);
+        let mut why = who.to_owned();
+        for _ in 0..CHAIN {
+            let Some(pid) = next.filter(|&p| p > 0) else { break };
+            let start = lineage.start_of(pid)?;
+            self.kept.push(Kept { pid, start, why });
+            if let Some(start) = start {
+                self.keep_lineage(Key::new(pid, start), who, lineage)?;
+            }
+            why = format!("an ancestor of {who}");
+            next = proc.stat(pid).ok().map(|s| s.ppid);
+        }
+        Ok(())
+    }
+
+    fn keep_lineage(&mut self, key: Key, who: &str, lineage: &dyn Lineage) -> io::Result<()> {
+        let mut at = key;
+        for _ in 0..CHAIN {
+            let Some(up) = lineage.lineage_parent(at)? else { return Ok(()) };
+            // Once a chain joins one that is kept already, so is all above it.
+            if self.kept.iter().any(|k| k.pid == up.pid && k.start == Some(up.start)) {
+                return Ok(());
+            }
+            self.kept.push(Kept { pid: up.pid, start: Some(up.start), why: format!("an ancestor of {who}") });
+            at = up;
+        }
+        Ok(())
+    }
+
+    /// Protects one member, and what descends from it, as `protect` would: for who knows more than /proc does.
+    pub fn protect_member(&mut self, key: Key, why: impl Into<String>) {
+        self.members.push((key, why.into()));
+    }
+
+    /// Why this one is never signalled, by itself or for the sake of agent and client; nothing of what descends from it
+    /// follows from that.
+    fn kept(&self, m: &Member, kernel_thread: bool) -> Option<String> {
+        if m.key.pid == 1 {
+            return Some("PID 1 of the host".into());
+        }
+        if kernel_thread {
+            return Some("a kernel thread".into());
+        }
+        let k = self.kept.iter().find(|k| k.pid == m.key.pid && k.start.is_none_or(|s| s == m.key.start))?;
+        Some(k.why.clone())
+    }
+
+    /// Why this member is protected, and with it what descends from it.
+    fn protects(&self, m: &Member, facts: &Facts<'_>) -> Option<String> {
+        if let Some((_, why)) = self.members.iter().find(|(k, _)| *k == m.key) {
+            return Some(why.clone());
+        }
+        if self.defaults && matcher::protected_by_default(facts.exe, facts.uid) {
+            return Some(format!("protected by default ({})", facts.exe.unwrap_or_default()));
+        }
+        let n = self.protect.iter().position(|p| p.matches(facts))?;
+        Some(format!("protected by enforcement.protect, entry {}", n + 1))
+    }
+
+    fn needs(&self) -> Needs {
+        let all = self.protect.iter().fold(Needs::default(), |n, m| n.and(m.needs()));
+        Needs { exe: all.exe || self.defaults, ..all }
+    }
+}
+
+/// Looks at members and remembers what it saw of each: its name for the report, and the rails' verdict.
+pub(super) struct Judge<'a> {
+    pub rails: &'a Rails,
+    pub proc: &'a Proc,
+    pub lineage: &'a dyn Lineage,
+    pub redact: &'a Redactor,
+    seen: HashMap<Key, Seen>,
+}
+
+struct Seen {
+    reference: Ref,
+    kept: Option<String>,
+    protected: Option<String>,
+}
+
+/// The rails' verdicts on the members of one reading.
+#[derive(Debug, Default)]
+pub(super) struct Verdicts {
+    /// With the reason.
+    pub spared: HashMap<Key, String>,
+}
+
+impl<'a> Judge<'a> {
+    pub(super) fn new(
+        rails: &'a Rails,
+        proc: &'a Proc,
+        lineage: &'a dyn Lineage,
+        redact: &'a Redactor,
+    ) -> Self {
+        Self { rails, proc, lineage, redact, seen: HashMap::new() }
+    }
+
+    /// Forgets the verdicts, so that a member that has become another program by exec is judged as that. Names stay.
+    pub(super) fn again(&mut self, members: &[Member]) {
+        for m in members {
+            if let Some(old) = self.seen.remove(&m.key) {
+                let mut new = self.look(m);
+                if new.reference.argv.is_empty() {
+                    new.reference = old.reference;
+                }
+                self.seen.insert(m.key, new);
+            }
+        }
+    }
+
+    /// Who of `members` is spared. `scope` is the reading within which "descends from a protected member" holds.
+    pub(super) fn verdicts(&mut self, members: &[Member], scope: &[Member]) -> io::Result<Verdicts> {
+        for m in members.iter().chain(scope) {
+            if !self.seen.contains_key(&m.key) {
+                let seen = self.look(m);
+                self.seen.insert(m.key, seen);
+            }
+        }
+        // Of all that were ever looked at: what descends from a protected member stays spared when that one has died.
+        let protected: HashSet<Key> =
+            self.seen.iter().filter(|(_, s)| s.protected.is_some()).map(|(k, _)| *k).collect();
+        let mut v = Verdicts::default();
+        for m in members {
+            let Some(seen) = self.seen.get(&m.key) else { continue };
+            let why = match (&seen.kept, &seen.protected) {
+                (Some(w), _) | (None, Some(w)) => Some(w.clone()),
+                (None, None) if protected.is_empty() => None,
+                // Who carries the flag got it from a protected ancestor that is dead by now.
+                (None, None) if m.spared => Some("descends from a protected member".into()),
+                (None, None) => {
+                    self.above(m, &protected)?.map(|k| format!("descends from the protected member {k}"))
+                }
+            };
+            if let Some(why) = why {
+                v.spared.insert(m.key, why);
+            }
+        }
+        Ok(v)
+    }
+
+    fn above(&self, m: &Member, protected: &HashSet<Key>) -> io::Result<Option<Key>> {
+        let mut at = m.key;
+        for _ in 0..CHAIN {
+            let Some(up) = self.lineage.lineage_parent(at)? else { return Ok(None) };
+            if protected.contains(&up) {
+                return Ok(Some(up));
+            }
+            at = up;
+        }
+        Ok(None)
+    }
+
+    /// The name of a process, as it was when it was first looked at.
+    pub(super) fn reference(&self, m: &Member) -> Ref {
+        self.seen.get(&m.key).map_or_else(|| bare(m), |s| s.reference.clone())
+    }
+
+    /// The name of a process by key; None if it was never looked at.
+    pub(super) fn named(&self, key: Key) -> Option<&Ref> {
+        self.seen.get(&key).map(|s| &s.reference)
+    }
+
+    // /proc may tell of another process here if the pid was reused just now: then this verdict is about a member that is
+    // dead, and its signal is not sent, since the pidfd is compared after this.
+    fn look(&self, m: &Member) -> Seen {
+        let needs = self.rails.needs();
+        let own = Own::read(self.proc, m.key.pid, m.uid, m.comm.bytes(), needs);
+        let kernel_thread =
+            own.argv.is_empty() && self.proc.stat(m.key.pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0);
+        let kept = self.rails.kept(m, kernel_thread);
+        let parents = self.parents(m, needs);
+        let protected = with_parents(&own, &parents, &mut |f| self.rails.protects(m, f));
+        let mut reference = Ref { argv: own.argv, ..bare(m) };
+        self.redact.reference(&mut reference);
+        Seen { reference, kept, protected }
+    }
+
+    fn parents(&self, m: &Member, needs: Needs) -> Vec<Own> {
+        let mut all = Vec::new();
+        let mut at = m.key;
+        while all.len() < needs.parents {
+            let Ok(Some(up)) = self.lineage.lineage_parent(at) else { break };
+            let Ok(stat) = self.proc.stat(up.pid) else { break };
+            let uid = self.proc.status(up.pid).ok().and_then(|s| s.uid);
+            let own = Own::read(self.proc, up.pid, uid.unwrap_or(u32::MAX), stat.comm.bytes(), needs);
+            // What was read is about `up` only if `up` holds the pid still.
+            if !self.lineage.start_of(up.pid).is_ok_and(|s| s == Some(up.start)) {
+                break;
+            }
+            all.push(own);
+            at = up;
+        }
+        all
+    }
+}
+
+fn bare(m: &Member) -> Ref {
+    Ref { id: m.key, pid: m.key.pid, comm: text(m.comm.bytes()), argv: Vec::new() }
+}
+
+/// Facts that own what they point to.
+struct Own {
+    argv: Vec<String>,
+    joined: String,
+    exe: Option<String>,
+    comm: String,
+    uid: u32,
+    cgroup: Option<String>,
+    container: Option<String>,
+}
+
+impl Own {
+    fn read(proc: &Proc, pid: u32, uid: u32, comm: &[u8], needs: Needs) -> Self {
+        use std::os::unix::ffi::OsStrExt as _;
+        let argv: Vec<String> = proc.argv(pid).unwrap_or_default().iter().map(|a| text(a)).collect();
+        let exe = if needs.exe { proc.exe(pid).ok() } else { None };
+        let cgroups = (needs.cgroup || needs.container)
+            .then(|| std::fs::read(proc.path(pid, "cgroup")).ok())
+            .flatten()
+            .map(|b| Cgroups::parse(&b))
+            .unwrap_or_default();
+        Self {
+            joined: if needs.argv { argv.join(" ") } else { String::new() },
+            argv,
+            exe: exe.map(|e| text(e.as_os_str().as_bytes())),
+            comm: text(comm),
+            uid,
+            cgroup: cgroups.path().map(str::to_owned),
+            container: cgroups.container().map(|c| c.id),
+        }
+    }
+
+    fn facts<'a>(&'a self, parent: Option<&'a Facts<'a>>) -> Facts<'a> {
+        Facts {
+            argv: Some(&self.joined),
+            exe: self.exe.as_deref(),
+            comm: Some(&self.comm),
+            uid: Some(self.uid),
+            cgroup: self.cgroup.as_deref(),
+            container_id: self.container.as_deref(),
+            container_name: None,
+            parent,
+        }
+    }
+}
+
+/// Calls `f` with the facts of `own`, whose parents are `parents` (nearest first).
+fn with_parents<R>(own: &Own, parents: &[Own], f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
+    fn build<R>(own: &Own, rest: &[Own], above: Option<&Facts<'_>>, f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
+        match rest.split_last() {
+            None => f(&own.facts(above)),
+            Some((top, rest)) => build(own, rest, Some(&top.facts(above)), f),
+        }
+    }
+    build(own, parents, None, f)
+}

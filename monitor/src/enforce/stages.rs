@@ -1,0 +1,536 @@
+//! The stages of a job's end: stop signal, grace, doom, SIGKILL until nobody is left. All reading of members, judging and
+//! signalling of one order happens here, by one task; nothing is kept from one order to the next.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::audit::{self, Audit, Entry};
+use super::order::{EnforceError, Order, Outcome, Reason, What};
+use super::pidfd::{Ends, Pidfd};
+use super::rails::{Judge, Rails, Verdicts};
+use super::{Lineage, Member, cgroup, stuck};
+use crate::contract::{KillReport, Ref, Signalled, SignalledOutcome, Spared};
+use crate::host::boot_now;
+use crate::key::Key;
+use crate::proc::Proc;
+use crate::redact::Redactor;
+use crate::signal::{self, SIGCONT, SIGKILL};
+
+/// Doom runs out in the kernel after this long unless it is renewed.
+pub const DOOM: Duration = Duration::from_mins(1);
+const RENEW: Duration = Duration::from_secs(20);
+/// How often the grace looks for new members, whose birth no pidfd tells.
+const GRACE_LOOK: Duration = Duration::from_millis(50);
+/// The same while the job is doomed; doubled up to the longest while nothing changes.
+const KILL_LOOK: Duration = Duration::from_millis(2);
+const KILL_LOOK_MAX: Duration = Duration::from_millis(100);
+/// The kill rounds end after this many times [`Order::settle`], even while new members still come.
+const ROUNDS_MAX: u32 = 6;
+/// One reading is no snapshot: a process forked behind the iterator's cursor by one that is dead when the cursor gets there is
+/// missing from it. Only so many empty readings one after the other mean that nobody is left.
+const EMPTY_READINGS: u32 = 3;
+/// Signals between two chances for other tasks of the runtime.
+const CHUNK: usize = 256;
+/// Handles held for noticing ends, at most; with more members the others are seen at the next look.
+const HANDLES: usize = 8192;
+
+/// What orders are carried out with. Cheap to clone.
+#[derive(Clone)]
+pub struct Enforcer {
+    pub lineage: Arc<dyn Lineage>,
+    pub proc: Proc,
+    pub audit: Arc<Audit>,
+    pub redact: Arc<Redactor>,
+}
+
+impl Enforcer {
+    /// Carries out one order, to its end. Needs a tokio runtime with time and I/O. Dropping the future at any point lifts the
+    /// doom. Orders on jobs of which one holds the other may run at the same time.
+    pub async fn run(&self, order: &Order, rails: &Rails) -> Result<Outcome, EnforceError> {
+        let failed = |doing| move |source| EnforceError { doing, job: order.job, source };
+        let mut run = Run::new(self, order, rails).map_err(failed("the preparation of the end"))?;
+        if order.dry_run {
+            return run.dry().map_err(failed("the dry run"));
+        }
+        run.say(audit::What::Kill, "");
+        if order.grace > Duration::ZERO && order.signal != SIGKILL {
+            run.stop().await.map_err(failed("the grace"))?;
+        }
+        run.kill().await.map_err(failed("the end by SIGKILL"))?;
+        run.report().map_err(failed("the report"))
+    }
+
+    /// One signal to all members, root first, with nothing to follow it: what `exec` passes on. How many got it.
+    pub fn pass(&self, order: &Order, rails: &Rails, number: u8) -> Result<usize, EnforceError> {
+        let failed = |source| EnforceError { doing: "the passing on of a signal", job: order.job, source };
+        let mut run = Run::new(self, order, rails).map_err(failed)?;
+        let (alive, _) = run.look().map_err(failed)?;
+        run.send(&alive, number).map_err(failed)?;
+        Ok(run.sent.len())
+    }
+}
+
+/// Jobs that stay doomed, members that stay flagged and jobs that stay labelled no longer than this lives.
+struct Marks {
+    lineage: Arc<dyn Lineage>,
+    doomed: Vec<u64>,
+    flagged: HashSet<Key>,
+    labelled: Vec<u64>,
+}
+
+impl Drop for Marks {
+    fn drop(&mut self) {
+        let l = &self.lineage;
+        let undone = self.doomed.iter().map(|&j| l.undoom(j));
+        let undone = undone.chain(self.flagged.iter().map(|&k| l.unspare(k)));
+        for e in undone.chain(self.labelled.iter().map(|&j| l.forget(j))).filter_map(Result::err) {
+            tracing::warn!(error = %e, "a mark of a job's end could not be taken away; doom runs out by itself");
+        }
+    }
+}
+
+struct Sent {
+    member: Member,
+    signal: u8,
+    gone: bool,
+}
+
+struct Run<'a> {
+    e: &'a Enforcer,
+    order: &'a Order,
+    judge: Judge<'a>,
+    /// The jobs that are ended.
+    jobs: Vec<u64>,
+    marks: Marks,
+    ends: Ends,
+    sent: Vec<Sent>,
+    /// Who had which signal.
+    had: HashSet<(Key, u8)>,
+    /// Seen as zombies or ended; a key never lives again.
+    over: HashSet<Key>,
+    spared: BTreeMap<Key, String>,
+    /// Flagged before this order: another order's, or `exec`'s own.
+    flagged_before: HashSet<Key>,
+    started: Instant,
+}
+
+impl<'a> Run<'a> {
+    fn new(e: &'a Enforcer, order: &'a Order, rails: &'a Rails) -> io::Result<Self> {
+        let mut marks = Marks {
+            lineage: e.lineage.clone(),
+            doomed: Vec::new(),
+            flagged: HashSet::new(),
+            labelled: Vec::new(),
+        };
+        let jobs = match &order.what {
+            What::Whole => vec![order.job],
+            What::Descendants { number, roots } => label(&mut marks, order.job, *number, roots)?,
+        };
+        Ok(Self {
+            judge: Judge::new(rails, &e.proc, &*e.lineage, &e.redact),
+            jobs,
+            marks,
+            ends: Ends::new()?,
+            sent: Vec::new(),
+            had: HashSet::new(),
+            over: HashSet::new(),
+            spared: BTreeMap::new(),
+            flagged_before: HashSet::new(),
+            started: Instant::now(),
+            e,
+            order,
+        })
+    }
+
+    fn members(&self) -> io::Result<Vec<Member>> {
+        members(&*self.e.lineage, &self.jobs)
+    }
+
+    /// Whether a member that the reading calls dead is through with its exit. One that is not may hang there for good.
+    fn is_over(&mut self, m: &Member) -> bool {
+        if self.over.contains(&m.key) {
+            return true;
+        }
+        let over =
+            m.dead && self.e.proc.stat(m.key.pid).map_or(true, |s| matches!(s.state, b'Z' | b'X' | b'x'));
+        if over {
+            self.over.insert(m.key);
+        }
+        over
+    }
+
+    /// One reading: the members to be ended (root first, then the oldest), and the rails' verdicts.
+    fn look(&mut self) -> io::Result<(Vec<Member>, Verdicts)> {
+        let mut all = self.members()?;
+        all.retain(|m| !self.is_over(m));
+        // An orphan below a protected member of its job is spared with it; the target of `kill` is a root of its own.
+        let scope = match (&self.order.what, self.order.reason) {
+            (What::Descendants { .. }, Reason::Orphan) => self.e.lineage.members(self.order.job)?,
+            _ => Vec::new(),
+        };
+        let verdicts = self.judge.verdicts(&all, &scope)?;
+        for (k, why) in &verdicts.spared {
+            if self.spared.insert(*k, why.clone()).is_none()
+                && let Some(r) = self.judge.named(*k)
+            {
+                self.e.audit.write(&Entry {
+                    process: Some(r.clone()),
+                    detail: why.clone(),
+                    ..self.entry(audit::What::Spared)
+                });
+            }
+        }
+        all.retain(|m| !verdicts.spared.contains_key(&m.key));
+        let root = self.order.root;
+        all.sort_by_key(|m| (m.key != root, m.key.start, m.key.pid));
+        Ok((all, verdicts))
+    }
+
+    /// Whether nobody is left: several readings, each begun after the one before was over.
+    fn empty(&mut self) -> io::Result<bool> {
+        for _ in 0..EMPTY_READINGS {
+            if !self.look()?.0.is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The stop signal to each, once, and SIGCONT after it; until nobody is left or the grace is over.
+    async fn stop(&mut self) -> io::Result<()> {
+        let deadline = Instant::now() + self.order.grace;
+        loop {
+            let (alive, _) = self.look()?;
+            if alive.is_empty() && self.empty()? {
+                return Ok(());
+            }
+            for chunk in alive.chunks(CHUNK) {
+                self.send(chunk, self.order.signal)?;
+                tokio::task::yield_now().await;
+            }
+            if Instant::now() >= deadline {
+                return Ok(());
+            }
+            let ended = self.ends.all(deadline.min(Instant::now() + GRACE_LOOK)).await?;
+            self.over.extend(ended);
+            if self.ends.is_empty() {
+                // Members without a handle: no busy loop on them.
+                tokio::time::sleep(KILL_LOOK).await;
+            }
+        }
+    }
+
+    /// Spared members flagged, then doom, then SIGKILL until nobody is left.
+    async fn kill(&mut self) -> io::Result<()> {
+        let all = self.members()?;
+        self.judge.again(&all);
+        self.flagged_before = all.iter().filter(|m| m.spared).map(|m| m.key).collect();
+        let (alive, _) = self.look()?;
+        if alive.is_empty() && self.empty()? {
+            return Ok(());
+        }
+        self.flag()?;
+        self.kill_cgroup()?;
+        let begin = Instant::now();
+        let settle = self.order.settle;
+        let (mut progress, mut renewed, mut pause) = (begin, None, KILL_LOOK);
+        loop {
+            let now = Instant::now();
+            if renewed.is_none_or(|r| now - r > RENEW) {
+                self.doom()?;
+                renewed = Some(now);
+            }
+            let (alive, _) = self.look()?;
+            if alive.is_empty() && self.empty()? {
+                return Ok(());
+            }
+            let before = self.sent.len();
+            for chunk in alive.chunks(CHUNK) {
+                self.send(chunk, SIGKILL)?;
+                tokio::task::yield_now().await;
+            }
+            let ended = self.ends.all(Instant::now() + pause).await?;
+            if ended.is_empty() && self.sent.len() == before {
+                pause = (pause * 2).min(KILL_LOOK_MAX);
+            } else {
+                (progress, pause) = (Instant::now(), KILL_LOOK);
+            }
+            self.over.extend(ended);
+            let now = Instant::now();
+            if now - progress > settle || now - begin > settle * ROUNDS_MAX {
+                return Ok(());
+            }
+            if self.ends.is_empty() {
+                // Members without a handle (too many, or exiting on their own): the next look tells.
+                tokio::time::sleep(KILL_LOOK).await;
+            }
+        }
+    }
+
+    /// The spare flag on all that are spared, before any doom. A child forked before its parent got the flag is caught by
+    /// reading again until there is none without it.
+    fn flag(&mut self) -> io::Result<()> {
+        loop {
+            let (_, verdicts) = self.look()?;
+            let bare: Vec<Key> = self
+                .members()?
+                .iter()
+                .filter(|m| !m.spared && !m.dead && verdicts.spared.contains_key(&m.key))
+                .map(|m| m.key)
+                .filter(|k| !self.marks.flagged.contains(k))
+                .collect();
+            if bare.is_empty() {
+                return Ok(());
+            }
+            for key in bare {
+                self.e.lineage.spare(key)?;
+                self.marks.flagged.insert(key);
+            }
+        }
+    }
+
+    fn doom(&mut self) -> io::Result<()> {
+        let until = boot_now() + DOOM.as_nanos() as u64;
+        for &job in &self.jobs {
+            if !self.marks.doomed.contains(&job) {
+                self.marks.doomed.push(job);
+            }
+            self.e.lineage.doom(job, until)?;
+        }
+        Ok(())
+    }
+
+    /// `cgroup.kill` where the job owns its cgroup: all in it are members and none is spared.
+    fn kill_cgroup(&mut self) -> io::Result<()> {
+        let Some(dir) = &self.order.cgroup else { return Ok(()) };
+        let (alive, verdicts) = self.look()?;
+        let members: HashSet<u32> = self.members()?.iter().map(|m| m.key.pid).collect();
+        let strangers = cgroup::processes(dir).map(|p| p.iter().any(|pid| !members.contains(pid)));
+        if !verdicts.spared.is_empty() || !matches!(strangers, Ok(false)) {
+            return Ok(());
+        }
+        if let Err(e) = cgroup::kill(dir) {
+            // Linux before 5.14 has no such file: the rounds by lineage do all of it.
+            tracing::debug!(cgroup = %dir.display(), error = %e, "cgroup.kill");
+            return Ok(());
+        }
+        self.e.audit.write(&Entry {
+            signal: Some(signal::name(SIGKILL)),
+            detail: format!("cgroup.kill on {}, {} members", dir.display(), alive.len()),
+            ..self.entry(audit::What::Signal)
+        });
+        Ok(())
+    }
+
+    /// Sends `number` once to each of `to` that has not had it. A pidfd is opened first; then one more reading says who of
+    /// them still is who was meant: a key that is in it held its pid since its start, so also when the pidfd was opened.
+    /// A stranger that got a member's pid in between is in no reading, or under another key.
+    fn send(&mut self, to: &[Member], number: u8) -> io::Result<()> {
+        let new: Vec<Member> = to.iter().filter(|m| !self.had.contains(&(m.key, number))).copied().collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let mut opened: HashMap<Key, Option<Pidfd>> = HashMap::new();
+        for m in &new {
+            if self.ends.get(m.key).is_none() {
+                match Pidfd::open(m.key.pid) {
+                    Ok(fd) => {
+                        opened.insert(m.key, fd);
+                    }
+                    // Out of descriptors: these get theirs in the next round, when others have ended.
+                    Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => break,
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+        let now: HashSet<Key> =
+            if opened.is_empty() { HashSet::new() } else { self.members()?.iter().map(|m| m.key).collect() };
+        let mut lines = Vec::new();
+        for m in new {
+            let reached = match (self.ends.get(m.key), opened.remove(&m.key)) {
+                (Some(fd), _) => signal_one(fd, number),
+                (None, Some(Some(fd))) if now.contains(&m.key) => {
+                    let r = signal_one(&fd, number);
+                    if self.ends.len() < HANDLES {
+                        self.ends.add(m.key, fd)?;
+                    }
+                    r
+                }
+                (None, Some(_)) => Ok(false),
+                (None, None) => continue,
+            };
+            let (gone, said) = match reached {
+                Ok(true) => (false, "sent".to_owned()),
+                Ok(false) => (true, SignalledOutcome::AlreadyGone.as_str().to_owned()),
+                Err(e) => (false, format!("refused: {e}")),
+            };
+            // Who is gone is in no reading any more; should one be, it is signalled after all.
+            if !gone {
+                self.had.insert((m.key, number));
+            }
+            lines.push(Entry {
+                process: Some(self.judge.reference(&m)),
+                signal: Some(signal::name(number)),
+                outcome: Some(said),
+                detail: if number == SIGKILL || gone { String::new() } else { "SIGCONT after it".into() },
+                ..self.entry(audit::What::Signal)
+            });
+            self.sent.push(Sent { member: m, signal: number, gone });
+        }
+        self.e.audit.write_all(&lines);
+        Ok(())
+    }
+
+    fn entry(&self, what: audit::What) -> Entry {
+        Entry {
+            job: self.order.id,
+            job_name: self.order.name.clone(),
+            reason: Some(self.order.reason),
+            ..Entry::now(what, self.order.asked_by.clone())
+        }
+    }
+
+    fn say(&self, what: audit::What, detail: &str) {
+        self.e.audit.write(&Entry { detail: format!("{}{detail}", self.order.target), ..self.entry(what) });
+    }
+
+    /// What would be done.
+    fn dry(mut self) -> Result<Outcome, io::Error> {
+        let (alive, _) = self.look()?;
+        let number = if self.order.grace == Duration::ZERO { SIGKILL } else { self.order.signal };
+        for m in alive {
+            self.sent.push(Sent { member: m, signal: number, gone: false });
+        }
+        let zombies = self.zombies()?;
+        Ok(self.outcome(Vec::new(), zombies, &|_, _| SignalledOutcome::DryRun))
+    }
+
+    fn zombies(&mut self) -> io::Result<Vec<Ref>> {
+        let mut all = self.members()?;
+        all.retain(|m| self.is_over(m));
+        Ok(all.iter().map(|m| self.judge.reference(m)).collect())
+    }
+
+    fn report(mut self) -> io::Result<Outcome> {
+        let (alive, _) = self.look()?;
+        let zombies = self.zombies()?;
+        // Who was forked by a flagged member since has the flag too.
+        let flagged = self.members()?.into_iter().filter(|m| m.spared).map(|m| m.key);
+        self.marks.flagged.extend(flagged.filter(|k| !self.flagged_before.contains(k)));
+        let left: HashSet<Key> = alive.iter().map(|m| m.key).collect();
+        let last: HashMap<Key, usize> =
+            self.sent.iter().enumerate().map(|(i, s)| (s.member.key, i)).collect();
+        let survivors: Vec<Ref> = alive.iter().map(|m| self.judge.reference(m)).collect();
+        let out = self.outcome(survivors, zombies, &|i, s| {
+            if s.gone {
+                SignalledOutcome::AlreadyGone
+            } else if left.contains(&s.member.key) || last.get(&s.member.key) != Some(&i) {
+                SignalledOutcome::Survived
+            } else {
+                SignalledOutcome::Ended
+            }
+        });
+        let r = &out.report;
+        for s in &r.stuck {
+            self.e.audit.write(&Entry {
+                process: Some(s.process.clone()),
+                outcome: Some(SignalledOutcome::Survived.as_str().into()),
+                detail: format!("state {}, wchan {}", s.state, s.wchan.as_deref().unwrap_or("unknown")),
+                ..self.entry(audit::What::Signal)
+            });
+        }
+        let (n, survivors, spared, zombies) =
+            (r.signalled.len(), r.survivors.len(), r.spared.len(), r.zombies.len());
+        self.say(
+            audit::What::Done,
+            &format!(
+                ": {n} signals, {survivors} survivors, {spared} spared, {zombies} zombies, {:.3} s",
+                r.took_s
+            ),
+        );
+        Ok(out)
+    }
+
+    fn outcome(
+        &self,
+        survivors: Vec<Ref>,
+        zombies: Vec<Ref>,
+        of: &dyn Fn(usize, &Sent) -> SignalledOutcome,
+    ) -> Outcome {
+        let mut signals = BTreeMap::new();
+        let mut signalled = Vec::with_capacity(self.sent.len());
+        for (i, s) in self.sent.iter().enumerate() {
+            let outcome = of(i, s);
+            if outcome != SignalledOutcome::DryRun {
+                *signals.entry((s.signal, outcome)).or_insert(0) += 1;
+                if s.signal != SIGKILL && !s.gone {
+                    *signals.entry((SIGCONT, outcome)).or_insert(0) += 1;
+                }
+            }
+            signalled.push(Signalled {
+                process: self.judge.reference(&s.member),
+                signal: signal::name(s.signal),
+                outcome,
+            });
+        }
+        let spared = self
+            .spared
+            .iter()
+            .filter_map(|(k, why)| Some(Spared { process: self.judge.named(*k)?.clone(), why: why.clone() }));
+        let stuck =
+            survivors.iter().map(|r| stuck::look(&self.e.proc, &*self.e.lineage, r.clone())).collect();
+        Outcome {
+            report: KillReport {
+                target: self.order.target.clone(),
+                signalled,
+                stuck,
+                survivors,
+                spared: spared.collect(),
+                zombies,
+                took_s: self.started.elapsed().as_secs_f64(),
+            },
+            signals,
+        }
+    }
+}
+
+fn signal_one(fd: &Pidfd, number: u8) -> io::Result<bool> {
+    let reached = fd.signal(number)?;
+    // A stopped process takes the stop signal when it goes on. SIGKILL needs no help.
+    if reached && number != SIGKILL {
+        fd.signal(SIGCONT)?;
+    }
+    Ok(reached)
+}
+
+fn members(lineage: &dyn Lineage, jobs: &[u64]) -> io::Result<Vec<Member>> {
+    let mut all: Vec<Member> = Vec::new();
+    let mut seen = HashSet::new();
+    for &job in jobs {
+        all.extend(lineage.members(job)?.into_iter().filter(|m| seen.insert(m.key)));
+    }
+    Ok(all)
+}
+
+/// Makes each root a job of its own, inside the innermost job that it is in now. One that a job made here holds already
+/// needs none.
+fn label(marks: &mut Marks, job: u64, number: u64, roots: &[Key]) -> io::Result<Vec<u64>> {
+    let lineage = marks.lineage.clone();
+    let mut jobs = Vec::new();
+    for (i, &root) in roots.iter().enumerate() {
+        if members(&*lineage, &jobs)?.iter().any(|m| m.key == root) {
+            continue;
+        }
+        let around = if job == 0 { Vec::new() } else { lineage.members(job)? };
+        let outer = around.iter().find(|m| m.key == root).map_or(job, |m| m.job);
+        let number = number + i as u64;
+        marks.labelled.push(number);
+        lineage.label(number, outer, root)?;
+        jobs.push(number);
+    }
+    Ok(jobs)
+}

@@ -34,6 +34,9 @@ pub const DEFAULT_LISTEN: &str = "127.0.0.1:19750";
 pub const DEFAULT_PORT: u16 = 19750;
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
+/// Of the ring between the probes and the agent.
+pub const DEFAULT_RING_BYTES: u32 = 8 << 20;
+
 pub const DEFAULT_AFTER: Duration = Duration::from_secs(30);
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 pub const DEFAULT_RECEIVER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -71,6 +74,8 @@ pub struct Agent {
     pub allow_plain: bool,
     pub pin: bool,
     pub bpffs: PathBuf,
+    /// A power of two, at least a page. What does not fit is lost, counted and mended.
+    pub ring_bytes: u32,
     /// A `tracing` filter, `"info"`.
     pub log: String,
     pub log_json: bool,
@@ -90,6 +95,7 @@ impl Default for Agent {
             allow_plain: false,
             pin: true,
             bpffs: DEFAULT_BPFFS.into(),
+            ring_bytes: DEFAULT_RING_BYTES,
             log: "info".into(),
             log_json: false,
             labels: BTreeMap::new(),

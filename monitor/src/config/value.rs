@@ -129,6 +129,15 @@ pub(super) fn count(v: &DeValue<'_>) -> Value<u32> {
     }
 }
 
+/// A ring's size: the kernel takes powers of two, whole pages.
+pub(super) fn ring(v: &DeValue<'_>) -> Value<u32> {
+    let n = v.as_integer().and_then(|i| u32::from_str_radix(i.as_str(), i.radix()).ok());
+    match n {
+        Some(n) if n.is_power_of_two() && (4096..=1 << 30).contains(&n) => Ok(n),
+        _ => wrong("a power of two from 4096 to 1073741824", v),
+    }
+}
+
 pub(super) fn duration(v: &DeValue<'_>) -> Value<Duration> {
     match v {
         DeValue::String(s) => parse_duration(s),

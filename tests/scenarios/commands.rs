@@ -251,25 +251,27 @@ fn kill_ends_the_family_and_nobody_else() -> Result<()> {
 #[test]
 fn kill_by_a_name_that_fits_several_lists_them() -> Result<()> {
     let ground = ground!("kill_by_a_name_that_fits_several_lists_them");
-    let agent = Agent::start(&ground, "")?;
-    let name = &ground.tag[..15];
-    let mut a = Shape::start(&ground, "rename", &[name])?;
-    let mut b = Shape::start(&ground, "rename", &[name])?;
-    for s in [&mut a, &mut b] {
-        s.step()?;
-        s.fact::<String>("renamed")?;
-        agent.process_when(s.pid(), "renamed", |p| p.comm == name)?;
+    let config = format!("[[job]]\nname = \"pair\"\nmatch = {{ argv = \"{}\" }}\n", ground.tag);
+    let agent = Agent::start(&ground, &config)?;
+    let mut first = Shape::start(&ground, "setsid", &[])?;
+    let mut second = Shape::start(&ground, "setsid", &[])?;
+    for s in [&mut first, &mut second] {
+        let pid = s.fact("grandchild")?;
+        agent.process_when(pid, "in a job", |p| p.job.is_some())?;
     }
-    let target = format!("name:{name}");
-    let out = agent.cli(&["kill", &target])?;
+    let out = agent.cli(&["kill", "name:pair"])?;
     assert_eq!(out.code(), Some(1), "{out:?}");
     let said = out.out() + &out.err();
-    assert!(said.contains(&a.pid().to_string()) && said.contains(&b.pid().to_string()), "{said}");
-    assert!(a.ended()?.is_none() && b.ended()?.is_none(), "nothing is done");
-    let all = agent.cli(&["--json", "kill", "--all", "--grace", "0s", &target])?;
+    for s in [&first, &second] {
+        assert!(said.contains(&format!("j-{}:", s.pid())), "{said}");
+    }
+    assert!(first.ended()?.is_none() && second.ended()?.is_none(), "nothing is done");
+    let several = agent.cli(&["--json", "kill", "name:pair"])?;
+    assert_eq!((several.code(), several.error()?.matches.len()), (Some(1), 2));
+    let all = agent.cli(&["--json", "kill", "--all", "--grace", "0s", "name:pair"])?;
     assert_eq!(all.code(), Some(0), "{all:?}");
-    a.wait(ms(2000))?;
-    b.wait(ms(2000))?;
+    first.wait(ms(2000))?;
+    second.wait(ms(2000))?;
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, roun
 use rustix::process::Signal;
 
 /// A ring of one page, so that a short flood overflows it.
-const SMALL: [(&str, &str); 1] = [("JOBWARDEN_RING_BYTES", "4096")];
+const SMALL: [(&str, &str); 1] = [("JOBWARDEN_AGENT_RING_BYTES", "4096")];
 
 fn rule(ground: &Ground) -> String {
     format!("[[job]]\nname = \"family\"\nmatch = {{ argv = \"setsid family {}\" }}\n", ground.tag)
@@ -190,7 +190,7 @@ fn one_agent_at_a_time_and_unpin() -> Result<()> {
     ensure!(pins() > 0, "a clean stop keeps the pins");
     let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
     // Where its pins are is said as to the agent.
-    c.env("JOBWARDEN_BPFFS", bpffs.path()).arg("unpin");
+    c.env("JOBWARDEN_AGENT_BPFFS", bpffs.path()).arg("unpin");
     let out = run(c, ms(10_000))?;
     ensure!(out.code() == Some(0), "{out:?}");
     ensure!(pins() == 0, "unpin removes everything");

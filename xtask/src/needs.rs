@@ -97,24 +97,6 @@ pub(crate) fn check_port(listen: SocketAddr) -> Result<()> {
     bail!("something listens on {listen} already\n  to mend it: cargo xtask run --listen {free}")
 }
 
-/// Installs Debian packages where that is possible (CI, as root); whether `there` holds afterwards.
-pub(crate) fn apt(packages: &[&str], there: fn() -> bool) -> bool {
-    if !there() && root::is_ci() && root::is_root() {
-        println!("installing {} ...", packages.join(", "));
-        let done = Command::new("apt-get")
-            .args(["-q", "install", "-y", "--no-install-recommends"])
-            .args(packages)
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .status();
-        if !done.is_ok_and(|s| s.success()) {
-            eprintln!("apt-get install {} failed", packages.join(" "));
-        }
-    }
-    there()
-}
-
 /// Whether `program ARG` starts and ends well.
 pub(crate) fn runs(program: &str, arg: &str) -> bool {
     let quiet = Command::new(program)

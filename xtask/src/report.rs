@@ -18,8 +18,8 @@ pub(crate) struct Tally {
 impl Tally {
     /// Takes one line of output.
     pub(crate) fn line(&mut self, line: &str) {
-        if let Some(at) = line.find("SKIPPED: ") {
-            let (name, why) = split(&line[at + "SKIPPED: ".len()..]);
+        if let Some((_, rest)) = line.split_once("SKIPPED").filter(|(_, r)| r.starts_with([':', ' '])) {
+            let (name, why) = split(rest.trim_start_matches([':', ' ']));
             if self.skipped.insert(name, why).is_none() {
                 self.said_skipped += 1;
             }

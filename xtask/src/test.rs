@@ -1,11 +1,13 @@
 //! `cargo xtask test`: every test binary of the workspace, built as the caller and run as root, one after the other,
 //! within a time limit. Counts what they say and names what they skipped.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::cargo::{self, Built};
 use crate::report::Tally;
@@ -34,9 +36,7 @@ const LIMIT_ALL: Duration = Duration::from_mins(40);
 pub(crate) fn run(args: &Args) -> Result<bool> {
     needs::check(&needs::for_agent())?;
     if args.all {
-        needs::apt(&["prometheus", "prometheus-alertmanager"], || {
-            needs::runs("promtool", "--version") && needs::runs("prometheus-alertmanager", "--version")
-        });
+        prometheus();
     }
     // The scenarios start the agent and the helper programs: those are built first, so that none is stale.
     cargo::build(&["build", "--workspace", "--bins"])?;
@@ -60,6 +60,50 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     }
     total.print();
     Ok(total.failed == 0)
+}
+
+/// Puts Prometheus' own programs on the path where the machine has none: from Debian's packages, unpacked under
+/// target/tools and not installed, so that no daemon of theirs starts. The scenarios that miss them say so themselves.
+fn prometheus() {
+    let programs = ["promtool", "prometheus", "prometheus-alertmanager", "amtool"];
+    if programs.iter().all(|p| needs::runs(p, "--version")) {
+        return;
+    }
+    let folder = root::target().join("tools/debian");
+    let there = || programs.iter().all(|p| folder.join("usr/bin").join(p).exists());
+    if !there()
+        && let Err(error) = unpack_debian(&folder, &["prometheus", "prometheus-alertmanager"])
+    {
+        eprintln!("{error:#}\n  to mend it: sudo apt-get install prometheus prometheus-alertmanager");
+    }
+}
+
+/// Downloads packages with the machine's own apt and unpacks them into a folder.
+fn unpack_debian(folder: &Path, packages: &[&str]) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    println!("fetching {} ...", packages.join(", "));
+    let quiet = |command: &mut Command| -> Result<()> {
+        let done = command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null()).status()?;
+        if !done.success() {
+            bail!("{} ended with {done}", command.get_program().display());
+        }
+        Ok(())
+    };
+    quiet(Command::new("apt-get").args(["-q", "-o", "APT::Sandbox::User=root", "download"]).args(packages))?;
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "deb") {
+            quiet(Command::new("dpkg-deb").arg("-x").arg(&path).arg("."))?;
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// The caller's path, and what was unpacked for the tests behind it.
+fn path() -> String {
+    let own = root::target().join("tools/debian/usr/bin");
+    format!("{}:{}", std::env::var("PATH").unwrap_or_default(), own.display())
 }
 
 /// Runs one test binary for at most `left`.
@@ -94,9 +138,11 @@ fn one(test: &Built, args: &Args, left: Duration) -> Result<Tally> {
 /// The test binary as cargo would run it, through `timeout` and as root, stderr in one stream with stdout.
 fn command(test: &Built, left: Duration) -> Command {
     let mut env = vec![("CARGO_MANIFEST_DIR", test.package_dir.display().to_string())];
-    for name in ["CI", "PATH", "RUST_BACKTRACE", "JOBWARDEN_SEED"] {
-        env.extend(std::env::var(name).ok().map(|value| (name, value)));
-    }
+    env.push(("PATH", path()));
+    let passed: Vec<(String, String)> = std::env::vars()
+        .filter(|(name, _)| name.starts_with("JWTEST_") || ["CI", "RUST_BACKTRACE"].contains(&name.as_str()))
+        .collect();
+    env.extend(passed.iter().map(|(name, value)| (name.as_str(), value.clone())));
     let mut command = root::command("timeout", env);
     // In the foreground, so that Ctrl-C reaches the test. What it left behind is its own to clean up.
     command.args(["--foreground", "--kill-after=10", &left.as_secs().max(1).to_string()]);

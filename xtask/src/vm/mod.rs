@@ -221,7 +221,7 @@ fn pack(args: &Args, image: &Path) -> Result<usize> {
 }
 
 fn program_script(program: &Path, args: &[String]) -> String {
-    let mut script = String::from("export RUST_BACKTRACE=1 JOBWARDEN_VM=1\ncd /tmp\nexec ");
+    let mut script = String::from("export RUST_BACKTRACE=1 JWTEST_SLOW=20\ncd /tmp\nexec ");
     script.push_str(&quoted(&program.to_string_lossy()));
     for arg in args {
         script.push(' ');
@@ -242,7 +242,7 @@ fn pack_tests(root: &mut Initramfs) -> Result<String> {
     let first = scenarios.first().context("the tests package has no scenarios")?;
     root.folder(&first.package_dir);
     let mut script = format!(
-        "export RUST_BACKTRACE=1 JOBWARDEN_VM=1 CARGO_MANIFEST_DIR={0}\ncd {0}\nfailed=0\n",
+        "export RUST_BACKTRACE=1 JWTEST_SLOW=20 CARGO_MANIFEST_DIR={0}\ncd {0}\nfailed=0\n",
         quoted(&first.package_dir.to_string_lossy())
     );
     for built in scenarios {

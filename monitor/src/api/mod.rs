@@ -11,7 +11,7 @@ mod target;
 pub use error::{ApiError, Class, Matched};
 pub use feed::{Feed, JobRef, Subscription};
 pub use request::{
-    AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecRegistered, ExecRequest,
+    AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecEnded, ExecRegistered, ExecRequest, ExecSignal,
     ExtendReply, KillRequest, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery, WhyQuery,
 };
 pub use target::{Target, TargetError};

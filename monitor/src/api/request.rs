@@ -11,7 +11,6 @@ use super::{ApiError, Matched, Subscription, Target};
 use crate::contract::{Alerts, Cause, JobId, Jobs, KillReport, Tree};
 use crate::enforce::audit;
 use crate::enforce::order::AskedBy;
-use crate::key::Key;
 
 pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
 
@@ -103,8 +102,9 @@ pub struct KillRequest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExecRequest {
-    /// Forked, and held before its first instruction.
-    pub root: Key,
+    /// Forked by the peer, and held before its first instruction. The agent asks the kernel for its start: it must be a
+    /// child of the peer, unreaped, so its pid cannot mean another.
+    pub pid: u32,
     pub name: String,
     pub timeout_s: Option<f64>,
     /// Seconds.
@@ -124,17 +124,37 @@ pub struct ExecRegistered {
     pub number: u64,
 }
 
-/// `exec` is over: what is left of the job is to be ended now.
+/// The deadline has come by the client's clock, or the command has ended: what is left of the job is to be ended now. The
+/// client keeps the deadline; policy only shows it (`jobs`) and moves it (`jobs extend`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExecEnd {
     pub job: JobId,
     /// The deadline has passed; else the command has ended and this is about what it left.
     pub timed_out: bool,
-    /// Nothing is signalled, the job is let go (`--keep-orphans`).
+    /// Nothing is signalled, the job is let go (`--keep-orphans`); who is left stands in the report as spared.
     pub keep: bool,
+    /// Seconds that what is left may take to end by itself before its first signal (`--orphan-after`): `Order::delay`.
+    pub after_s: f64,
     /// Seconds.
     pub grace_s: f64,
+    /// Signal number.
+    pub signal: u8,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExecEnded {
+    /// None: `timed_out` was asked, and nothing was done, since the deadline has been moved.
+    pub report: Option<KillReport>,
+    /// Seconds from now to the moved deadline; None: there is none any more.
+    pub left_s: Option<f64>,
+}
+
+/// A signal that `exec` got is passed on to all members, once (`Enforcer::pass`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecSignal {
+    pub job: JobId,
     /// Signal number.
     pub signal: u8,
 }
@@ -263,9 +283,16 @@ pub enum Request {
         peer: Peer,
         reply: Reply<ExecRegistered>,
     },
+    /// The answer comes when the end is over.
     ExecEnd {
         end: ExecEnd,
         peer: Peer,
-        reply: Reply<KillReport>,
+        reply: Reply<ExecEnded>,
+    },
+    /// Answered with how many got it.
+    ExecSignal {
+        signal: ExecSignal,
+        peer: Peer,
+        reply: Reply<usize>,
     },
 }

@@ -76,6 +76,8 @@ pub struct Order {
     pub signal: u8,
     /// 0 = SIGKILL at once.
     pub grace: Duration,
+    /// How long the members may take to end by themselves before the first signal (`exec --orphan-after`).
+    pub delay: Duration,
     /// How long SIGKILL may take with nobody ending before what is left is a survivor.
     pub settle: Duration,
     pub reason: Reason,

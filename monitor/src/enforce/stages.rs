@@ -35,7 +35,8 @@ const ROUNDS_MAX: u32 = 6;
 const EMPTY_READINGS: u32 = 3;
 /// Signals between two chances for other tasks of the runtime.
 const CHUNK: usize = 256;
-/// Handles held for noticing ends, at most; with more members the others are seen at the next look.
+/// Handles held for noticing ends, at most, and no more than half of what this process may open. With more members than
+/// that, the others get theirs for the moment of a signal only, and their end is seen at the next look.
 const HANDLES: usize = 8192;
 
 /// What orders are carried out with. Cheap to clone.
@@ -55,6 +56,9 @@ impl Enforcer {
         let mut run = Run::new(self, order, rails).map_err(failed("the preparation of the end"))?;
         if order.dry_run {
             return run.dry().map_err(failed("the dry run"));
+        }
+        if run.wait().await.map_err(failed("the wait for an end by itself"))? {
+            return run.report().map_err(failed("the report"));
         }
         run.say(audit::What::Kill, "");
         if order.grace > Duration::ZERO && order.signal != SIGKILL {
@@ -115,7 +119,16 @@ struct Run<'a> {
     spared: BTreeMap<Key, String>,
     /// Flagged before this order: another order's, or `exec`'s own.
     flagged_before: HashSet<Key>,
+    handles: usize,
     started: Instant,
+}
+
+/// What became of members for whom handles were wanted.
+#[derive(Default)]
+struct Held {
+    gone: HashSet<Key>,
+    /// Valid, and not kept.
+    brief: HashMap<Key, Pidfd>,
 }
 
 impl<'a> Run<'a> {
@@ -140,6 +153,7 @@ impl<'a> Run<'a> {
             over: HashSet::new(),
             spared: BTreeMap::new(),
             flagged_before: HashSet::new(),
+            handles: handles(),
             started: Instant::now(),
             e,
             order,
@@ -200,6 +214,36 @@ impl<'a> Run<'a> {
         Ok(true)
     }
 
+    /// Waits for [`Order::delay`]; true: by then nobody is left, and nobody was signalled.
+    async fn wait(&mut self) -> io::Result<bool> {
+        let deadline = Instant::now() + self.order.delay;
+        loop {
+            let (alive, _) = self.look()?;
+            if alive.is_empty() && self.empty()? {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            for chunk in alive.chunks(CHUNK) {
+                self.hold(chunk)?;
+            }
+            self.rest(deadline, GRACE_LOOK).await?;
+        }
+    }
+
+    /// Waits until all that are held have ended, or for `look`, or until `deadline`; whether one ended.
+    async fn rest(&mut self, deadline: Instant, look: Duration) -> io::Result<bool> {
+        if self.ends.is_empty() {
+            // Members without a handle (too many, or exiting on their own): the next look tells.
+            tokio::time::sleep(KILL_LOOK).await;
+        }
+        let ended = self.ends.all(deadline.min(Instant::now() + look)).await?;
+        let any = !ended.is_empty();
+        self.over.extend(ended);
+        Ok(any)
+    }
+
     /// The stop signal to each, once, and SIGCONT after it; until nobody is left or the grace is over.
     async fn stop(&mut self) -> io::Result<()> {
         let deadline = Instant::now() + self.order.grace;
@@ -215,12 +259,7 @@ impl<'a> Run<'a> {
             if Instant::now() >= deadline {
                 return Ok(());
             }
-            let ended = self.ends.all(deadline.min(Instant::now() + GRACE_LOOK)).await?;
-            self.over.extend(ended);
-            if self.ends.is_empty() {
-                // Members without a handle: no busy loop on them.
-                tokio::time::sleep(KILL_LOOK).await;
-            }
+            self.rest(deadline, GRACE_LOOK).await?;
         }
     }
 
@@ -253,20 +292,14 @@ impl<'a> Run<'a> {
                 self.send(chunk, SIGKILL)?;
                 tokio::task::yield_now().await;
             }
-            let ended = self.ends.all(Instant::now() + pause).await?;
-            if ended.is_empty() && self.sent.len() == before {
-                pause = (pause * 2).min(KILL_LOOK_MAX);
-            } else {
+            if self.rest(begin + settle * ROUNDS_MAX, pause).await? || self.sent.len() > before {
                 (progress, pause) = (Instant::now(), KILL_LOOK);
+            } else {
+                pause = (pause * 2).min(KILL_LOOK_MAX);
             }
-            self.over.extend(ended);
             let now = Instant::now();
             if now - progress > settle || now - begin > settle * ROUNDS_MAX {
                 return Ok(());
-            }
-            if self.ends.is_empty() {
-                // Members without a handle (too many, or exiting on their own): the next look tells.
-                tokio::time::sleep(KILL_LOOK).await;
             }
         }
     }
@@ -326,42 +359,49 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Sends `number` once to each of `to` that has not had it. A pidfd is opened first; then one more reading says who of
-    /// them still is who was meant: a key that is in it held its pid since its start, so also when the pidfd was opened.
-    /// A stranger that got a member's pid in between is in no reading, or under another key.
-    fn send(&mut self, to: &[Member], number: u8) -> io::Result<()> {
-        let new: Vec<Member> = to.iter().filter(|m| !self.had.contains(&(m.key, number))).copied().collect();
-        if new.is_empty() {
-            return Ok(());
-        }
-        let mut opened: HashMap<Key, Option<Pidfd>> = HashMap::new();
-        for m in &new {
-            if self.ends.get(m.key).is_none() {
-                match Pidfd::open(m.key.pid) {
-                    Ok(fd) => {
-                        opened.insert(m.key, fd);
-                    }
-                    // Out of descriptors: these get theirs in the next round, when others have ended.
-                    Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => break,
-                    Err(e) => return Err(e),
+    /// Opens handles for those that have none and asks afterwards who of them still is who was meant: a key that is in a
+    /// reading begun after the opening held its pid since its start, so also when the pidfd was opened. A stranger that got
+    /// a member's pid in between is in no reading, or under another key.
+    fn hold(&mut self, to: &[Member]) -> io::Result<Held> {
+        let mut opened = Vec::new();
+        let mut held = Held::default();
+        for m in to.iter().filter(|m| self.ends.get(m.key).is_none()) {
+            match Pidfd::open(m.key.pid) {
+                Ok(Some(fd)) => opened.push((m.key, fd)),
+                Ok(None) => {
+                    held.gone.insert(m.key);
                 }
+                // These get theirs in the next round, when others are closed.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => break,
+                Err(e) => return Err(e),
             }
         }
-        let now: HashSet<Key> =
-            if opened.is_empty() { HashSet::new() } else { self.members()?.iter().map(|m| m.key).collect() };
+        if opened.is_empty() {
+            return Ok(held);
+        }
+        let now: HashSet<Key> = self.members()?.iter().map(|m| m.key).collect();
+        for (key, fd) in opened {
+            if !now.contains(&key) {
+                held.gone.insert(key);
+            } else if self.ends.len() < self.handles {
+                self.ends.add(key, fd)?;
+            } else {
+                held.brief.insert(key, fd);
+            }
+        }
+        Ok(held)
+    }
+
+    /// Sends `number` once to each of `to` that has not had it.
+    fn send(&mut self, to: &[Member], number: u8) -> io::Result<()> {
+        let new: Vec<Member> = to.iter().filter(|m| !self.had.contains(&(m.key, number))).copied().collect();
+        let held = self.hold(&new)?;
         let mut lines = Vec::new();
         for m in new {
-            let reached = match (self.ends.get(m.key), opened.remove(&m.key)) {
-                (Some(fd), _) => signal_one(fd, number),
-                (None, Some(Some(fd))) if now.contains(&m.key) => {
-                    let r = signal_one(&fd, number);
-                    if self.ends.len() < HANDLES {
-                        self.ends.add(m.key, fd)?;
-                    }
-                    r
-                }
-                (None, Some(_)) => Ok(false),
-                (None, None) => continue,
+            let reached = match self.ends.get(m.key).or_else(|| held.brief.get(&m.key)) {
+                Some(fd) => signal_one(fd, number),
+                None if held.gone.contains(&m.key) => Ok(false),
+                None => continue,
             };
             let (gone, said) = match reached {
                 Ok(true) => (false, "sent".to_owned()),
@@ -496,6 +536,11 @@ impl<'a> Run<'a> {
             signals,
         }
     }
+}
+
+fn handles() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    HANDLES.min(limit.map_or(HANDLES, |l| (l / 2) as usize))
 }
 
 fn signal_one(fd: &Pidfd, number: u8) -> io::Result<bool> {

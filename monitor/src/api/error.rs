@@ -1,5 +1,6 @@
 //! Why a request was not answered, in one shape from the agent's core to the client's exit status.
 
+use axum::response::IntoResponse as _;
 use serde::{Deserialize, Serialize};
 
 use crate::contract::{ErrorBody, ErrorInfo};
@@ -137,6 +138,13 @@ impl ApiError {
             },
         }
     }
+}
+
+/// 429, for clients that ask faster than is allowed.
+pub(super) fn too_many() -> axum::response::Response {
+    let e = ApiError::new(Class::Unavailable, "too-many-requests", "too many requests within one second")
+        .hint("ask less often; `jobwarden events` follows what happens");
+    (axum::http::StatusCode::TOO_MANY_REQUESTS, axum::Json(e.body())).into_response()
 }
 
 #[cfg(test)]

@@ -3,15 +3,26 @@
 //! It answers nothing by itself: each request is sent to the agent as a [`Request`] with a oneshot for the reply. It does
 //! not touch the forest, the kernel or the store, so a busy client cannot hold them up.
 
+mod bind;
+mod control;
 mod error;
 mod feed;
+mod limit;
+mod peer;
+mod public;
 mod request;
+mod server;
 mod target;
+#[cfg(test)]
+mod tests;
+pub mod wire;
 
+pub use bind::ServeError;
 pub use error::{ApiError, Class, Matched};
 pub use feed::{Feed, JobRef, Subscription};
 pub use request::{
     AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecEnded, ExecRegistered, ExecRequest, ExecSignal,
     ExtendReply, KillRequest, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery, WhyQuery,
 };
+pub use server::{Backend, Metrics, MetricsPage, Options, Readiness, Server};
 pub use target::{Target, TargetError};

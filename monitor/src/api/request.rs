@@ -33,7 +33,7 @@ impl From<&Peer> for AskedBy {
     }
 }
 
-/// `tree`: all of it, or what the fields select. `super::select` does it on a whole [`Tree`].
+/// `tree`: all of it, or what the fields select. Kernel threads are always among the answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TreeQuery {
@@ -44,7 +44,7 @@ pub struct TreeQuery {
     /// Orphans, with their ancestors.
     pub orphans: bool,
     pub uid: Option<u32>,
-    /// A container's id, or its beginning.
+    /// A container's id, or its beginning: narrowed down by the server, not by the core.
     pub container: Option<String>,
 }
 
@@ -115,6 +115,9 @@ pub struct ExecRequest {
     pub keep_orphans: bool,
     /// The v2 cgroup that the job owns, with `--cgroup`.
     pub cgroup: Option<PathBuf>,
+    /// The number under which `exec` has entered the job into the kernel's maps already; None: the agent does.
+    #[serde(default)]
+    pub number: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

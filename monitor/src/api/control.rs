@@ -20,8 +20,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::server::Backend;
 use super::wire::{AuditQuery, Causes, EnforcementBody, ExtendBody, NotifyBody, Resolved, seconds};
 use super::{
-    AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, KillRequest, Peer, Reply, Request,
-    Subscription, Target, TreeQuery, WhyQuery,
+    AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, ExecSignal, KillRequest, Peer, Reply,
+    Request, Subscription, Target, TreeQuery, WhyQuery,
 };
 
 /// How long the core may take for an answer that needs no waiting for processes.
@@ -50,6 +50,7 @@ pub(super) fn router(backend: &Backend) -> Router {
         .route("/v1/notify", post(notify))
         .route("/v1/exec", post(exec))
         .route("/v1/exec/end", post(exec_end))
+        .route("/v1/exec/signal", post(exec_signal))
         .fallback(|| async {
             ApiError::new(Class::Usage, "no-such-request", "the agent knows no such request")
                 .hint("client and agent are of different versions: see `jobwarden status` and `--version`")
@@ -245,9 +246,18 @@ async fn exec_end(
     State(core): State<Core>,
     Privileged(peer): Privileged,
     request: HttpRequest,
-) -> Answer<crate::contract::KillReport> {
+) -> Answer<super::ExecEnded> {
     let end: ExecEnd = body(request).await?;
     ask(&core, None, |reply| Request::ExecEnd { end, peer, reply }).await.map(Json)
+}
+
+async fn exec_signal(
+    State(core): State<Core>,
+    Privileged(peer): Privileged,
+    request: HttpRequest,
+) -> Answer<usize> {
+    let signal: ExecSignal = body(request).await?;
+    ask(&core, Some(ANSWER), |reply| Request::ExecSignal { signal, peer, reply }).await.map(Json)
 }
 
 async fn events(State(core): State<Core>, Args(q): Args<EventFilter>) -> Result<Response, ApiError> {

@@ -21,8 +21,9 @@ pub use bind::ServeError;
 pub use error::{ApiError, Class, Matched};
 pub use feed::{Feed, JobRef, Subscription};
 pub use request::{
-    AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecEnded, ExecRegistered, ExecRequest, ExecSignal,
-    ExtendReply, KillRequest, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery, WhyQuery,
+    AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecEnded, ExecRegistered, ExecRequest,
+    ExecSignal, ExtendReply, KillRequest, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery,
+    WhyQuery,
 };
 pub use server::{Backend, Metrics, MetricsPage, Options, Readiness, Server};
 pub use target::{Target, TargetError};

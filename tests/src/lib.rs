@@ -44,10 +44,10 @@ pub fn loudly(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// How much longer things may take here: 20 times in a VM under software emulation (`JOBWARDEN_VM`).
+/// How many times longer things may take here (`JWTEST_SLOW`): 20 in a VM under software emulation.
 #[must_use]
 pub fn slow() -> u32 {
-    if std::env::var_os("JOBWARDEN_VM").is_some() { 20 } else { 1 }
+    rounds("JWTEST_SLOW", 1).clamp(1, 100) as u32
 }
 
 /// `ms` milliseconds, longer where the machine is slow.

@@ -13,11 +13,16 @@ pub use libc::pid_t;
 /// Seconds until SIGALRM ends a helper process, whatever it waits for.
 pub const LIFE: u32 = 120;
 
+extern "C" fn enough(_: c_int) {
+    quit(99)
+}
+
 /// Bounds this process's life; a fork does not inherit the alarm, an exec does.
 pub fn bounded() {
-    // SAFETY: alarm(2) has no memory effects; SIGALRM's default action ends the process.
+    // A handler, because SIGALRM's default action does not end the init of a pid namespace.
+    // SAFETY: alarm(2) has no memory effects; the handler does nothing but _exit(2).
     unsafe {
-        libc::signal(libc::SIGALRM, libc::SIG_DFL);
+        libc::signal(libc::SIGALRM, enough as *const () as libc::sighandler_t);
         libc::alarm(LIFE);
     }
 }

@@ -221,3 +221,126 @@ fn leftovers_are_kept_where_asked() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn as_timeout_does() -> Result<()> {
+    let ground = ground!("as_timeout_does");
+    // Where the contract says nothing else, exec gives what timeout(1) gives.
+    let cases: [(&[&str], &[&str], &str); 8] = [
+        (&["--timeout", "5s"], &["5"], "exit 3"),
+        (&["--timeout", "300ms"], &["0.3"], "sleep 60"),
+        (&["--timeout", "300ms", "-s", "USR1"], &["-s", "USR1", "0.3"], "sleep 60"),
+        (&["--timeout", "300ms", "--preserve-status"], &["--preserve-status", "0.3"], "sleep 60"),
+        (
+            &["--timeout", "300ms", "--preserve-status"],
+            &["--preserve-status", "0.3"],
+            "trap 'exit 6' TERM; sleep 60 & wait",
+        ),
+        (
+            &["--timeout", "300ms", "--grace", "5s"],
+            &["-k", "5", "0.3"],
+            "trap 'exit 6' TERM; sleep 60 & wait",
+        ),
+        (&["--timeout", "5s"], &["5"], "no-such-command-at-all"),
+        (&["--timeout", "5s"], &["5"], "kill -KILL $$"),
+    ];
+    let exec = Exec { ground: &ground, socket: ground.path("nobody").to_string_lossy().into_owned() };
+    for (ours, theirs, script) in cases {
+        let mut c = ground.command("timeout");
+        c.args(theirs).args(["/bin/sh", "-c", script]);
+        let reference = run(c, ms(10_000))?;
+        let got = exec.sh(ours, script)?;
+        // As a shell sees it.
+        let seen = |o: &Output| o.code().or(o.status.signal().map(|s| 128 + s));
+        ensure!(seen(&got) == seen(&reference), "{ours:?} {script}: {got:?}; timeout(1): {reference:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn as_another_user() -> Result<()> {
+    let ground = ground!("as_another_user");
+    both(&ground, |exec| {
+        let out = exec.run(&["--user", "nobody", "--", "/usr/bin/id", "-u"])?;
+        ensure!(out.code() == Some(0) && out.out() == "65534\n", "{out:?}");
+        let out = exec.run(&["--user", "nobody-of-that-name", "--", "/bin/true"])?;
+        ensure!(out.code() == Some(125), "{out:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn exec_inside_exec() -> Result<()> {
+    let ground = ground!("exec_inside_exec");
+    let own = program("jobwarden")?.to_string_lossy().into_owned();
+    let stubborn = program("shape-stubborn")?.to_string_lossy().into_owned();
+    both(&ground, |exec| {
+        let inner = [own.as_str(), "--socket", &exec.socket, "exec", "--grace", "200ms"];
+        let run = |outer: &[&str], more: &[&str]| {
+            let mut args = outer.to_vec();
+            args.push("--");
+            args.extend(inner);
+            args.extend(more);
+            exec.run(&args)
+        };
+        // The inner deadline is the inner command's status, and the outer one's.
+        let out = run(&[], &["--timeout", "300ms", "--", &stubborn, "1", &ground.tag])?;
+        ensure!(out.code() == Some(124), "{out:?}");
+        nothing_left(&ground)?;
+        // The outer deadline takes the inner job with it.
+        let out = run(&["--timeout", "600ms", "--grace", "300ms"], &["--", &stubborn, "1", &ground.tag])?;
+        ensure!(out.code() == Some(124), "{out:?}");
+        nothing_left(&ground)
+    })
+}
+
+/// A terminal of its own for a command: the other end, with which a test types.
+fn on_a_terminal(c: &mut std::process::Command) -> Result<std::fs::File> {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use std::os::unix::process::CommandExt as _;
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let name = ptsname(&master, Vec::new())?;
+    let slave = std::fs::File::options().read(true).write(true).open(name.to_string_lossy().as_ref())?;
+    c.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
+    // SAFETY: both calls are async-signal-safe.
+    unsafe {
+        c.pre_exec(|| {
+            rustix::process::setsid()?;
+            rustix::process::ioctl_tiocsctty(std::io::stdin())?;
+            Ok(())
+        });
+    }
+    Ok(master.into())
+}
+
+#[test]
+fn ctrl_c_on_a_terminal() -> Result<()> {
+    let ground = ground!("ctrl_c_on_a_terminal");
+    both(&ground, |exec| {
+        let begun = ground.path("typed");
+        let _ = std::fs::remove_file(&begun);
+        let script = format!(
+            "trap 'exit 5' INT; read line; echo $line >{}; while :; do sleep 0.05; done",
+            begun.display()
+        );
+        let mut c = exec.command(&["--", "/bin/sh", "-c", &script])?;
+        let mut terminal = on_a_terminal(&mut c)?;
+        let mut child = c.spawn()?;
+        drop(c);
+        std::io::Write::write_all(&mut terminal, b"hello\n")?;
+        eventually("CMD reads its terminal", ms(5000), || {
+            ensure!(std::fs::read_to_string(&begun)? == "hello\n", "not yet");
+            Ok(())
+        })?;
+        std::io::Write::write_all(&mut terminal, b"\x03")?;
+        let status = eventually("the end", ms(5000), || child.try_wait()?.context("it runs"));
+        if status.is_err() {
+            child.kill()?;
+            child.wait()?;
+        }
+        ensure!(status?.code() == Some(5), "Ctrl-C reaches CMD");
+        nothing_left(&ground)
+    })
+}

@@ -247,3 +247,42 @@ fn a_broken_state_file_is_no_crash() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_recording_is_replayed() -> Result<()> {
+    let ground = ground!("a_recording_is_replayed");
+    let file = ground.path("recording").to_string_lossy().into_owned();
+    let agent = Agent::with(&ground, &Options { args: &["--record", &file], ..Options::default() })?;
+    let mut s = Shape::start(&ground, "fork", &[])?;
+    let (child, grandchild): (u32, u32) = (s.fact("child")?, s.fact("grandchild")?);
+    s.step()?;
+    s.fact::<i32>("status")?;
+    s.finish()?;
+    agent.gone(child)?;
+    agent.stop()?;
+    let replay = |file: &str| {
+        let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
+        c.args(["replay", file]);
+        run(c, ms(20_000))
+    };
+    let whole = replay(&file)?;
+    ensure!(whole.code() == Some(0), "{:?} {}", whole.status, whole.err());
+    let lines: Vec<serde_json::Value> =
+        whole.out().lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    for pid in [child, grandchild] {
+        for kind in ["fork", "exit"] {
+            let found = lines.iter().any(|v| v["kind"] == kind && v["process"]["pid"] == pid);
+            ensure!(found, "no {kind} of {pid} among {} lines", lines.len());
+        }
+    }
+    // Cut off: read up to the break, which is said.
+    let bytes = std::fs::read(&file)?;
+    std::fs::write(&file, &bytes[..bytes.len() * 2 / 3])?;
+    let cut = replay(&file)?;
+    ensure!(!cut.err().contains("panicked") && !cut.err().is_empty(), "{:?} {}", cut.status, cut.err());
+    ensure!(cut.out().lines().count() <= lines.len(), "no more than there was");
+    std::fs::write(&file, b"something else")?;
+    let foreign = replay(&file)?;
+    ensure!(foreign.code() == Some(1) && foreign.err().contains(&file), "{foreign:?}");
+    Ok(())
+}

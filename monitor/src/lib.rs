@@ -23,3 +23,7 @@ pub mod redact;
 pub mod signal;
 pub mod state;
 pub mod why;
+
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// The commit that this was built from; `unknown` outside a repository.
+pub const REVISION: &str = env!("JOBWARDEN_REVISION");

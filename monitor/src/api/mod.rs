@@ -4,6 +4,7 @@
 //! not touch the forest, the kernel or the store, so a busy client cannot hold them up.
 
 mod bind;
+mod client;
 mod control;
 mod error;
 mod feed;
@@ -18,6 +19,7 @@ mod tests;
 pub mod wire;
 
 pub use bind::ServeError;
+pub use client::{Client, ClientError};
 pub use error::{ApiError, Class, Matched};
 pub use feed::{Feed, JobRef, Subscription};
 pub use request::{

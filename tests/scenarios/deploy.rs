@@ -54,13 +54,15 @@ fn the_dashboard_has_every_metric_and_no_other() -> Result<()> {
     let shown: BTreeSet<String> = exprs.flat_map(|t| named(t["expr"].as_str().unwrap_or_default())).collect();
     let sometimes: BTreeSet<String> = SOMETIMES.iter().map(|(name, _)| (*name).to_owned()).collect();
 
-    let unknown: Vec<_> = shown.iter().filter(|m| !exported.contains(*m) && !sometimes.contains(*m)).collect();
+    let unknown: Vec<_> =
+        shown.iter().filter(|m| !exported.contains(*m) && !sometimes.contains(*m)).collect();
     ensure!(unknown.is_empty(), "the dashboard shows what the agent does not export: {unknown:?}");
     let missing: Vec<_> = exported.iter().filter(|m| !shown.contains(*m)).collect();
     ensure!(missing.is_empty(), "no panel shows {missing:?}");
 
     let rules = named(&read("deploy/prometheus/jobwarden.rules.yml")?);
-    let unknown: Vec<_> = rules.iter().filter(|m| !exported.contains(*m) && !sometimes.contains(*m)).collect();
+    let unknown: Vec<_> =
+        rules.iter().filter(|m| !exported.contains(*m) && !sometimes.contains(*m)).collect();
     ensure!(unknown.is_empty(), "the rules use what the agent does not export: {unknown:?}");
     agent.stop()
 }
@@ -72,7 +74,10 @@ fn every_alert_has_its_page_with_its_name_and_its_severity() -> Result<()> {
         let page = read(&format!("docs/alerts/{kind}.md"))?;
         ensure!(page.starts_with(&format!("# {kind}: ")), "{kind}: its page has another title");
         let name: String = kind.split('-').map(|w| w[..1].to_uppercase() + &w[1..]).collect();
-        ensure!(page.contains(&format!("**Jobwarden{name}**")), "{kind}: its page does not say its alertname");
+        ensure!(
+            page.contains(&format!("**Jobwarden{name}**")),
+            "{kind}: its page does not say its alertname"
+        );
         ensure!(page.contains("## What to do"), "{kind}: its page does not say what to do");
     }
     Ok(())

@@ -11,6 +11,7 @@ pub mod contract;
 pub mod enforce;
 pub mod event;
 pub mod forest;
+pub mod fuzzing;
 pub mod host;
 pub mod kernel;
 pub mod key;

@@ -59,6 +59,8 @@ pub struct FdInfo {
     pub flags: u32,
     /// Linux 5.14 and later.
     pub inode: Option<u64>,
+    /// `mnt_id`, as in mountinfo.
+    pub mount: Option<u64>,
     /// Of a terminal's master side: N of /dev/pts/N.
     pub tty_index: Option<u32>,
     /// Of a pidfd: the process, in the reader's namespace; -1 once it is reaped.
@@ -88,6 +90,7 @@ pub fn parse_fdinfo(b: &[u8]) -> FdInfo {
         match name {
             "flags" => f.flags = u32::from_str_radix(value, 8).unwrap_or(0),
             "ino" => f.inode = value.parse().ok(),
+            "mnt_id" => f.mount = value.parse().ok(),
             "tty-index" => f.tty_index = value.parse().ok(),
             "Pid" => f.pid = value.parse().ok(),
             "tfd" => f.epoll.extend(parse_epoll(value)),

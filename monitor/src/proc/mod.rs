@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use crate::event::Comm;
 
 pub mod fd;
+pub mod task;
 
 pub use fd::{EpollItem, FdInfo, FdLink};
+pub use task::{InSyscall, Mount};
 
 /// /proc, or a folder that looks like it.
 #[derive(Clone, Debug)]
@@ -56,6 +58,8 @@ pub struct Status {
     pub caught: u64,
     pub pending: u64,
     pub shared_pending: u64,
+    /// How often it gave up the CPU by itself: unchanged between two looks, it has slept all the while.
+    pub switches: u64,
 }
 
 fn bad(what: &str, path: &Path) -> io::Error {
@@ -110,6 +114,7 @@ pub fn parse_status(b: &[u8]) -> Status {
             "SigCgt" => s.caught = mask(),
             "SigPnd" => s.pending = mask(),
             "ShdPnd" => s.shared_pending = mask(),
+            "voluntary_ctxt_switches" => s.switches = value.parse().unwrap_or(0),
             _ => {}
         }
     }

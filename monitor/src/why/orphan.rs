@@ -1,0 +1,234 @@
+//! Why an orphan was left: how its parent ended and by whom, which of the family got the signal, what it did with it
+//! itself, and whom it blocks.
+
+use super::Told;
+use super::ends::{End, Want};
+use super::evidence::{note, terminating};
+use super::family::{Family, ago, short};
+use super::look::{Doing, Look};
+use super::verdict;
+use crate::contract::{Evidence, Exit, Process, SignalOutcome, State, Verdict};
+use crate::proc::{Stat, Status};
+use crate::signal;
+
+/// Pipes of the orphan whose other ends are looked at, and processes that are asked whether they wait there.
+const PIPES: usize = 16;
+const WAITERS: usize = 16;
+/// Others of the family that are named as having got, or not got, the signal.
+const OTHERS: usize = 8;
+
+/// What is known of an orphan and its dead parent.
+#[derive(Debug)]
+pub(super) struct OrphanFacts {
+    /// A terminating signal was sent to it, and it ignores or blocks it.
+    pub ignored: bool,
+    pub detached: bool,
+    /// None: nobody saw it end.
+    pub exit: Option<Exit>,
+}
+
+pub(super) fn verdict_of(f: &OrphanFacts) -> Verdict {
+    match &f.exit {
+        _ if f.ignored => Verdict::IgnoredSignal,
+        _ if f.detached => Verdict::Daemonized,
+        Some(Exit::Signal { .. }) => Verdict::ParentKilled,
+        Some(Exit::Code { .. }) => Verdict::ParentExited,
+        None => Verdict::Unknown,
+    }
+}
+
+/// Whether a process put itself apart on purpose: a session that it or a dead ancestor made after a fork without an
+/// exec, and a parent that exited with 0 (`daemon(7)`, `daemon(3)`).
+///
+/// `session` is the process's own; `ancestors` are its lineage ancestors, nearest first. A shell's background job is none:
+/// its session's leader had executed the shell.
+#[must_use]
+pub fn daemonized(me: &Process, session: u32, ancestors: &[&Process]) -> bool {
+    let Some((parent, above)) = ancestors.split_first() else { return false };
+    if parent.exit != Some(Exit::Code { code: 0 }) {
+        return false;
+    }
+    // fork without exec leaves argv as it was.
+    let forked_only = |child: &Process, parent: &Process| !child.argv.is_empty() && child.argv == parent.argv;
+    if session == me.pid {
+        return forked_only(me, parent);
+    }
+    let mut chain = ancestors.iter().zip(above.iter().map(Some).chain(std::iter::once(None)));
+    let leader = chain.find(|(p, _)| p.pid == session);
+    leader.is_some_and(|(leader, its_parent)| {
+        leader.exit == Some(Exit::Code { code: 0 }) && its_parent.is_some_and(|p| forked_only(leader, p))
+    })
+}
+
+impl Family<'_> {
+    pub(super) fn orphan(&self, stat: &Stat) -> Told {
+        let me = &self.q.subject;
+        let status = self.proc.status(stat.pid).unwrap_or_default();
+        let keys = self.ancestors(me.id);
+        let ancestors: Vec<&Process> = keys.iter().map_while(|k| self.q.process(*k)).collect();
+        let parent = ancestors.first().copied();
+        let survived = self.signals_to(me.id, terminating);
+        let defied = survived.iter().copied().find(|s| match self.signal(s) {
+            Evidence::Signal { outcome, .. } => {
+                matches!(outcome, SignalOutcome::Ignored | SignalOutcome::Blocked)
+            }
+            _ => false,
+        });
+        let facts = OrphanFacts {
+            ignored: defied.is_some(),
+            detached: daemonized(me, stat.session as u32, &ancestors),
+            exit: parent.filter(|p| p.state != State::Running).and_then(|p| p.exit.clone()),
+        };
+        let v = verdict_of(&facts);
+        let mut told = Told::new(v);
+        let who = short(&self.name_of(stat));
+        let adopter = me.adopter.clone().or_else(|| self.name(stat.ppid));
+        let by = adopter.map_or_else(String::new, |a| format!(", adopted by {}", short(&a)));
+        let since =
+            parent.and_then(|p| self.dead_for(p.id)).map_or_else(String::new, |s| format!(" for {}", ago(s)));
+        told.lines.push(format!("{who} has been an orphan{since}{by}: {}", self.how(&facts, parent)));
+        if let Some(p) = parent {
+            told.evidence.extend(self.death(p.id));
+        }
+        for s in &survived {
+            told.evidence.push(self.signal(s));
+        }
+        match v {
+            Verdict::IgnoredSignal => {
+                if let Some(s) = defied {
+                    let name = signal::name(s.signal);
+                    let from = s.sender.as_ref().map_or_else(String::new, |s| format!(" from {}", short(s)));
+                    told.lines.push(format!(
+                        "{name}{from} was sent to it, and it {} it.",
+                        defies(&status, s.signal)
+                    ));
+                }
+            }
+            Verdict::Daemonized => told.lines.push(
+                "It detached on purpose: a session of its own, and a parent that exited with 0.".into(),
+            ),
+            Verdict::ParentKilled => self.who_else(parent, stat, &mut told),
+            _ => {}
+        }
+        self.waiters(stat, &mut told);
+        told.remedy = match (v, me.job) {
+            (Verdict::Daemonized, _) => {
+                format!("It may be meant to live on. If not: jobwarden kill {}", me.id)
+            }
+            (Verdict::IgnoredSignal, _) => format!("jobwarden kill {} --grace 0s", me.id),
+            _ => format!("jobwarden kill {}", me.id),
+        };
+        told
+    }
+
+    fn how(&self, f: &OrphanFacts, parent: Option<&Process>) -> String {
+        let Some(p) = parent else {
+            return "it was one before jobwarden started; its parent is unknown".into();
+        };
+        let name = short(&p.to_ref());
+        match &f.exit {
+            Some(Exit::Code { code }) => format!("its parent {name} exited with {code}"),
+            Some(Exit::Signal { signal, .. }) => {
+                let by = self.killed_by(p.id).map_or_else(String::new, |(_, by)| by);
+                format!("its parent {name} was ended by {signal}{by}")
+            }
+            None => format!("how its parent {name} ended was not seen"),
+        }
+    }
+
+    /// Who of the family got the signal that ended the parent, and who did not.
+    fn who_else(&self, parent: Option<&Process>, stat: &Stat, told: &mut Told) {
+        let Some((name, by)) = parent.and_then(|p| self.killed_by(p.id)) else { return };
+        let me = &self.q.subject;
+        let got = |p: &Process| !self.signals_to(p.id, |s| signal::name(s) == name).is_empty();
+        let who = short(&self.name_of(stat));
+        if got(me) {
+            told.lines.push(format!("{who} got {name} too and lives on: it has a handler for it."));
+        } else {
+            told.lines.push(format!("{name}{by} was not sent to {who}."));
+            told.evidence.push(note(format!("{name} was not seen to be sent to {who}")));
+        }
+        let siblings = self.q.family.iter().filter(|p| p.id != me.id && Some(p.id) != parent.map(|p| p.id));
+        let siblings = siblings.filter(|p| !me.jobs.is_empty() && p.jobs.iter().any(|j| me.jobs.contains(j)));
+        let (with, without): (Vec<_>, Vec<_>) = siblings.partition(|p| got(p));
+        for p in with.into_iter().take(OTHERS) {
+            told.evidence.extend(
+                self.signals_to(p.id, |s| signal::name(s) == name).into_iter().map(|s| self.signal(s)),
+            );
+        }
+        let missed: Vec<String> =
+            without.iter().filter(|p| self.alive(p.id)).take(OTHERS).map(|p| short(&p.to_ref())).collect();
+        if !missed.is_empty() {
+            told.evidence.push(note(format!("of the same job and without {name}: {}", missed.join(", "))));
+        }
+    }
+
+    /// Who waits for the orphan to close a pipe or socket.
+    fn waiters(&self, stat: &Stat, told: &mut Told) {
+        let Ok(fds) = self.proc.fds(stat.pid) else { return };
+        let mut ends: Vec<End> = Vec::new();
+        for fd in fds {
+            let info = self.proc.fdinfo(stat.pid, fd).unwrap_or_default();
+            let want = if info.writable() { Want::Write } else { Want::Read };
+            ends.extend(self.end(stat.pid, fd, want).filter(|e| e.kind.may_be_pipe()));
+            if ends.len() == PIPES {
+                break;
+            }
+        }
+        let mut refs: Vec<&mut End> = ends.iter_mut().collect();
+        let mut unread = Vec::new();
+        super::ends::attach(self, stat, self.q.subject.id, &mut refs, &mut unread);
+        let mut asked: Vec<u32> = Vec::new();
+        for end in &ends {
+            for h in &end.holders {
+                if asked.contains(&h.who.pid) || asked.len() == WAITERS || self.late() {
+                    continue;
+                }
+                asked.push(h.who.pid);
+                if let Ok(look) = self.look(h.who.pid, self.q.subject.id) {
+                    self.waiter(stat, &ends, &look, told);
+                }
+            }
+        }
+        told.evidence.extend(unread.into_iter().map(|u| note(format!("could not be read: {u}"))));
+    }
+
+    fn waiter(&self, orphan: &Stat, ends: &[End], look: &Look, told: &mut Told) {
+        for t in &look.threads {
+            let Doing::Files { ends: waits, .. } = &t.doing else { continue };
+            let on_it = |w: &&End| w.holders.iter().any(|h| h.who.pid == orphan.pid);
+            let Some(w) = verdict::pipes(waits).find(on_it) else { continue };
+            let held = w.holders.iter().find(|h| h.who.pid == orphan.pid);
+            let fd = held.map_or(0, |h| h.fd);
+            if told.lines.len() < 3 {
+                let call = t.syscall.as_deref().unwrap_or("a system call");
+                let who = short(&look.who);
+                told.lines.push(format!("{who} waits for it in {call} on fd {} ({}).", w.fd, w.link));
+            }
+            told.evidence.push(Evidence::Blocked {
+                process: Some(look.who.clone()),
+                thread: t.tid,
+                syscall: t.syscall.clone().unwrap_or_default(),
+                fd: Some(w.fd),
+                inode: Some(w.link.to_string()),
+            });
+            let mode = held.map_or("rw", |h| h.mode).to_owned();
+            told.evidence.push(Evidence::Holder {
+                process: self.name_of(orphan),
+                fd,
+                mode,
+                inode: ends
+                    .iter()
+                    .find(|e| e.fd == fd)
+                    .map_or_else(|| w.link.to_string(), |e| e.link.to_string()),
+                relation: "this orphan".into(),
+            });
+            return;
+        }
+    }
+}
+
+fn defies(s: &Status, signal: u8) -> &'static str {
+    let bit = 1_u64.checked_shl(u32::from(signal).wrapping_sub(1)).unwrap_or(0);
+    if s.blocked & bit != 0 { "blocks" } else { "ignores" }
+}

@@ -79,12 +79,12 @@ impl Default for Limits {
 pub fn explain(q: &Question, proc: &Proc, holders: &dyn Holders, limits: &Limits) -> Cause {
     let family = Family::new(q, proc, holders, limits);
     let mut told = family.explain();
-    if told.lines.len() < LINES
-        && let Some(line) = told.python.take()
-    {
-        told.lines.push(line);
-    }
     told.lines.truncate(LINES);
+    match (told.python.take(), told.lines.len() < LINES, told.lines.first_mut()) {
+        (Some(line), true, _) => told.lines.push(format!("Python: {line}")),
+        (Some(line), false, Some(first)) => first.extend([", at ", &line]),
+        _ => {}
+    }
     Cause {
         process: q.subject.clone(),
         verdict: told.verdict,
@@ -141,6 +141,10 @@ impl Family<'_> {
         };
         let dead = matches!(stat.state, b'Z' | b'X' | b'x');
         let live = if dead { self.live_threads(stat.pid) } else { Vec::new() };
+        let exiting = |s: &crate::proc::Stat| s.flags & PF_EXITING != 0;
+        if let Some(thread) = live.first().filter(|_| live.iter().all(exiting)) {
+            return self.still_exiting(stat.pid, thread, &who);
+        }
         if !live.is_empty() {
             return self.leader_exited(&who, &live);
         }
@@ -150,8 +154,8 @@ impl Family<'_> {
         if stat.state == b'X' || stat.state == b'x' {
             return self.gone(&who);
         }
-        if stat.flags & PF_EXITING != 0 && stat.threads <= 1 || me.state == State::Exiting {
-            return self.still_exiting(&stat, &who);
+        if exiting(&stat) || me.state == State::Exiting {
+            return self.still_exiting(stat.pid, &stat, &who);
         }
         if me.orphan {
             return self.orphan(&stat);
@@ -203,17 +207,18 @@ impl Family<'_> {
         told
     }
 
-    fn still_exiting(&self, stat: &crate::proc::Stat, who: &str) -> Told {
-        let wchan = self.proc.wchan(stat.pid, stat.pid);
+    /// `stat` is that of its thread which is at it.
+    fn still_exiting(&self, pid: u32, stat: &crate::proc::Stat, who: &str) -> Told {
+        let wchan = self.proc.wchan(pid, stat.pid);
         let at = wchan.as_ref().map_or_else(String::new, |w| format!(", in {w}"));
         let line =
             format!("{who} is still exiting (state {}{at}); its parent is not to blame", stat.state as char);
         let remedy =
             "It waits for what it has open (a file server, a disk, memory to be freed): see the evidence.";
         let mut told = Told::plain(Verdict::StillExiting, line, remedy.into());
-        let process = self.name_of(stat);
+        let process = self.name(pid).unwrap_or_else(|| self.q.subject.to_ref());
         told.evidence.extend(wchan.map(|wchan| Evidence::Wchan { process, thread: stat.pid, wchan }));
-        if let Ok(stack) = self.proc.stack(stat.pid, stat.pid)
+        if let Ok(stack) = self.proc.stack(pid, stat.pid)
             && !stack.is_empty()
         {
             told.evidence.push(evidence::note(format!("kernel stack: {}", stack.join(" < "))));
@@ -224,3 +229,6 @@ impl Family<'_> {
 
 /// Threads that are named.
 const THREADS_NAMED: usize = 8;
+
+#[cfg(test)]
+mod tests;

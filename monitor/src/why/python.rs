@@ -23,7 +23,7 @@ pub(super) fn where_it_is(frames: &[Evidence]) -> Option<String> {
         return None;
     };
     let source = source.as_ref().map_or_else(String::new, |s| format!(": {s}"));
-    Some(format!("Python: {file}:{line} in {function}{source}"))
+    Some(format!("{file}:{line} in {function}{source}"))
 }
 
 #[cfg(feature = "python")]

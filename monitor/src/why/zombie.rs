@@ -240,7 +240,7 @@ impl Family<'_> {
         let Some(end) = pipes.first() else { return };
         let call = t.syscall.as_deref().unwrap_or("a system call");
         told.lines.push(format!(
-            "{} has been a zombie{age}: its parent {} is blocked in {call} on fd {} ({} {})",
+            "{} has been a zombie{age}: its parent {} is blocked in {call} on fd {} ({}{})",
             short(&case.name),
             short(&p.who),
             end.fd,
@@ -373,14 +373,11 @@ fn traced(p: &Look, told: &mut Told) {
 
 fn kind_word(k: Kind) -> &'static str {
     match k {
-        Kind::Pipe => "the pipe",
-        Kind::Fifo(..) => "the FIFO",
-        Kind::SocketPair(_) => "the socket pair",
-        Kind::Master(_) => "the terminal's master side",
-        Kind::Slave(_) => "the terminal",
-        Kind::Socket(_) => "the socket",
-        Kind::Pidfd(_) => "the process",
-        Kind::Other => "the file",
+        Kind::Fifo(..) => "FIFO ",
+        Kind::SocketPair(_) => "one of a pair, ",
+        Kind::Master(_) => "master of a terminal, ",
+        Kind::Slave(_) => "terminal ",
+        Kind::Pipe | Kind::Socket(_) | Kind::Pidfd(_) | Kind::Other => "",
     }
 }
 

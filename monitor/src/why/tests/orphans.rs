@@ -1,0 +1,132 @@
+use super::*;
+
+/// A parent, its child, and how the parent ends; the child says who they are.
+fn orphaned(child: &str, parent: &str) -> (Made, Process, Process) {
+    let mut made = Made::new(&format!(
+        "\
+p = os.fork()
+if p == 0:
+    c = os.fork()
+    if c == 0:
+{child}
+        say(child=os.getpid(), parent=os.getppid())
+        time.sleep(300)
+    {parent}
+    os._exit(0)
+os.waitpid(p, 0)
+time.sleep(300)
+"
+    ));
+    let s = made.said();
+    let (child, parent) = (pid(&s, "child"), pid(&s, "parent"));
+    let known = (parent != made.child.id()).then(|| process(parent, Some(key(made.child.id()))));
+    let parent = known.unwrap();
+    kill(parent.pid, libc::SIGTERM);
+    until("adopted", || Proc::default().stat(child).unwrap().ppid != parent.pid);
+    let mut dead = reaped(parent.id, parent.lineage_parent, by_signal("SIGTERM", None));
+    dead.argv = parent.argv;
+    let child = process(child, Some(dead.id));
+    (made, child, dead)
+}
+
+const WAIT: &str = "time.sleep(300)";
+
+#[test]
+fn the_signal_went_to_the_parent_only() {
+    let (made, child, parent) = orphaned("        pass", WAIT);
+    let me = process(std::process::id(), None);
+    let sibling = process(made.child.id(), None);
+    let mut q = question(child.clone(), vec![parent.clone(), sibling]);
+    let root = q.family[1].id;
+    in_job(&mut q, root);
+    q.signals.push(sent(15, &me, &parent, SignalResult::Delivered));
+    let c = ask(&q);
+    assert_eq!(c.verdict, Verdict::ParentKilled, "{c:#?}");
+    let exit = |e: &Evidence| matches!(e, Evidence::ParentExit { process, exit: Some(Exit::Signal { .. }) } if process.id == parent.id);
+    let signal = |e: &Evidence| matches!(e, Evidence::Signal { sender: Some(s), target, .. } if s.pid == me.pid && target.id == parent.id);
+    let without =
+        |e: &Evidence| matches!(e, Evidence::Note { text } if text.contains("without SIGTERM: python3"));
+    for found in [&exit as &dyn Fn(&Evidence) -> bool, &signal, &without] {
+        assert!(c.evidence.iter().any(found), "{c:#?}");
+    }
+    assert!(c.summary.contains("was not sent to"), "{}", c.summary);
+    assert_eq!(c.remedy, format!("jobwarden kill {}", child.id));
+}
+
+#[test]
+fn it_ignored_or_blocked_the_signal() {
+    for (how, word) in [
+        ("        signal.signal(signal.SIGTERM, signal.SIG_IGN)", "ignores"),
+        ("        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])", "blocks"),
+    ] {
+        let (_made, child, parent) = orphaned(how, WAIT);
+        kill(child.pid, libc::SIGTERM);
+        let me = process(std::process::id(), None);
+        let mut q = question(child.clone(), vec![parent.clone()]);
+        q.signals.push(sent(15, &me, &parent, SignalResult::Delivered));
+        let result = if word == "ignores" { SignalResult::Ignored } else { SignalResult::Delivered };
+        q.signals.push(sent(15, &me, &child, result));
+        let c = ask(&q);
+        assert_eq!(c.verdict, Verdict::IgnoredSignal, "{c:#?}");
+        assert!(c.summary.contains(word), "{}", c.summary);
+    }
+}
+
+#[test]
+fn a_daemon_and_a_shells_background_job() {
+    let mut made = Made::new(
+        "\
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        say(child=os.getpid(), parent=os.getsid(0))
+        time.sleep(300)
+    os._exit(0)
+os.wait()
+time.sleep(300)
+",
+    );
+    let s = made.said();
+    let child = pid(&s, "child");
+    until("adopted", || Proc::default().stat(child).unwrap().ppid != pid(&s, "parent"));
+    let top = process(made.child.id(), None);
+    let mut middle = reaped(Key::new(pid(&s, "parent"), 7), Some(top.id), Exit::Code { code: 0 });
+    middle.argv.clone_from(&top.argv);
+    let mut q = question(process(child, Some(middle.id)), vec![middle, top]);
+    let c = ask(&q);
+    assert_eq!(c.verdict, Verdict::Daemonized, "{c:#?}");
+    // The leader of the session had executed a program: a shell that ended.
+    q.family[0].argv = vec!["bash".into()];
+    let c = ask(&q);
+    assert_eq!(c.verdict, Verdict::ParentExited, "{c:#?}");
+    q.family.clear();
+    q.subject.lineage_parent = None;
+    assert_eq!(ask(&q).verdict, Verdict::Unknown);
+}
+
+#[test]
+fn who_waits_for_what_the_orphan_holds() {
+    let mut made = Made::new(
+        "\
+r, w = os.pipe()
+os.set_inheritable(w, True)
+z = os.fork()
+if z == 0:
+    say(child=sleeper(r))
+    os._exit(3)
+os.close(w)
+os.waitpid(z, 0)
+say(z=z)
+os.read(r, 1)
+",
+    );
+    let child = pid(&made.said(), "child");
+    let z = pid(&made.said(), "z");
+    until_in(made.child.id(), &["read"]);
+    let dead = reaped(Key::new(z, 7), Some(key(made.child.id())), Exit::Code { code: 3 });
+    let c = ask(&question(process(child, Some(dead.id)), vec![dead]));
+    assert_eq!(c.verdict, Verdict::ParentExited, "{c:#?}");
+    let waiter = |e: &Evidence| matches!(e, Evidence::Blocked { process: Some(p), syscall, .. } if p.pid == made.child.id() && syscall == "read");
+    assert!(c.evidence.iter().any(waiter), "{c:#?}");
+    assert_eq!(holders(&c)[0], (child, blocked_in(&c).2, "this orphan"));
+}

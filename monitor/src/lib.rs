@@ -23,8 +23,6 @@ pub mod recording;
 pub mod redact;
 pub mod signal;
 pub mod state;
-pub mod redact;
-pub mod signal;
 pub mod why;
 
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{Alert, AlertKind, AlertState, Cause, Evidence, State, Verdict};
-use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, ms};
+use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, ms, pause};
 
 /// The firing alert of this kind whose subject is this process.
 fn firing(agent: &Agent<'_>, kind: AlertKind, subject: u32) -> Result<Alert> {
@@ -120,7 +120,7 @@ fn no_alert_for_a_leader_that_exited() -> Result<()> {
     let s = Shape::start(&ground, "leader-exit", &[])?;
     let pid = s.pid();
     agent.process_when(pid, "leader-exited", |p| p.state == State::LeaderExited)?;
-    std::thread::sleep(ms(1200));
+    pause(1200);
     assert_eq!(jobwarden_tests::truth::letter(pid)?, 'Z', "it looks like a zombie all the time");
     assert_eq!(agent.process(pid)?.state, State::LeaderExited);
     let mine = std::process::id();
@@ -140,7 +140,7 @@ fn no_alert_for_a_process_stuck_in_its_exit() -> Result<()> {
     let (maker, init): (u32, u32) = (s.fact("maker")?, s.fact("init")?);
     s.fact::<u32>("stuck")?;
     agent.process_when(init, "exiting", |p| p.state == State::Exiting)?;
-    std::thread::sleep(ms(1200));
+    pause(1200);
     assert_ne!(jobwarden_tests::truth::letter(init)?, 'Z', "the helper keeps it in its exit");
     assert!(firing(&agent, AlertKind::Zombie, maker).is_err(), "its parent is not to blame");
     assert_eq!(agent.process(init)?.state, State::Exiting);

@@ -4,7 +4,7 @@
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{Cause, JobState, Jobs, KillReport, SignalledOutcome, State, Tree};
 use jobwarden_tests::agent::{self, http, run};
-use jobwarden_tests::{Agent, Events, Shape, eventually, ground, ms, skip};
+use jobwarden_tests::{Agent, Events, Shape, eventually, ground, ms, pause, skip};
 use serde_json::Value;
 
 #[test]
@@ -195,7 +195,7 @@ fn events_of_one_process_and_of_one_job() -> Result<()> {
     s.step()?;
     s.fact::<i32>("status")?;
     events.wait_within("reap", child, ms(15_000))?;
-    std::thread::sleep(ms(200));
+    pause(200);
     one.kill()?;
     let lines = String::from_utf8(one.wait_with_output()?.stdout)?;
     for line in lines.lines() {

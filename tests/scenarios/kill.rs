@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{AlertKind, AlertState, Job, KillReport};
 use jobwarden_tests::truth::letter;
-use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, rounds, skip};
+use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, pause, rounds, skip};
 use rustix::process::Signal;
 
 /// Rules for jobs by the first argument: `NAME TAG`.
@@ -81,10 +81,10 @@ fn twenty_chains_that_fork_and_exit() -> Result<()> {
     let ground = ground!("twenty_chains_that_fork_and_exit");
     let agent = Agent::start(&ground, &rule(&ground, "chains", "bomb chains", ""))?;
     let beside = control(&ground)?;
-    let mut s = Shape::start(&ground, "bomb", &["chains", "20", "10"])?;
+    let mut s = Shape::start(&ground, "bomb", &["chains", "20", "20"])?;
     s.fact::<u32>("started")?;
     let target = job(&agent, s.pid())?;
-    std::thread::sleep(ms(300));
+    pause(300);
     let begun = Instant::now();
     let report: KillReport = agent.json(&["kill", "--grace", "200ms", &target.id.to_string()])?;
     all_gone(&ground, "chains")?;
@@ -129,14 +129,14 @@ fn a_fork_bomb() -> Result<()> {
     let agent = Agent::start(&ground, &rule(&ground, "bomb", "bomb tree", ""))?;
     let beside = control(&ground)?;
     let mut c = ground.command(jobwarden_tests::ground::program("shape-bomb")?);
-    c.args(["tree", "300", "10", &ground.tag]);
+    c.args(["tree", "300", "20", &ground.tag]);
     let procs = limit.0.join("cgroup.procs");
     // SAFETY: the child has one thread; open, write and close are all that happens.
     unsafe { c.pre_exec(move || std::fs::write(&procs, "0")) };
     let mut s = Shape::spawn("bomb", c)?;
     s.fact::<u32>("started")?;
     let target = job(&agent, s.pid())?;
-    std::thread::sleep(ms(300));
+    pause(300);
     let begun = Instant::now();
     let report: KillReport = agent.json(&["kill", "--grace", "200ms", &target.id.to_string()])?;
     all_gone(&ground, "bomb")?;
@@ -154,7 +154,7 @@ fn mutants(ground: &Ground, n: u64) -> Result<()> {
     let agent = Agent::start(ground, &rule(ground, "mutants", "mutants", ""))?;
     let beside = control(ground)?;
     for round in 0..n {
-        let mut s = Shape::start(ground, "mutants", &["4", "8"])?;
+        let mut s = Shape::start(ground, "mutants", &["4", "20"])?;
         s.fact::<u32>("started")?;
         let target = job(&agent, s.pid())?;
         std::thread::sleep(std::time::Duration::from_millis(round * 37 % 250));
@@ -360,7 +360,7 @@ fn the_fuse() -> Result<()> {
         };
         all.into_iter().find(firing).context("no alert")
     })?;
-    std::thread::sleep(ms(500));
+    pause(500);
     let mut ended = 0;
     for s in &mut jobs {
         ended += usize::from(s.ended()?.is_some());

@@ -56,6 +56,11 @@ pub fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms) * slow()
 }
 
+/// Lets things happen that take no answer: far less longer on a slow machine than a deadline is.
+pub fn pause(ms: u64) {
+    std::thread::sleep(Duration::from_millis(ms) * slow().min(3));
+}
+
 /// A number from the environment: rounds of the long tests.
 #[must_use]
 pub fn rounds(name: &str, default: u64) -> u64 {

@@ -183,6 +183,7 @@ fn process(pid: u32, lineage_parent: Option<Key>) -> Process {
         kernel_thread: false,
         exit: None,
         children: Vec::new(),
+        elided: 0,
     }
 }
 

@@ -22,14 +22,26 @@ pub(crate) struct Built {
     pub(crate) package_dir: PathBuf,
 }
 
+/// Cargo, without what `cargo run` has put into the environment for this program: build scripts that look at it (ring's does)
+/// would be run again, and all that needs them built again, each time one goes from `cargo xtask` to plain `cargo`.
+pub(crate) fn command() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&*name);
+        }
+    }
+    command.env_remove("CARGO").current_dir(root::dir());
+    command
+}
+
 /// Runs `cargo ARGS --message-format=json-render-diagnostics` and returns the programs it built, in order.
 /// What the compiler has to say goes to stderr as usual.
 pub(crate) fn build(args: &[&str]) -> Result<Vec<Built>> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut child = Command::new(cargo)
+    let mut child = command()
         .args(args)
         .arg("--message-format=json-render-diagnostics")
-        .current_dir(root::dir())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -47,9 +59,9 @@ pub(crate) fn build(args: &[&str]) -> Result<Vec<Built>> {
     Ok(built)
 }
 
-/// The agent's binary, built in the dev profile.
-pub(crate) fn jobwarden() -> Result<PathBuf> {
-    let built = build(&["build", "--package", "jobwarden", "--bin", "jobwarden"])?;
+/// The agent's binary, built in this profile.
+pub(crate) fn jobwarden(profile: &str) -> Result<PathBuf> {
+    let built = build(&["build", "--package", "jobwarden", "--bin", "jobwarden", "--profile", profile])?;
     let binary = built.into_iter().find(|b| b.name == "jobwarden" && b.kind == "bin");
     Ok(binary.context("cargo built no binary named jobwarden")?.executable)
 }

@@ -17,7 +17,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let mut needed = needs::for_agent();
     needed.push(needs::for_demo());
     needs::check(&needed)?;
-    let binary = cargo::jobwarden()?;
+    let binary = cargo::jobwarden("dev")?;
     let mut demo = Command::new("python3");
     demo.arg(root::dir().join("tests/demo/demo.py"));
     if args.check || root::is_ci() {

@@ -4,6 +4,7 @@
 mod cargo;
 mod demo;
 mod needs;
+mod package;
 mod report;
 mod root;
 mod run;
@@ -29,6 +30,8 @@ enum Command {
     Test(test::Args),
     /// The incident that jobwarden was made for, found, explained and cured, on this machine
     Demo(demo::Args),
+    /// A .deb and a tarball under target/package
+    Package(package::Args),
     /// Boot other kernels in QEMU and run the tests, or a given program, inside
     Vm(vm::Args),
 }
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Package(args) => package::run(&args),
         Command::Vm(args) => vm::run(&args),
     };
     match done {

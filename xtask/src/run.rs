@@ -28,7 +28,7 @@ const READY_WITHIN: Duration = Duration::from_secs(30);
 pub(crate) fn run(args: &Args) -> Result<bool> {
     needs::check(&needs::for_agent())?;
     needs::check_port(args.listen)?;
-    let binary = cargo::jobwarden()?;
+    let binary = cargo::jobwarden("dev")?;
     let dir = root::dir();
     std::env::set_current_dir(&dir)?;
     fs::create_dir_all("target/run")?;

@@ -21,7 +21,7 @@ use std::time::Duration;
 use regex::Regex;
 
 pub use self::error::{ConfigError, Place, Problem};
-pub use self::names::{group_id, signal_name, signal_number, user_id, user_name};
+pub use self::names::{group_id, user_id, user_name};
 pub use self::read::{environment, load, parse};
 pub use self::value::{duration_text, parse_duration};
 use crate::contract::{AlertKind, Severity};

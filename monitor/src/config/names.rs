@@ -1,52 +1,6 @@
-//! Names that the system gives numbers to: signals, users and groups.
+//! Users and groups by name, as the system's name service gives them.
 
 use std::ffi::{CStr, CString};
-
-/// Linux's standard signals, by number from 1 (signal(7), x86 and ARM).
-const SIGNALS: [&str; 31] = [
-    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
-    "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
-    "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-];
-/// As the C library gives them out; the kernel's 32 and 33 belong to it.
-const RT_MIN: u8 = 34;
-const RT_MAX: u8 = 64;
-
-/// The name of a signal: `SIGTERM`, `SIGRTMIN+3`, `SIG70` for what has none.
-#[must_use]
-pub fn signal_name(n: u8) -> String {
-    match n {
-        1..=31 => format!("SIG{}", SIGNALS[usize::from(n) - 1]),
-        RT_MIN => "SIGRTMIN".into(),
-        n if n > RT_MIN && n <= RT_MAX => format!("SIGRTMIN+{}", n - RT_MIN),
-        n => format!("SIG{n}"),
-    }
-}
-
-/// The number of a signal given as `SIGTERM`, `term`, `SIGRTMIN+3` or `15`. None if there is no such signal.
-#[must_use]
-pub fn signal_number(s: &str) -> Option<u8> {
-    if let Ok(n) = s.parse::<u8>() {
-        return (1..=RT_MAX).contains(&n).then_some(n);
-    }
-    let s = s.to_ascii_uppercase();
-    let s = s.strip_prefix("SIG").unwrap_or(&s);
-    match s {
-        "IOT" => return Some(6),
-        "CLD" => return Some(17),
-        "POLL" => return Some(29),
-        "RTMIN" => return Some(RT_MIN),
-        "RTMAX" => return Some(RT_MAX),
-        _ => {}
-    }
-    if let Some(n) = s.strip_prefix("RTMIN+") {
-        return n.parse::<u8>().ok().filter(|&n| n <= RT_MAX - RT_MIN).map(|n| RT_MIN + n);
-    }
-    if let Some(n) = s.strip_prefix("RTMAX-") {
-        return n.parse::<u8>().ok().filter(|&n| n <= RT_MAX - RT_MIN).map(|n| RT_MAX - n);
-    }
-    SIGNALS.iter().position(|&x| x == s).and_then(|i| u8::try_from(i + 1).ok())
-}
 
 /// Buffer for one entry of the user or group database; a group with more members than fit is tried with more.
 const ENTRY: usize = 4096;
@@ -116,19 +70,6 @@ fn with_entry<T>(get: impl Fn(&mut [libc::c_char]) -> (libc::c_int, Option<T>)) 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn signals_both_ways() {
-        for n in 1..=64 {
-            assert_eq!(signal_number(&signal_name(n)), (!matches!(n, 32 | 33)).then_some(n), "{n}");
-        }
-        assert_eq!(signal_number("term"), Some(15));
-        assert_eq!(signal_number("SIGRTMAX-1"), Some(63));
-        assert_eq!(signal_number("9"), Some(9));
-        for bad in ["", "0", "65", "SIG", "SIGFOO", "RTMIN+31", "RTMIN+-1", "-9", "SIGRTMAX-99"] {
-            assert_eq!(signal_number(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn root_is_known_and_nobody_else_is_invented() {

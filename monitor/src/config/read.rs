@@ -325,7 +325,7 @@ fn rule(mut s: Section<'_, '_>) -> Option<Rule> {
         on_orphan: s.read("on_orphan", value::choice(&ACTIONS)).unwrap_or(Action::Alert),
         kill_daemons: s.read("kill_daemons", value::boolean).unwrap_or_default(),
         enforce_existing: s.read("enforce_existing", value::boolean).unwrap_or_default(),
-        stop_signal: s.read("stop_signal", value::signal).unwrap_or(libc::SIGTERM as u8),
+        stop_signal: s.read("stop_signal", value::signal_number).unwrap_or(crate::signal::SIGTERM),
         grace: s.read("grace", value::duration).unwrap_or(DEFAULT_GRACE),
         severity: s.read("severity", value::choice(&SEVERITIES)),
     };

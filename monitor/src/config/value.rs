@@ -10,6 +10,7 @@ use toml::de::DeValue;
 
 use super::User;
 use super::names;
+use crate::signal;
 
 /// Longer than any job; keeps sums of times far from overflow.
 const MAX_DURATION: Duration = Duration::from_hours(10 * 365 * 24);
@@ -205,9 +206,9 @@ pub(super) fn group(v: &DeValue<'_>) -> Value<String> {
     }
 }
 
-pub(super) fn signal(v: &DeValue<'_>) -> Value<u8> {
+pub(super) fn signal_number(v: &DeValue<'_>) -> Value<u8> {
     let name = v.as_str().filter(|s| s.starts_with("SIG"));
-    match name.and_then(names::signal_number) {
+    match name.and_then(|s| signal::parse(s).ok()) {
         Some(n) => Ok(n),
         None => wrong("the name of a signal such as \"SIGTERM\"", v),
     }

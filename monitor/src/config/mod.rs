@@ -213,7 +213,7 @@ pub struct Rule {
     pub severity: Option<Severity>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receiver {
     pub name: String,
     pub kind: ReceiverKind,
@@ -224,7 +224,7 @@ pub struct Receiver {
     pub timeout: Duration,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReceiverKind {
     Alertmanager {
         urls: Vec<String>,

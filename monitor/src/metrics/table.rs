@@ -3,10 +3,10 @@
 
 use super::encode::Encoder;
 use super::{Counts, Kernel, Notifications, Outcome, alert_state_label, kinds};
-use crate::config::signal_name;
 use crate::contract::{AlertKind, AlertState, SignalledOutcome};
 use crate::enforce::Reason;
 use crate::policy::Gauges;
+use crate::signal;
 
 const JOB_STATES: [&str; 5] = ["running", "lingering", "expired", "killing", "done"];
 const SIGNALS: [u8; 3] = [libc::SIGTERM as u8, libc::SIGCONT as u8, libc::SIGKILL as u8];
@@ -97,7 +97,7 @@ pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts) {
             let n = c.signals_sent.get(&(signal, outcome)).copied().unwrap_or(0);
             // Metrics have underscores where JSON has hyphens.
             let outcome = outcome.as_str().replace('-', "_");
-            e.sample(&[("signal", &signal_name(signal)), ("outcome", &outcome)], n as f64);
+            e.sample(&[("signal", &signal::name(signal)), ("outcome", &outcome)], n as f64);
         }
     }
     e.counter("jobwarden_job_kills_total", "Jobs that were ended, by why and whether it worked.");

@@ -6,7 +6,7 @@
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 /// Raised whenever a record or a map value changes its layout or its meaning; it is part of the pin folder's hash.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Bytes of a task's `comm`, with its NUL.
 pub const COMM_LEN: usize = 16;
@@ -75,6 +75,8 @@ pub struct Fork {
 pub const EXEC_ARGV_CUT: u16 = 1;
 /// Exec flag: the file name was longer than what the record holds.
 pub const EXEC_FILENAME_CUT: u16 = 2;
+/// Exec flag: argv could not be read (its pages were not in memory); [`EXEC_ARGV_CUT`] is set too.
+pub const EXEC_ARGV_UNREAD: u16 = 4;
 
 /// An exec that succeeded. Behind this head: `filename_len` bytes, then `argv_len` bytes (NUL-separated), then
 /// unused bytes up to the record's end (space in the ring is reserved in a few fixed sizes).
@@ -154,8 +156,6 @@ pub struct Kill {
 
 /// Lineage flag: never signalled by a probe, nor by the agent; inherited at fork.
 pub const LINEAGE_SPARED: u32 = 1;
-/// Lineage flag: the group's death has been reported (two last threads can both see `live == 0`).
-pub const LINEAGE_DEAD: u32 = 2;
 /// Lineage flag: made by labelling or mending, not by the fork probe: `parent` is what /proc or the snapshot said.
 pub const LINEAGE_MENDED: u32 = 4;
 
@@ -166,14 +166,20 @@ pub struct Lineage {
     pub parent: ProcKey,
     /// Innermost job, 0 = none.
     pub job: u64,
+    /// `LINEAGE_*`. Written at fork and by the `edit` program only.
     pub flags: u32,
-    pub pad: u32,
+    /// Not 0: the group's death has been reported (two last threads can both see `live == 0`). A field of its own, so
+    /// that the exit probe and `edit` never write the same word.
+    pub dead: u32,
 }
 
 /// Value of the job map, keyed by the job's 64-bit number. The agent is its only writer.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Job {
+    /// The entry's own key. A slot of a hash map is used again at once when its entry is deleted or replaced: a probe
+    /// that still holds it reads `doom_until` first and this second, and believes neither when it is another's.
+    pub id: u64,
     /// The job around this one, 0 = none.
     pub outer: u64,
     /// Boot-time nanoseconds up to which the job is doomed; 0 = not doomed.
@@ -216,6 +222,9 @@ pub struct Control {
     pub pad: u32,
 }
 
+/// Row flag: orphans of its namespace or its descendants are given to it (init of a pid namespace, or a subreaper).
+pub const ROW_ADOPTS: u32 = 4;
+
 /// One process, as `iter/task` gives it. Only group leaders give a row.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -226,7 +235,7 @@ pub struct TaskRow {
     /// From the lineage map, if `known` is not 0.
     pub lineage: Lineage,
     pub known: u32,
-    /// [`KERNEL_THREAD`].
+    /// [`KERNEL_THREAD`], [`ROW_ADOPTS`].
     pub flags: u32,
     /// `task->__state` and `task->exit_state`.
     pub state: u32,
@@ -237,6 +246,56 @@ pub struct TaskRow {
     pub uid: u32,
     pub pad: u32,
     pub comm: [u8; COMM_LEN],
+}
+
+/// One open file whose inode was asked for, as `iter/task_file` gives it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FdRow {
+    pub key: ProcKey,
+    pub inode: u64,
+    /// `super_block->s_dev`, in the kernel's encoding (major << 20 | minor).
+    pub dev: u32,
+    /// Of the thread whose file table it was read from.
+    pub tid: u32,
+    pub fd: u32,
+    /// `file->f_mode`: 1 = open for reading, 2 = for writing.
+    pub mode: u32,
+}
+
+/// Most inodes that one run of `iter/task_file` looks for.
+pub const INODES_MAX: u32 = 256;
+
+/// Arguments of the `edit` program, by their index: whom to edit, and the parent that a new entry gets.
+pub const EDIT_TGID: usize = 0;
+pub const EDIT_START: usize = 1;
+pub const EDIT_PARENT_TGID: usize = 2;
+pub const EDIT_PARENT_START: usize = 3;
+/// The job to write, if [`EDIT_SET_JOB`] is set.
+pub const EDIT_JOB: usize = 4;
+/// Lineage flags to add.
+pub const EDIT_FLAGS: usize = 5;
+/// A mask of `EDIT_SET_JOB` and `EDIT_CREATE`.
+pub const EDIT_WHAT: usize = 6;
+/// Lineage flags to take away.
+pub const EDIT_CLEAR: usize = 7;
+pub const EDIT_ARGS: usize = 8;
+pub const EDIT_SET_JOB: u64 = 1;
+/// Make the entry if there is none ([`LINEAGE_MENDED`] is set in it).
+pub const EDIT_CREATE: u64 = 2;
+
+/// Answers of the `edit` program (a negative errno otherwise).
+pub const EDIT_UNCHANGED: i32 = 0;
+pub const EDIT_CHANGED: i32 = 1;
+pub const EDIT_MISSING: i32 = 2;
+
+/// What this kernel has beyond 5.10 and the probes make use of; frozen like [`Offsets`]. A branch that is off is
+/// pruned by the verifier before it looks at what stands in it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Features {
+    /// `sched_process_exit` has the argument `group_dead` (6.16).
+    pub exit_group_dead: u32,
 }
 
 /// Offset of a field that this kernel does not have.
@@ -262,16 +321,19 @@ pub struct Offsets {
     pub signal_live: u32,
     pub signal_flags: u32,
     pub signal_group_exit_code: u32,
+    /// The byte of the bit field `is_child_subreaper`, and its bit in it.
+    pub signal_subreaper: u32,
+    pub signal_subreaper_mask: u32,
     pub cred_uid: u32,
     pub mm_arg_start: u32,
     pub mm_arg_end: u32,
     pub bprm_filename: u32,
     pub siginfo_code: u32,
-    pub siginfo_pid: u32,
-    pub task_files: u32,
     pub file_inode: u32,
     pub file_mode: u32,
     pub inode_ino: u32,
+    pub inode_sb: u32,
+    pub sb_dev: u32,
 }
 
 const _: () = {
@@ -284,7 +346,8 @@ const _: () = {
     assert!(size_of::<Signal>() == 64);
     assert!(size_of::<Kill>() == 48);
     assert!(size_of::<Lineage>() == 32);
-    assert!(size_of::<Job>() == 24);
+    assert!(size_of::<Job>() == 32);
     assert!(size_of::<TaskRow>() == 112);
+    assert!(size_of::<FdRow>() == 40);
     assert!(KIND_NAMES.len() <= KINDS);
 };

@@ -1,1 +1,241 @@
-//! (to come)
+//! The probes, loaded and attached, and what comes out of them: the only place that knows aya and bpf(2).
+//!
+//! It decodes no record, keeps no forest and decides nothing. A [`Kernel`] is ready when [`Kernel::start`] returns; two
+//! of them may run beside each other, each with maps and links of its own.
+
+pub mod btf;
+mod error;
+mod lineage;
+mod load;
+mod maps;
+mod offsets;
+mod ring;
+mod snapshot;
+mod stats;
+mod sys;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use aya::maps::{MapData, RingBuf};
+use monitor_abi::{Control, FdRow};
+
+pub use self::error::KernelError;
+use self::lineage::Edit;
+use self::maps::Maps;
+use self::offsets::{FILES, Kind, Layout, PROBES};
+pub use self::ring::{DRAIN_MAX, Ring};
+pub use self::snapshot::Taken;
+pub use self::stats::{Fill, ProbeStat};
+
+/// Bytes of the ring buffer: about 8,000 whole lives of processes.
+pub const RING_BYTES: u32 = 4 << 20;
+/// Jobs that the kernel's map holds at once.
+pub const JOBS_MAX: usize = 8192;
+/// Signals that are recorded: all but SIGCHLD, SIGCONT, SIGURG, SIGWINCH, SIGALRM, SIGVTALRM, SIGPROF, SIGIO and the
+/// realtime ones, which programs send themselves all day.
+pub const SIGNAL_MASK: u64 = 0x7fff_ffff
+    & !(bit(libc::SIGCHLD)
+        | bit(libc::SIGCONT)
+        | bit(libc::SIGURG)
+        | bit(libc::SIGWINCH)
+        | bit(libc::SIGALRM)
+        | bit(libc::SIGVTALRM)
+        | bit(libc::SIGPROF)
+        | bit(libc::SIGIO));
+
+const fn bit(signal: i32) -> u64 {
+    1 << (signal - 1)
+}
+
+/// How to start.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where maps and links are pinned; None = they go when the process does.
+    pub bpffs: Option<PathBuf>,
+    /// A power of two, at least one page.
+    pub ring_bytes: u32,
+    /// Bit `n - 1`: signal `n` is recorded.
+    pub signal_mask: u64,
+    /// The probes log by aya-log.
+    pub trace: bool,
+    /// Capacity of the lineage map; None = as many processes as there can be, within a bound.
+    pub lineage_entries: Option<u32>,
+    /// Capacity of the map of the dead.
+    pub dead_entries: Option<u32>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bpffs: None,
+            ring_bytes: RING_BYTES,
+            signal_mask: SIGNAL_MASK,
+            trace: false,
+            lineage_entries: None,
+            dead_entries: None,
+        }
+    }
+}
+
+/// The kernel side, running.
+pub struct Kernel {
+    maps: Maps,
+    programs: BTreeMap<&'static str, OwnedFd>,
+    /// Attached while these are open.
+    links: BTreeMap<&'static str, OwnedFd>,
+    /// Programs left out, and why.
+    off: Vec<(&'static str, String)>,
+    ring: Mutex<Option<RingBuf<MapData>>>,
+    gauge: ring::Gauge,
+    /// The link of `sys_enter`, while a job is doomed.
+    doom: Mutex<Option<OwnedFd>>,
+    /// One edit of jobs and labels at a time.
+    editing: Mutex<()>,
+    /// One run of `iter/task_file` at a time: they share the set of inodes.
+    looking: Mutex<()>,
+    lineage_max: u32,
+    dead_max: u32,
+    ticks_per_second: u64,
+    time_offset_ns: i64,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that is guarded here can be left half done by a panic.
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Kernel {
+    /// Loads and attaches everything; records are written from here on. Minimum kernel: 5.10 with BTF.
+    pub fn start(options: &Options) -> Result<Self, KernelError> {
+        in_initial_pid_namespace()?;
+        let layout = Layout::read()?;
+        let mut loaded = load::load(options, &layout)?;
+        let events =
+            loaded.maps.iter().position(|(n, _)| *n == "EVENTS").map(|i| loaded.maps.swap_remove(i).1);
+        let events = events.ok_or_else(|| KernelError::Object("it has no map EVENTS".into()))?;
+        let gauge = ring::Gauge::new(&events).map_err(KernelError::io("map the ring's positions"))?;
+        let ring = ring::open(events).map_err(|e| KernelError::Object(e.to_string()))?;
+        let maps = Maps::new(&mut loaded.maps)?;
+        let control = Control { signal_mask: options.signal_mask, trace: options.trace.into(), pad: 0 };
+        maps.control.put(&0, &control).map_err(KernelError::io("write the control map"))?;
+        let lineage_max =
+            stats::max_entries(&maps.lineage.fd).map_err(KernelError::io("ask for a map's size"))?;
+        let dead_max = stats::max_entries(&maps.dead.fd).map_err(KernelError::io("ask for a map's size"))?;
+        let mut me = Self {
+            maps,
+            programs: loaded.programs.into_iter().collect(),
+            links: BTreeMap::new(),
+            off: loaded.off,
+            ring: Mutex::new(Some(ring)),
+            gauge,
+            doom: Mutex::new(None),
+            editing: Mutex::new(()),
+            looking: Mutex::new(()),
+            lineage_max,
+            dead_max,
+            ticks_per_second: rustix::param::clock_ticks_per_second().max(1),
+            time_offset_ns: time_namespace_offset(),
+        };
+        me.attach()?;
+        Ok(me)
+    }
+
+    fn attach(&mut self) -> Result<(), KernelError> {
+        for probe in PROBES.iter().filter(|p| !p.on_demand) {
+            let Some(program) = self.programs.get(probe.name) else { continue };
+            let (to, link) = match probe.kind {
+                Kind::Tracepoint(tp) => (tp, sys::attach_tp_btf(program.as_fd())),
+                Kind::Iterator(iter) => (iter, sys::attach_iter(program.as_fd())),
+                Kind::ByHand => continue,
+            };
+            let link = link.map_err(|source| KernelError::Attach { program: probe.name, to, source })?;
+            self.links.insert(probe.name, link);
+        }
+        Ok(())
+    }
+
+    /// The reader's end of the ring, once; within a tokio runtime.
+    pub fn take_ring(&self) -> io::Result<Ring> {
+        let ring =
+            lock(&self.ring).take().ok_or_else(|| io::Error::other("the ring has a reader already"))?;
+        Ring::new(ring)
+    }
+
+    /// Nanoseconds of boot time, as the records have them.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        snapshot::boot_now(self.time_offset_ns)
+    }
+
+    fn ticks_to_ns(&self, ticks: u64) -> u64 {
+        let ns = u128::from(ticks) * 1_000_000_000 / u128::from(self.ticks_per_second);
+        (ns as u64).saturating_add_signed(-self.time_offset_ns)
+    }
+
+    /// As /proc/PID/stat shows a start.
+    fn ns_to_ticks(&self, ns: u64) -> u64 {
+        let here = ns.saturating_add_signed(self.time_offset_ns);
+        (u128::from(here) * u128::from(self.ticks_per_second) / 1_000_000_000) as u64
+    }
+
+    fn read_iter(&self, name: &'static str) -> io::Result<Vec<u8>> {
+        let link = self.links.get(name).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::Unsupported, format!("the iterator {name} is off"))
+        })?;
+        sys::read_iter(link.as_fd())
+    }
+
+    /// Which signals are recorded: bit `n - 1` for signal `n`.
+    pub fn set_signal_mask(&self, mask: u64) -> io::Result<()> {
+        let mut c = self.maps.control.get(&0)?.unwrap_or_default();
+        c.signal_mask = mask;
+        self.maps.control.put(&0, &c)
+    }
+
+    /// Who has these inodes open, by `iter/task_file`. Processes that the iterators do not return (PID 1 on some hosts)
+    /// are not among them. Unsupported where the iterator is off.
+    pub fn holders(&self, inodes: &[u64]) -> io::Result<Vec<FdRow>> {
+        let _guard = lock(&self.looking);
+        for old in self.maps.inodes.keys(monitor_abi::INODES_MAX as usize * 2)? {
+            self.maps.inodes.delete(&old)?;
+        }
+        for inode in inodes.iter().take(monitor_abi::INODES_MAX as usize) {
+            self.maps.inodes.put(inode, &1)?;
+        }
+        Ok(sys::rows_of(&self.read_iter(FILES)?))
+    }
+}
+
+/// `PROC_PID_INIT_INO` in `include/linux/proc_ns.h`.
+const INITIAL_PID_NS: &str = "pid:[4026531836]";
+
+fn in_initial_pid_namespace() -> Result<(), KernelError> {
+    let link = std::fs::read_link("/proc/self/ns/pid").map_err(KernelError::io("read /proc/self/ns/pid"))?;
+    let found = link.to_string_lossy().into_owned();
+    if found == INITIAL_PID_NS { Ok(()) } else { Err(KernelError::PidNamespace { found }) }
+}
+
+/// What this time namespace adds to boot time, in nanoseconds; 0 where there is none. /proc shows starts with it, the
+/// probes' records are without.
+fn time_namespace_offset() -> i64 {
+    let text = std::fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default();
+    parse_time_offset(&text)
+}
+
+fn parse_time_offset(text: &str) -> i64 {
+    for line in text.lines() {
+        let mut f = line.split_ascii_whitespace();
+        if matches!(f.next(), Some("boottime" | "7")) {
+            let mut number = || f.next().and_then(|s| s.parse::<i64>().ok()).unwrap_or(0);
+            return number().saturating_mul(1_000_000_000).saturating_add(number());
+        }
+    }
+    0
+}

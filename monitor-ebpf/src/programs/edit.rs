@@ -1,0 +1,56 @@
+//! The agent's hand in the lineage map. It is run by `BPF_PROG_TEST_RUN` and attached nowhere.
+//!
+//! An update from user space would put a new element in the place of the old one and free that for other use while a
+//! probe on another CPU may still read it; here the fields are written in place.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use monitor_abi as abi;
+use monitor_abi::{Lineage, ProcKey};
+
+use super::LINEAGE;
+
+const EEXIST: i32 = -17;
+
+/// Arguments by the `EDIT_*` indices of the ABI; gives `EDIT_CHANGED`, `EDIT_UNCHANGED`, `EDIT_MISSING` or -errno.
+#[raw_tracepoint(tracepoint = "sys_enter")]
+pub fn edit(ctx: RawTracePointContext) -> i32 {
+    let key = ProcKey { start: ctx.arg(abi::EDIT_START), tgid: ctx.arg(abi::EDIT_TGID), pad: 0 };
+    let parent =
+        ProcKey { start: ctx.arg(abi::EDIT_PARENT_START), tgid: ctx.arg(abi::EDIT_PARENT_TGID), pad: 0 };
+    let job: u64 = ctx.arg(abi::EDIT_JOB);
+    let flags: u32 = ctx.arg(abi::EDIT_FLAGS);
+    let clear: u32 = ctx.arg(abi::EDIT_CLEAR);
+    let what: u64 = ctx.arg(abi::EDIT_WHAT);
+    if LINEAGE.get_ptr_mut(key).is_none() {
+        if what & abi::EDIT_CREATE == 0 {
+            return abi::EDIT_MISSING;
+        }
+        let job = if what & abi::EDIT_SET_JOB != 0 { job } else { 0 };
+        let new = Lineage { parent, job, flags: flags | abi::LINEAGE_MENDED, dead: 0 };
+        match LINEAGE.insert(key, new, u64::from(BPF_NOEXIST)) {
+            Ok(()) => return abi::EDIT_CHANGED,
+            // The fork probe was faster.
+            Err(EEXIST) => {}
+            Err(e) => return e,
+        }
+    }
+    let Some(entry) = LINEAGE.get_ptr_mut(key) else { return abi::EDIT_MISSING };
+    let mut answer = abi::EDIT_UNCHANGED;
+    // SAFETY: a map value; only this program and the fork probe of the process itself write these fields.
+    unsafe {
+        let (job_at, flags_at) = (&raw mut (*entry).job, &raw mut (*entry).flags);
+        if what & abi::EDIT_SET_JOB != 0 && job_at.read_volatile() != job {
+            job_at.write_volatile(job);
+            answer = abi::EDIT_CHANGED;
+        }
+        let old = flags_at.read_volatile();
+        let new = (old | flags) & !clear;
+        if new != old {
+            flags_at.write_volatile(new);
+            answer = abi::EDIT_CHANGED;
+        }
+    }
+    answer
+}

@@ -1,0 +1,127 @@
+//! Exec: file name and argv go into the record, since a short-lived process is gone before /proc can be read.
+//!
+//! The record is built in reserved ring space, whose size must be a constant: one of three is taken.
+
+use aya_ebpf::helpers::{bpf_get_current_cgroup_id, generated as helpers};
+use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::programs::BtfTracePointContext;
+use monitor_abi::{
+    ARGV_MAX, EXEC_ARGV_CUT, EXEC_ARGV_UNREAD, EXEC_FILENAME_CUT, ExecHead, FILENAME_MAX, KIND_EXEC,
+};
+
+use super::task::{self, Ptr};
+use super::{frozen, ring};
+
+/// An exec record with room for `F` bytes of file name and `A` of argv behind it. The two stand close together, so
+/// the room is theirs in sum; `F` and `A` are what the verifier can check one by one.
+#[repr(C, align(8))]
+struct Record<const BYTES: usize> {
+    head: ExecHead,
+    bytes: [u8; BYTES],
+}
+
+const SMALL: (usize, usize) = (64, 120);
+const MEDIUM: (usize, usize) = (128, 312);
+const LARGE: (usize, usize) = (FILENAME_MAX, ARGV_MAX);
+
+struct What {
+    flags: u16,
+    task: Ptr,
+    old_tid: u32,
+    filename: Ptr,
+    filename_len: usize,
+    argv: Ptr,
+    argv_len: usize,
+}
+
+/// `sched_process_exec(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm)`: the exec has succeeded and
+/// `current` has its new memory.
+#[btf_tracepoint(function = "sched_process_exec")]
+pub fn exec(ctx: BtfTracePointContext) -> i32 {
+    let task: Ptr = ctx.arg(0);
+    let old_tid: u32 = ctx.arg(1);
+    let bprm: Ptr = ctx.arg(2);
+    let mut flags = 0;
+    // SAFETY: arguments of the tracepoint.
+    let (filename, (argv, argv_end)) = unsafe {
+        let filename: Ptr = load_address(bprm, frozen!(OFFSETS.bprm_filename));
+        let span = match task::follow(task, frozen!(OFFSETS.task_mm)) {
+            Some(mm) => (
+                load_address(mm, frozen!(OFFSETS.mm_arg_start)),
+                load_address(mm, frozen!(OFFSETS.mm_arg_end)),
+            ),
+            None => (core::ptr::null(), core::ptr::null()),
+        };
+        (filename, span)
+    };
+    // Only its length is wanted here; the name itself is read into the ring. (The helper gives the length it copied,
+    // with the NUL, cut to the buffer.)
+    let mut name = core::mem::MaybeUninit::<[u8; FILENAME_MAX]>::uninit();
+    // SAFETY: the buffer has the size that is given, and the helper takes any address.
+    let got = unsafe {
+        helpers::bpf_probe_read_kernel_str(name.as_mut_ptr().cast(), FILENAME_MAX as u32, filename.cast())
+    };
+    let filename_len = if got > 1 { got as usize - 1 } else { 0 };
+    if filename_len >= FILENAME_MAX - 1 {
+        flags |= EXEC_FILENAME_CUT;
+    }
+    let mut argv_len = (argv_end as usize).wrapping_sub(argv as usize);
+    if argv_len > ARGV_MAX {
+        argv_len = ARGV_MAX;
+        flags |= EXEC_ARGV_CUT;
+    }
+    let what = What { flags, task, old_tid, filename, filename_len, argv, argv_len };
+    if filename_len < SMALL.0 && argv_len <= SMALL.1 {
+        send::<{ SMALL.0 }, { SMALL.1 }, { SMALL.0 + SMALL.1 }>(&what);
+    } else if filename_len < MEDIUM.0 && argv_len <= MEDIUM.1 {
+        send::<{ MEDIUM.0 }, { MEDIUM.1 }, { MEDIUM.0 + MEDIUM.1 }>(&what);
+    } else {
+        send::<{ LARGE.0 }, { LARGE.1 }, { LARGE.0 + LARGE.1 }>(&what);
+    }
+    0
+}
+
+/// A word that is an address of something else, read by helper so that the verifier takes it for a number.
+#[inline(always)]
+fn load_address(base: Ptr, offset: u32) -> Ptr {
+    task::probe::<Ptr>(base, offset).unwrap_or(core::ptr::null())
+}
+
+/// A bound that the verifier sees right at the use: the compiler cannot know `n` to be smaller already.
+#[inline(always)]
+fn at_most(n: usize, max: usize) -> usize {
+    let mut n = n as u64;
+    // SAFETY: no instruction; it only keeps the compiler from dropping or moving the comparison below.
+    unsafe { core::arch::asm!("/* {0} */", inout(reg) n) };
+    if n > max as u64 { max } else { n as usize }
+}
+
+#[inline(always)]
+fn send<const F: usize, const A: usize, const BYTES: usize>(w: &What) {
+    ring::emit::<Record<BYTES>>(KIND_EXEC, |r| {
+        // SAFETY: `r` is reserved ring space of this size. Name and argv together never pass it: F - 1 + A < BYTES.
+        unsafe {
+            let bytes = (&raw mut (*r).bytes).cast::<u8>();
+            let got = helpers::bpf_probe_read_kernel_str(bytes.cast(), F as u32, w.filename.cast());
+            let name = if got > 1 { at_most(got as usize - 1, F - 1) } else { 0 };
+            let mut flags = w.flags;
+            let mut argv = at_most(w.argv_len, A);
+            if argv > 0
+                && helpers::bpf_probe_read_user(bytes.add(name).cast(), argv as u32, w.argv.cast()) != 0
+            {
+                argv = 0;
+                flags |= EXEC_ARGV_CUT | EXEC_ARGV_UNREAD;
+            }
+            (&raw mut (*r).head).write(ExecHead {
+                hdr: ring::header(KIND_EXEC, flags, task::key(w.task)),
+                cgroup: bpf_get_current_cgroup_id(),
+                old_tid: w.old_tid,
+                uid: task::uid(w.task),
+                filename_len: name as u16,
+                argv_len: argv as u16,
+                pad: 0,
+                comm: task::comm(w.task),
+            });
+        }
+    });
+}

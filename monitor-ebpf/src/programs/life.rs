@@ -1,0 +1,169 @@
+//! Fork, death and reap of processes, and the lineage map that follows them.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::programs::BtfTracePointContext;
+use monitor_abi::{
+    EXIT_GROUP, Exit, FORK_NO_ENTRY, Fork, KERNEL_THREAD, KIND_EXIT, KIND_FORK, KIND_LEADER_EXIT, KIND_REAP,
+    LINEAGE_SPARED, Lineage, ProcKey, Reap,
+};
+
+use super::task::{self, Ptr};
+use super::{DEAD, LINEAGE, doom, frozen, ring};
+
+const EEXIST: i32 = -17;
+
+/// `sched_process_fork(struct task_struct *parent, struct task_struct *child)`: after `copy_process` succeeded, before
+/// the child first runs.
+#[btf_tracepoint(function = "sched_process_fork")]
+pub fn fork(ctx: BtfTracePointContext) -> i32 {
+    let forker: Ptr = ctx.arg(0);
+    let child: Ptr = ctx.arg(1);
+    // SAFETY: arguments of the tracepoint.
+    unsafe {
+        let (pid, tgid) = task::ids(child);
+        if pid != tgid {
+            ring::filtered(KIND_FORK);
+            return 0;
+        }
+        let key = task::key(child);
+        let lineage_parent = task::key(forker);
+        let (job, spared, entered) = enter(&key, &lineage_parent);
+        let mut flags = if entered { 0 } else { FORK_NO_ENTRY };
+        if task::is_kernel_thread(child) {
+            flags |= KERNEL_THREAD;
+        }
+        ring::emit::<Fork>(KIND_FORK, |r| {
+            r.write(Fork {
+                hdr: ring::header(KIND_FORK, flags, key),
+                lineage_parent,
+                parent: task::parent_key(child),
+                job,
+                uid: task::uid(child),
+                pad: 0,
+                comm: task::comm(child),
+            });
+        });
+        // A doomed forker dies here rather than at its next system call; the child at its own first one.
+        if job != 0 && !spared && lineage_parent.tgid != 1 && doom::is_doomed(job) {
+            doom::strike(lineage_parent, job);
+        }
+    }
+    0
+}
+
+/// The forker's innermost job and whether it is spared.
+#[inline(always)]
+fn inherited(forker: &ProcKey) -> (u64, u32) {
+    // SAFETY: the forker is `current`: its entry is deleted only when it is freed, and is edited in place.
+    match unsafe { LINEAGE.get(forker) } {
+        // SAFETY: volatile, since `edit` may write the entry meanwhile on another CPU.
+        Some(l) => unsafe {
+            ((&raw const l.job).read_volatile(), (&raw const l.flags).read_volatile() & LINEAGE_SPARED)
+        },
+        None => (0, 0),
+    }
+}
+
+/// Enters the child with what it inherits: its innermost job, whether it is spared, and whether there was room.
+#[inline(always)]
+fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
+    let (job, flags) = inherited(forker);
+    let made = LINEAGE.insert(key, Lineage { parent: *forker, job, flags, dead: 0 }, u64::from(BPF_NOEXIST));
+    if let Err(e) = made
+        && e != EEXIST
+    {
+        return (job, flags != 0, false);
+    }
+    // The agent may be labelling: it wrote the forker's entry after it was read above, and looked for children before
+    // this one was entered; or it entered this child itself. So the forker is read once more.
+    let (now_job, now_flags) = inherited(forker);
+    if now_job != job || now_flags != flags || made.is_err() {
+        if let Some(entry) = LINEAGE.get_ptr_mut(key) {
+            // SAFETY: the child does not run yet, so its entry stays.
+            unsafe {
+                (&raw mut (*entry).parent).write_volatile(*forker);
+                (&raw mut (*entry).job).write_volatile(now_job);
+                (&raw mut (*entry).flags).write_volatile(now_flags);
+            }
+        }
+    }
+    (now_job, now_flags != 0, true)
+}
+
+/// `sched_process_exit(struct task_struct *p[, bool group_dead])`: for each thread, before files are closed, children
+/// are given away and the task becomes a zombie. `signal->live` has been counted down.
+#[btf_tracepoint(function = "sched_process_exit")]
+pub fn exit(ctx: BtfTracePointContext) -> i32 {
+    let task: Ptr = ctx.arg(0);
+    // SAFETY: an argument of the tracepoint; a task's group leader is a task.
+    unsafe {
+        let Some(leader) = task::follow(task, frozen!(OFFSETS.task_group_leader)) else { return 0 };
+        let (live, status, group) = task::live_and_status(leader);
+        let (pid, tgid) = task::ids(task);
+        let dead =
+            if frozen!(FEATURES.exit_group_dead) != 0 { ctx.arg::<u64>(1) & 1 != 0 } else { live == 0 };
+        if !dead && pid != tgid {
+            ring::filtered(KIND_EXIT);
+            return 0;
+        }
+        let key = task::key(task);
+        if dead && !first_death(&key) {
+            ring::filtered(KIND_EXIT);
+            return 0;
+        }
+        let kind = if dead { KIND_EXIT } else { KIND_LEADER_EXIT };
+        ring::emit::<Exit>(kind, |r| {
+            r.write(Exit {
+                hdr: ring::header(kind, if group { EXIT_GROUP } else { 0 }, key),
+                status,
+                live,
+                comm: task::comm(leader),
+            });
+        });
+    }
+    0
+}
+
+/// Marks the group dead; false if it was already. Not atomic, and the entry may be missing: two last threads can both
+/// get true, and the forest takes the first record per key.
+#[inline(always)]
+fn first_death(key: &ProcKey) -> bool {
+    let Some(entry) = LINEAGE.get_ptr_mut(key) else { return true };
+    // SAFETY: the entry is deleted only when the leader is freed, and its thread here is not yet dead.
+    unsafe {
+        let dead = &raw mut (*entry).dead;
+        if dead.read_volatile() != 0 {
+            return false;
+        }
+        dead.write_volatile(1);
+    }
+    true
+}
+
+/// `sched_process_free(struct task_struct *p)`: an RCU grace period after somebody, or the kernel, reaped it.
+#[btf_tracepoint(function = "sched_process_free")]
+pub fn free(ctx: BtfTracePointContext) -> i32 {
+    let task: Ptr = ctx.arg(0);
+    // SAFETY: an argument of the tracepoint.
+    unsafe {
+        let (pid, tgid) = task::ids(task);
+        // A thread, or (after the exec of another thread) the old leader, which gave its pid away.
+        if pid != tgid {
+            ring::filtered(KIND_REAP);
+            return 0;
+        }
+        let key = task::key(task);
+        let (_, status, _) = task::live_and_status(task);
+        if let Some(entry) = LINEAGE.get(key) {
+            // Copied first: the slot may be used again as soon as it is deleted.
+            let entry = *entry;
+            let _ = DEAD.insert(key, entry, 0);
+            let _ = LINEAGE.remove(key);
+        }
+        ring::emit::<Reap>(KIND_REAP, |r| {
+            r.write(Reap { hdr: ring::header(KIND_REAP, 0, key), status, pad: 0 });
+        });
+    }
+    0
+}

@@ -1,0 +1,145 @@
+//! From the probe object to loaded programs and maps, by aya. What comes out are plain descriptors, the same as those
+//! that are opened from pins.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use aya::programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint};
+use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
+use monitor_abi::{Features, Offsets};
+
+use super::Options;
+use super::error::{KernelError, last_lines};
+use super::offsets::{Kind, Layout, PROBES, Probe};
+use super::sys;
+
+/// The compiled probes, kept in the repository (`cargo xtask ebpf` rebuilds them).
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!("../../probes/probes.o");
+
+/// The maps, in the order of [`MAPS`].
+pub(super) const MAPS: &[&str] =
+    &["EVENTS", "COUNTERS", "KILLS", "LINEAGE", "DEAD", "JOBS", "CONTROL", "INODES"];
+
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Global<T>(T);
+// SAFETY: only integers of one width, so no padding.
+unsafe impl aya::Pod for Global<Offsets> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Global<Features> {}
+
+/// Everything that was loaded. Nothing is attached yet.
+pub(super) struct Loaded {
+    pub(super) maps: Vec<(&'static str, OwnedFd)>,
+    pub(super) programs: Vec<(&'static str, OwnedFd)>,
+    /// Programs that were left out, and why.
+    pub(super) off: Vec<(&'static str, String)>,
+}
+
+/// Most entries of the lineage map, if the kernel could ever have more processes than that.
+const LINEAGE_MAX: u32 = 65_536;
+const DEAD_MAX: u32 = 32_768;
+
+/// The lineage map's capacity: as many processes as there can be, within a bound.
+fn lineage_entries() -> u32 {
+    let limit = |f: &str| {
+        std::fs::read_to_string(f).ok().and_then(|s| s.trim().parse::<u32>().ok()).unwrap_or(u32::MAX)
+    };
+    limit("/proc/sys/kernel/pid_max").min(limit("/proc/sys/kernel/threads-max")).clamp(1024, LINEAGE_MAX)
+}
+
+/// Loads the object into the kernel.
+pub(super) fn load(options: &Options, layout: &Layout) -> Result<Loaded, KernelError> {
+    // Before 5.11 map memory counts against this limit. It may not be ours to raise; then the load says so.
+    let _ = rustix::process::setrlimit(
+        rustix::process::Resource::Memlock,
+        rustix::process::Rlimit { current: None, maximum: None },
+    );
+    let (offsets, features) = (Global(layout.offsets), Global(layout.features));
+    let mut settings = EbpfLoader::new();
+    settings
+        .override_global("OFFSETS", &offsets, true)
+        .override_global("FEATURES", &features, true)
+        .map_max_entries("EVENTS", options.ring_bytes)
+        .map_max_entries("LINEAGE", options.lineage_entries.unwrap_or_else(lineage_entries))
+        .map_max_entries("DEAD", options.dead_entries.unwrap_or(DEAD_MAX))
+        .verifier_log_level(VerifierLogLevel::VERBOSE | VerifierLogLevel::STATS);
+    let mut ebpf = settings.load(OBJECT).map_err(object_error)?;
+    let btf = Btf::from_sys_fs().map_err(|e| KernelError::Object(e.to_string()))?;
+    let mut loaded = Loaded { maps: Vec::new(), programs: Vec::new(), off: Vec::new() };
+    for probe in PROBES {
+        if let Some(field) = layout.lacks(probe) {
+            loaded.off.push((probe.name, format!("this kernel has no field {field}")));
+            continue;
+        }
+        match load_program(&mut ebpf, probe, &btf) {
+            Ok(fd) => loaded.programs.push((probe.name, fd)),
+            Err(e) if probe.essential => return Err(e),
+            Err(e) => loaded.off.push((probe.name, e.to_string())),
+        }
+    }
+    for name in MAPS {
+        let map = ebpf.map(name).ok_or_else(|| {
+            KernelError::Object(format!("it has no map {name}; rebuild it: cargo xtask ebpf"))
+        })?;
+        loaded.maps.push((name, map_fd(map).map_err(KernelError::io(format!("keep the map {name}")))?));
+    }
+    Ok(loaded)
+}
+
+fn map_fd(map: &aya::maps::Map) -> io::Result<OwnedFd> {
+    use aya::maps::Map;
+    match map {
+        Map::RingBuf(m) | Map::PerCpuArray(m) | Map::HashMap(m) | Map::LruHashMap(m) | Map::Array(m) => {
+            sys::dup(m.fd().as_fd())
+        }
+        _ => Err(io::Error::other("not of the type that the agent expects")),
+    }
+}
+
+fn object_error(e: aya::EbpfError) -> KernelError {
+    if let aya::EbpfError::MapError(aya::maps::MapError::CreateError { name, io_error, .. }) = e {
+        return KernelError::io(format!("create the map {name}"))(io_error);
+    }
+    KernelError::Object(e.to_string())
+}
+
+fn load_program(ebpf: &mut Ebpf, probe: &Probe, btf: &Btf) -> Result<OwnedFd, KernelError> {
+    let program = ebpf.program_mut(probe.name).ok_or_else(|| {
+        KernelError::Object(format!("it has no program {}; rebuild it: cargo xtask ebpf", probe.name))
+    })?;
+    let refused = |e| load_error(probe.name, e);
+    match probe.kind {
+        Kind::Tracepoint(tp) => {
+            let p: &mut BtfTracePoint = program.try_into().map_err(refused)?;
+            p.load(tp, btf).map_err(refused)?;
+        }
+        Kind::Iterator(iter) => {
+            let p: &mut Iter = program.try_into().map_err(refused)?;
+            p.load(iter, btf).map_err(refused)?;
+        }
+        Kind::ByHand => {
+            let p: &mut RawTracePoint = program.try_into().map_err(refused)?;
+            p.load().map_err(refused)?;
+        }
+    }
+    let fd = program.fd().map_err(refused)?;
+    sys::dup(fd.as_fd()).map_err(KernelError::io(format!("keep the program {}", probe.name)))
+}
+
+fn load_error(program: &'static str, e: ProgramError) -> KernelError {
+    match e {
+        // EPERM comes with no log when the caller may not, and with one when the verifier may not.
+        ProgramError::LoadError { io_error, verifier_log }
+            if io_error.raw_os_error() == Some(libc::EPERM) && verifier_log.to_string().is_empty() =>
+        {
+            KernelError::Permission { what: format!("load the program {program}"), source: io_error }
+        }
+        ProgramError::LoadError { io_error, verifier_log } => KernelError::Load {
+            program,
+            reason: io_error.to_string(),
+            log: last_lines(&verifier_log.to_string()),
+        },
+        e => KernelError::Load { program, reason: e.to_string(), log: String::new() },
+    }
+}

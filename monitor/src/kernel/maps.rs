@@ -1,0 +1,115 @@
+//! The probes' maps as the agent reads them: typed, each call one bpf(2) or a bounded loop of them.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use monitor_abi::{Control, Counter, Job, KINDS, KillCounter, Lineage, ProcKey};
+
+use super::error::KernelError;
+use super::sys::{self, Plain};
+
+/// A hash or array map.
+pub(super) struct Table<K, V> {
+    pub(super) fd: OwnedFd,
+    types: PhantomData<(K, V)>,
+}
+
+impl<K: Plain, V: Plain> Table<K, V> {
+    fn new(fd: OwnedFd) -> Self {
+        Self { fd, types: PhantomData }
+    }
+
+    pub(super) fn get(&self, key: &K) -> io::Result<Option<V>> {
+        let mut value = vec![0; size_of::<V>()];
+        Ok(sys::map_lookup(self.fd.as_fd(), key, &mut value)?.then(|| sys::rows_of(&value)[0]))
+    }
+
+    pub(super) fn put(&self, key: &K, value: &V) -> io::Result<()> {
+        sys::map_update(self.fd.as_fd(), key, value)
+    }
+
+    pub(super) fn delete(&self, key: &K) -> io::Result<bool> {
+        sys::map_delete(self.fd.as_fd(), key)
+    }
+
+    /// The keys, read one after the other while the probes go on: one that is deleted meanwhile makes the kernel start
+    /// over, so a key may come twice, and the walk ends after `max` of them.
+    pub(super) fn keys(&self, max: usize) -> io::Result<Vec<K>> {
+        let mut keys = Vec::new();
+        while keys.len() < max {
+            match sys::map_next_key(self.fd.as_fd(), keys.last())? {
+                Some(k) => keys.push(k),
+                None => break,
+            }
+        }
+        Ok(keys)
+    }
+}
+
+impl<V: Plain> Table<u32, V> {
+    /// The entry at `index` of a per-CPU array, by CPU number.
+    fn per_cpu(&self, index: u32, cpus: usize) -> io::Result<Vec<V>> {
+        let size = size_of::<V>().next_multiple_of(8);
+        let mut values = vec![0; size * cpus];
+        sys::map_lookup(self.fd.as_fd(), &index, &mut values)?;
+        Ok(values.chunks_exact(size).map(|c| sys::rows_of(&c[..size_of::<V>()])[0]).collect())
+    }
+}
+
+/// All maps but the ring.
+pub(super) struct Maps {
+    counters: Table<u32, Counter>,
+    kills: Table<u32, KillCounter>,
+    pub(super) lineage: Table<ProcKey, Lineage>,
+    pub(super) dead: Table<ProcKey, Lineage>,
+    pub(super) jobs: Table<u64, Job>,
+    pub(super) control: Table<u32, Control>,
+    pub(super) inodes: Table<u64, u32>,
+    cpus: usize,
+}
+
+impl Maps {
+    /// Takes the descriptors out of `fds`; what is left there is not the agent's.
+    pub(super) fn new(fds: &mut Vec<(&'static str, OwnedFd)>) -> Result<Self, KernelError> {
+        let mut take = |name: &str| {
+            let at = fds.iter().position(|(n, _)| *n == name);
+            at.map(|i| fds.swap_remove(i).1).ok_or_else(|| {
+                KernelError::Object(format!("it has no map {name}; rebuild it: cargo xtask ebpf"))
+            })
+        };
+        let cpus = aya::util::nr_cpus().map_err(|(file, source)| KernelError::Io {
+            what: format!("read the number of possible CPUs from {file}"),
+            source,
+        })?;
+        Ok(Self {
+            counters: Table::new(take("COUNTERS")?),
+            kills: Table::new(take("KILLS")?),
+            lineage: Table::new(take("LINEAGE")?),
+            dead: Table::new(take("DEAD")?),
+            jobs: Table::new(take("JOBS")?),
+            control: Table::new(take("CONTROL")?),
+            inodes: Table::new(take("INODES")?),
+            cpus,
+        })
+    }
+
+    /// By CPU, then by kind.
+    pub(super) fn counters(&self) -> io::Result<Vec<[Counter; KINDS]>> {
+        let mut all = vec![[Counter::default(); KINDS]; self.cpus];
+        for kind in 0..KINDS {
+            let of_kind = self.counters.per_cpu(kind as u32, self.cpus)?;
+            all.iter_mut().zip(of_kind).for_each(|(cpu, c)| cpu[kind] = c);
+        }
+        Ok(all)
+    }
+
+    pub(super) fn kills(&self) -> io::Result<KillCounter> {
+        Ok(self.kills.per_cpu(0, self.cpus)?.into_iter().fold(KillCounter::default(), |a, k| KillCounter {
+            ok: a.ok + k.ok,
+            busy: a.busy + k.busy,
+            perm: a.perm + k.perm,
+            other: a.other + k.other,
+        }))
+    }
+}

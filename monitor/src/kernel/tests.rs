@@ -1,0 +1,210 @@
+//! On the running kernel, as root. Each test has probes of its own; others may run beside it.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::enforce::Lineage as _;
+use crate::event::{Body, decode};
+use crate::key::Key;
+
+/// The probes, or None (loudly) where this user or kernel cannot have them.
+fn start(name: &str, options: &Options) -> Option<Kernel> {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED {name}: not root");
+        return None;
+    }
+    match Kernel::start(options) {
+        Ok(k) => Some(k),
+        Err(KernelError::Permission { what, source }) => {
+            eprintln!("SKIPPED {name}: {what}: {source}");
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+/// A child that does not outlive its test, however that ends.
+struct Child(std::process::Child);
+
+impl Child {
+    fn spawn(command: &mut Command) -> Self {
+        Self(command.spawn().unwrap())
+    }
+    fn end(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The kinds of the records of one process, in order.
+async fn watch(ring: &mut Ring, pid: u32, until: &str) -> Vec<String> {
+    let mut seen = Vec::new();
+    let end = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < end && seen.last().is_none_or(|s| s != until) {
+        let _ = tokio::time::timeout(Duration::from_millis(500), ring.readable()).await;
+        ring.drain(&mut |b| {
+            let e = decode(b).unwrap();
+            if e.process.pid != pid {
+                return;
+            }
+            seen.push(match e.body {
+                Body::Fork { lineage_parent, parent, .. } => {
+                    assert_eq!((lineage_parent.pid, parent.pid), (std::process::id(), std::process::id()));
+                    assert!(e.process.start > lineage_parent.start && e.process.start <= e.at);
+                    "fork".to_owned()
+                }
+                Body::Exec { filename, argv, argv_cut, .. } => {
+                    assert!(!argv_cut);
+                    format!("exec {} {}", String::from_utf8_lossy(filename), String::from_utf8_lossy(argv))
+                }
+                Body::Exit { status, .. } => format!("exit {:#x}", status.0),
+                Body::LeaderExit { status, .. } => format!("leader-exit {:#x}", status.0),
+                Body::Reap { status } => format!("reap {:#x}", status.0),
+                Body::Signal { signal, sender, result, .. } => {
+                    format!("signal {signal} {sender:?} {result:?}")
+                }
+                Body::Kill { result, .. } => format!("kill {result}"),
+            });
+        });
+    }
+    seen
+}
+
+#[tokio::test]
+async fn one_life_in_order() {
+    let Some(kernel) = start("one_life_in_order", &Options::default()) else { return };
+    let mut ring = kernel.take_ring().unwrap();
+    assert!(kernel.take_ring().is_err());
+    let mut child = Command::new("/bin/sh").args(["-c", "exit 3", "a b", ""]).spawn().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    let seen = watch(&mut ring, child.id(), "reap 0x300").await;
+    assert_eq!(seen, ["fork", "exec /bin/sh /bin/sh\0-c\0exit 3\0a b\0\0", "exit 0x300", "reap 0x300"]);
+}
+
+#[tokio::test]
+async fn a_killed_child_and_who_killed_it() {
+    let Some(kernel) = start("a_killed_child_and_who_killed_it", &Options::default()) else { return };
+    let mut ring = kernel.take_ring().unwrap();
+    let mut child = Child::spawn(Command::new("/bin/sleep").arg("1000"));
+    child.end();
+    let seen = watch(&mut ring, child.0.id(), "reap 0x9").await;
+    let me = kernel.start_of(std::process::id()).unwrap().unwrap();
+    let signal = format!("signal 9 Process({:?}) Delivered", Key::new(std::process::id(), me));
+    assert!(seen.contains(&signal), "{signal} not in {seen:?}");
+    assert!(seen.ends_with(&["exit 0x9".into(), "reap 0x9".into()]), "{seen:?}");
+}
+
+#[tokio::test]
+async fn snapshot_has_everybody() {
+    let Some(kernel) = start("snapshot_has_everybody", &Options::default()) else { return };
+    let mut child = Child::spawn(Command::new("/bin/sleep").arg("1000"));
+    let taken = kernel.snapshot().unwrap();
+    let rows = &taken.snapshot.rows;
+    let of = |pid: u32| rows.iter().find(|r| r.key.pid == pid);
+    let mine = of(std::process::id()).unwrap();
+    assert!(mine.lineage.is_some_and(|l| l.mended), "forked before the probes were there");
+    let his = of(child.0.id()).unwrap();
+    assert_eq!(his.parent, Some(mine.key));
+    assert_eq!(his.lineage.map(|l| (l.parent, l.mended)), Some((mine.key, false)));
+    assert!(of(1).is_some_and(|r| r.adopts));
+    let proc = crate::proc::Proc::default();
+    for pid in proc.pids().unwrap() {
+        let Ok(stat) = proc.stat(pid) else { continue };
+        if kernel.ticks_to_ns(stat.start_ticks) + 20_000_000 < taken.snapshot.t0 {
+            let row = of(pid).unwrap_or_else(|| panic!("{pid} is not in the snapshot"));
+            assert_eq!(kernel.ns_to_ticks(row.key.start), stat.start_ticks, "{pid}");
+        }
+    }
+    child.end();
+}
+
+#[tokio::test]
+async fn accounts_to_the_last_event() {
+    let Some(kernel) = start("accounts_to_the_last_event", &Options::default()) else { return };
+    let mut ring = kernel.take_ring().unwrap();
+    let mut seen = Seen { since: kernel.now(), ..Seen::default() };
+    for _ in 0..500 {
+        for _ in 0..10 {
+            // SAFETY: the child calls nothing but `_exit`.
+            unsafe {
+                match libc::fork() {
+                    0 => libc::_exit(0),
+                    pid => {
+                        assert_eq!(libc::waitpid(pid, std::ptr::null_mut(), 0), pid);
+                        seen.pids.insert(pid as u32);
+                    }
+                }
+            }
+        }
+        ring.drain(&mut |b| seen.count(b));
+    }
+    // The machine does other things too, so the two sides are compared until they stand still together.
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        ring.drain(&mut |b| seen.count(b));
+        let totals = kernel.totals().unwrap();
+        let sent: u64 = totals.iter().map(|c| c.sent).sum();
+        let balanced = totals.iter().all(|c| c.hits == c.sent + c.lost + c.filtered);
+        // What the kernel has not freed yet (RCU takes its time, seconds where it is lazy) still has its entry.
+        let unfreed =
+            seen.mine.iter().filter(|k| kernel.maps.lineage.get(&(**k).into()).unwrap().is_some()).count();
+        let whole = seen.of_mine == [SPAWNS, SPAWNS, SPAWNS - unfreed as u32] && unfreed < 100;
+        if balanced && sent == seen.received && whole {
+            assert_eq!(totals.iter().map(|c| c.lost).sum::<u64>(), 0);
+            assert_eq!(kernel.lost().unwrap(), 0);
+            break;
+        }
+        assert!(
+            Instant::now() < end,
+            "sent {sent}, received {}, {:?}, {totals:?}",
+            seen.received,
+            seen.of_mine
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+const SPAWNS: u32 = 5000;
+
+#[derive(Default)]
+struct Seen {
+    received: u64,
+    since: u64,
+    pids: std::collections::HashSet<u32>,
+    mine: std::collections::HashSet<Key>,
+    /// Forks, exits and reaps of this process's children.
+    of_mine: [u32; 3],
+}
+
+impl Seen {
+    fn count(&mut self, b: &[u8]) {
+        self.received += 1;
+        let e = decode(b).unwrap();
+        let what = match e.body {
+            Body::Fork { .. } if self.pids.contains(&e.process.pid) && e.process.start >= self.since => {
+                self.mine.insert(e.process);
+                0
+            }
+            Body::Exit { .. } if self.mine.contains(&e.process) => 1,
+            Body::Reap { .. } if self.mine.contains(&e.process) => 2,
+            _ => return,
+        };
+        self.of_mine[what] += 1;
+    }
+}
+
+#[test]
+fn time_offsets() {
+    assert_eq!(parse_time_offset("monotonic 0 0\nboottime 1000 5\n"), 1_000_000_000_005);
+    assert_eq!(parse_time_offset("boottime -3 0\n"), -3_000_000_000);
+    assert_eq!(parse_time_offset(""), 0);
+    assert_eq!(parse_time_offset("boottime x"), 0);
+}

@@ -1,6 +1,7 @@
 //! Everything that is done with this repository, one subcommand each. Builds as the caller; only the agent
 //! and the test binaries run as root.
 
+mod bench;
 mod cargo;
 mod demo;
 mod needs;
@@ -30,6 +31,11 @@ enum Command {
     Test(test::Args),
     /// The incident that jobwarden was made for, found, explained and cured, on this machine
     Demo(demo::Args),
+    /// jobwarden and its peers, measured in the same run; writes docs/BENCHMARKS.md
+    Bench(bench::Args),
+    /// What the benchmark starts
+    #[command(hide = true)]
+    Load(bench::load::Args),
     /// A .deb and a tarball under target/package
     Package(package::Args),
     /// Boot other kernels in QEMU and run the tests, or a given program, inside
@@ -41,6 +47,8 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Load(args) => bench::load::run(&args),
         Command::Package(args) => package::run(&args),
         Command::Vm(args) => vm::run(&args),
     };

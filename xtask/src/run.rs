@@ -81,7 +81,7 @@ fn ready(agent: &mut Child, listen: SocketAddr) -> Result<Option<ExitStatus>> {
 }
 
 /// The whole answer to a GET, or `None` while nobody answers.
-fn get(at: SocketAddr, path: &str) -> Option<String> {
+pub(crate) fn get(at: SocketAddr, path: &str) -> Option<String> {
     let wait = Duration::from_secs(2);
     let mut stream = TcpStream::connect_timeout(&at, wait).ok()?;
     stream.set_read_timeout(Some(wait)).ok()?;

@@ -21,6 +21,7 @@ pub mod policy;
 pub mod proc;
 pub mod recording;
 pub mod redact;
+pub mod render;
 pub mod signal;
 pub mod state;
 pub mod why;

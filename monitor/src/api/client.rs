@@ -45,11 +45,9 @@ impl ClientError {
                 }
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => (
                     "agent-not-reachable",
-                    format!(
-                        "start it (`systemctl start jobwarden`, or `jobwarden agent`), or give its socket with --socket \
-                         or JOBWARDEN_SOCKET; tried {}",
-                        socket.display()
-                    ),
+                    "start it (`systemctl start jobwarden`, or `jobwarden agent`), or give its socket with --socket or \
+                     JOBWARDEN_SOCKET"
+                        .to_owned(),
                 ),
                 _ => ("agent-not-reachable", "see the agent's log".to_owned()),
             },

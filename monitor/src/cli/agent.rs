@@ -1,0 +1,56 @@
+//! `jobwarden agent`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use jobwarden::config::Overrides;
+
+use super::output::Context;
+use super::{Failure, Outcome, check};
+
+/// The agent, in the foreground
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Flags go over the environment (JOBWARDEN_AGENT_LISTEN, ..), which goes over the file.
+
+Example:
+  jobwarden agent --config /etc/jobwarden/jobwarden.toml
+  jobwarden --socket /tmp/j.sock agent --no-pin --state-dir /tmp/j --listen 127.0.0.1:19751")]
+pub(crate) struct Args {
+    /// [default: /etc/jobwarden/jobwarden.toml, if it is there]
+    #[arg(long, value_name = "F")]
+    config: Option<PathBuf>,
+    /// Where Prometheus finds /metrics
+    #[arg(long, value_name = "A")]
+    listen: Option<SocketAddr>,
+    /// Where alerts and jobs are kept over a restart
+    #[arg(long, value_name = "D")]
+    state_dir: Option<PathBuf>,
+    /// The bpf filesystem for the pins
+    #[arg(long, value_name = "D")]
+    bpffs: Option<PathBuf>,
+    /// Keep nothing in the kernel while the agent is down
+    #[arg(long)]
+    no_pin: bool,
+    /// Record all that the agent is told, for `jobwarden replay`
+    #[arg(long, value_name = "F")]
+    record: Option<PathBuf>,
+    /// Log the probes' own lines
+    #[arg(long)]
+    trace_probes: bool,
+}
+
+impl Args {
+    pub(super) fn run(self, context: &Context) -> Outcome {
+        let overrides = Overrides {
+            socket: context.given_socket(),
+            listen: self.listen,
+            state_dir: self.state_dir,
+            bpffs: self.bpffs,
+            no_pin: self.no_pin,
+        };
+        let _config = check::load(self.config.as_deref(), &overrides)?;
+        let _ = (self.record, self.trace_probes);
+        Err(Failure::failed("failed", "this build has no probes"))
+    }
+}

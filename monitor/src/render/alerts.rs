@@ -1,0 +1,61 @@
+//! `alerts`.
+
+use std::time::SystemTime;
+
+use super::style::{Paint, Style};
+use super::table::Table;
+use super::words::{age, between, escape};
+use crate::contract::{Alert, AlertState, Alerts, Severity};
+
+/// A line for each alert; `none` is what is said where there is none.
+#[must_use]
+pub fn alerts(alerts: &Alerts, none: &str, now: SystemTime, style: Style) -> String {
+    if alerts.alerts.is_empty() {
+        return format!("{none}\n");
+    }
+    let heads = &["ALERT", "STATE", "SEVERITY", "KIND", "AGE", "COUNT", "JOB", "SUMMARY"];
+    let mut t = Table::new(heads, &[4, 5]);
+    for a in &alerts.alerts {
+        t.row(vec![
+            (Paint::Strong, escape(&a.id)),
+            (state_paint(a.state), state_word(a.state).into()),
+            (severity_paint(a), a.severity.as_str().into()),
+            (Paint::Plain, a.kind.as_str().into()),
+            (Paint::Plain, between(&a.since, now).map_or_else(|| "?".into(), age)),
+            (Paint::Plain, a.count.to_string()),
+            (Paint::Job, if a.job_name.is_empty() { "-".into() } else { escape(&a.job_name) }),
+            (Paint::Plain, summary(a)),
+        ]);
+    }
+    t.render(style)
+}
+
+fn summary(a: &Alert) -> String {
+    let mut text = escape(&a.summary);
+    if let Some(c) = a.cause.as_ref().filter(|c| !c.summary.is_empty() && c.summary != a.summary) {
+        text.push_str(": ");
+        text.push_str(&escape(&c.summary));
+    }
+    text
+}
+
+const fn state_word(s: AlertState) -> &'static str {
+    crate::metrics::alert_state_label(s)
+}
+
+const fn state_paint(s: AlertState) -> Paint {
+    match s {
+        AlertState::Pending => Paint::Plain,
+        AlertState::Firing => Paint::Bad,
+        AlertState::Resolved => Paint::Dim,
+    }
+}
+
+const fn severity_paint(a: &Alert) -> Paint {
+    match (a.state, a.severity) {
+        (AlertState::Resolved, _) => Paint::Dim,
+        (_, Severity::Critical | Severity::Error) => Paint::Bad,
+        (_, Severity::Warning) => Paint::Odd,
+        (_, Severity::Info) => Paint::Plain,
+    }
+}

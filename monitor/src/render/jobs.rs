@@ -1,0 +1,59 @@
+//! `jobs`.
+
+use std::time::SystemTime;
+
+use super::style::{Paint, Style};
+use super::table::Table;
+use super::words::{age, between, escape};
+use crate::contract::{Job, JobState, Jobs};
+
+/// A line for each job; `now` is for ages and for the time left.
+#[must_use]
+pub fn jobs(jobs: &Jobs, now: SystemTime, style: Style) -> String {
+    if jobs.jobs.is_empty() {
+        return "no jobs\n".into();
+    }
+    let mut t =
+        Table::new(&["STATE", "AGE", "LEFT", "PROCS", "ZOMBIES", "ORPHANS", "NAME", "JOB"], &[1, 2, 3, 4, 5]);
+    for j in &jobs.jobs {
+        let number = |n: usize, paint| (if n > 0 { paint } else { Paint::Plain }, n.to_string());
+        t.row(vec![
+            (paint(j.state), word(j.state).into()),
+            (Paint::Plain, between(&j.started, now).map_or_else(|| "?".into(), age)),
+            left(j, now),
+            number(j.processes, Paint::Plain),
+            number(j.zombies, Paint::Bad),
+            number(j.orphans, Paint::Odd),
+            (Paint::Job, escape(&j.name)),
+            // Last and never cut: it is what other commands are given.
+            (Paint::Plain, j.id.to_string()),
+        ]);
+    }
+    t.render(Style { width: None, ..style })
+}
+
+fn left(j: &Job, now: SystemTime) -> (Paint, String) {
+    let Some(over) = j.deadline.as_deref().and_then(|d| between(d, now)) else {
+        return (Paint::Dim, "-".into());
+    };
+    if over > 0.0 { (Paint::Bad, format!("-{}", age(over))) } else { (Paint::Plain, age(-over)) }
+}
+
+pub(super) const fn word(s: JobState) -> &'static str {
+    match s {
+        JobState::Running => "running",
+        JobState::Lingering => "lingering",
+        JobState::Expired => "expired",
+        JobState::Killing => "killing",
+        JobState::Done => "done",
+    }
+}
+
+const fn paint(s: JobState) -> Paint {
+    match s {
+        JobState::Running => Paint::Good,
+        JobState::Lingering => Paint::Odd,
+        JobState::Expired | JobState::Killing => Paint::Bad,
+        JobState::Done => Paint::Dim,
+    }
+}

@@ -1,0 +1,28 @@
+//! The contract's values as text for people. Pure: strings are built, nothing is read or printed.
+//!
+//! Whatever comes from a process (argv, comm, paths) or from a file is escaped here: a newline, an escape sequence or a
+//! character that turns the direction of writing never reaches the terminal raw.
+
+mod alerts;
+mod audit;
+mod event;
+mod jobs;
+mod kill;
+mod status;
+mod style;
+mod table;
+mod tree;
+mod why;
+mod words;
+
+pub use alerts::alerts;
+pub use audit::audit;
+pub use event::event;
+pub use jobs::jobs;
+pub use kill::kill;
+pub use status::{enforcement, status};
+pub use style::{Paint, Style};
+pub use table::Table;
+pub use tree::{TreeView, tree};
+pub use why::why;
+pub use words::{age, argv, escape, exit, process, wall};

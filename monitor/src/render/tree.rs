@@ -1,0 +1,249 @@
+//! `tree`: as `ps axf` draws it, by lineage, with the dead and with what `ps` cannot know.
+
+use std::collections::{HashMap, HashSet};
+
+use super::style::{Paint, Style, cut, width};
+use super::words::{age, argv, between, escape, exit, process, wall};
+use crate::contract::{JobId, LineageKnown, Process, State, Tree};
+use crate::key::Key;
+
+/// What is drawn, and what is needed to know beside it.
+pub struct TreeView<'a> {
+    pub tree: &'a Tree,
+    /// Names of jobs; one that is missing is shown by its id alone.
+    pub jobs: &'a HashMap<JobId, String>,
+    /// Names of users; one that is missing is shown by its number.
+    pub users: &'a dyn Fn(u32) -> Option<String>,
+    pub kernel_threads: bool,
+}
+
+/// The least of a command that is shown before the notes behind it are cut too.
+const COMMAND_MIN: usize = 24;
+
+/// One line for each process, parents first.
+#[must_use]
+pub fn tree(view: &TreeView<'_>, style: Style) -> String {
+    let shown: Vec<&Process> =
+        view.tree.processes.iter().filter(|p| view.kernel_threads || !p.kernel_thread).collect();
+    let forest = Forest::new(&shown);
+    let lines = Lines { view, forest: &forest, columns: Columns::new(view, &shown) };
+    let mut out = style.paint(Paint::Dim, &lines.columns.head());
+    out.push('\n');
+    // Not recursive: a chain may be longer than a stack. With each: what its line begins with, whether a sibling follows,
+    // how deep it is.
+    let mut stack: Vec<(&Process, String, bool, usize)> =
+        forest.roots.iter().rev().map(|p| (*p, String::new(), false, 0)).collect();
+    while let Some((p, bars, sibling, depth)) = stack.pop() {
+        lines.line(&mut out, p, &bars, depth, style);
+        let below = match (depth, sibling) {
+            (0, _) => String::new(),
+            (_, true) => bars + " |  ",
+            (_, false) => bars + "    ",
+        };
+        let children = forest.children.get(&p.id).map_or(&[][..], Vec::as_slice);
+        for (i, c) in children.iter().enumerate().rev() {
+            stack.push((c, below.clone(), i + 1 < children.len(), depth + 1));
+        }
+    }
+    out
+}
+
+/// Who is drawn below whom: below its lineage parent; where that is not known, below the process that would reap it.
+struct Forest<'a> {
+    roots: Vec<&'a Process>,
+    children: HashMap<Key, Vec<&'a Process>>,
+    by_key: HashMap<Key, &'a Process>,
+    by_pid: HashMap<u32, &'a Process>,
+    drawn_below: HashMap<Key, Key>,
+}
+
+impl<'a> Forest<'a> {
+    fn new(shown: &[&'a Process]) -> Self {
+        let by_key: HashMap<Key, &Process> = shown.iter().map(|p| (p.id, *p)).collect();
+        let alive = shown.iter().filter(|p| p.state != State::Gone);
+        let by_pid: HashMap<u32, &Process> = alive.map(|p| (p.pid, *p)).collect();
+        let above = |p: &Process| {
+            let reaper = p.ppid.and_then(|pid| by_pid.get(&pid));
+            let lineage = p.lineage_parent.and_then(|k| by_key.get(&k));
+            lineage.or(reaper).map(|q| q.id).filter(|k| *k != p.id)
+        };
+        let mut drawn_below: HashMap<Key, Key> =
+            shown.iter().filter_map(|p| above(p).map(|k| (p.id, k))).collect();
+        break_loops(&mut drawn_below, shown);
+        let mut children: HashMap<Key, Vec<&Process>> = HashMap::new();
+        let mut roots = Vec::new();
+        for p in shown {
+            match drawn_below.get(&p.id) {
+                Some(k) => children.entry(*k).or_default().push(p),
+                None => roots.push(*p),
+            }
+        }
+        for list in children.values_mut().chain([&mut roots]) {
+            list.sort_by_key(|p| (p.id.start, p.id.pid));
+        }
+        Self { roots, children, by_key, by_pid, drawn_below }
+    }
+
+    fn above(&self, p: &Process) -> Option<&'a Process> {
+        self.by_key.get(self.drawn_below.get(&p.id)?).copied()
+    }
+}
+
+/// What is read from outside may hold a loop; each process must be drawn once all the same.
+fn break_loops(above: &mut HashMap<Key, Key>, shown: &[&Process]) {
+    let mut safe = HashSet::new();
+    for p in shown {
+        let mut path = HashSet::new();
+        let mut at = p.id;
+        while !safe.contains(&at) {
+            if !path.insert(at) {
+                above.remove(&at);
+                break;
+            }
+            let Some(next) = above.get(&at) else { break };
+            at = *next;
+        }
+        safe.extend(path);
+    }
+}
+
+/// The columns before the command.
+struct Columns {
+    pid: usize,
+    user: usize,
+}
+
+impl Columns {
+    fn new(view: &TreeView<'_>, shown: &[&Process]) -> Self {
+        let pid = shown.iter().map(|p| p.pid.to_string().len()).max().unwrap_or(0).max(5);
+        let user = shown.iter().map(|p| width(&user(view, p))).max().unwrap_or(0).max(4);
+        Self { pid, user }
+    }
+
+    fn head(&self) -> String {
+        format!("{:>pid$} S {:>6} {:user$} COMMAND", "PID", "AGE", "USER", pid = self.pid, user = self.user)
+    }
+}
+
+fn user(view: &TreeView<'_>, p: &Process) -> String {
+    p.uid.map_or_else(|| "?".into(), |u| (view.users)(u).map_or_else(|| u.to_string(), |n| escape(&n)))
+}
+
+struct Lines<'a> {
+    view: &'a TreeView<'a>,
+    forest: &'a Forest<'a>,
+    columns: Columns,
+}
+
+impl Lines<'_> {
+    fn line(&self, out: &mut String, p: &Process, bars: &str, depth: usize, style: Style) {
+        let c = &self.columns;
+        let now = wall(&self.view.tree.at);
+        let old = now.and_then(|n| between(&p.started, n)).map_or_else(|| "?".into(), age);
+        let owner = user(self.view, p);
+        let pad = " ".repeat(c.user.saturating_sub(width(&owner)));
+        let front = format!("{:>pid$} {} {old:>6} {owner}{pad} ", p.pid, letter(p), pid = c.pid);
+        let edge = match (depth, p.lineage) {
+            (0, _) => "",
+            (_, LineageKnown::Known) => " \\_ ",
+            // Not the edge of lineage: who forked it was not seen.
+            (_, LineageKnown::Unknown) => " \\? ",
+        };
+        let mut command = command(p);
+        let notes = self.notes(p);
+        if let Some(columns) = style.width {
+            let notes_width: usize = notes.iter().map(|(_, n)| width(n) + 1).sum();
+            let room = columns.saturating_sub(width(&front) + width(bars) + width(edge));
+            command = cut(&command, room.saturating_sub(notes_width).max(COMMAND_MIN.min(room)));
+        }
+        let (letter_paint, text_paint) = paints(p);
+        out.push_str(&style.paint(letter_paint, &front));
+        out.push_str(&style.paint(Paint::Dim, &format!("{bars}{edge}")));
+        out.push_str(&style.paint(text_paint, &command));
+        let mut used = width(&front) + width(bars) + width(edge) + width(&command);
+        for (paint, note) in notes {
+            let note = style.width.map_or_else(|| note.clone(), |w| cut(&note, w.saturating_sub(used + 1)));
+            if note.is_empty() {
+                break;
+            }
+            used += width(&note) + 1;
+            out.push(' ');
+            out.push_str(&style.paint(paint, &note));
+        }
+        out.push('\n');
+    }
+
+    fn notes(&self, p: &Process) -> Vec<(Paint, String)> {
+        let above = self.forest.above(p);
+        let mut notes = Vec::new();
+        if p.job.is_some() && p.job != above.and_then(|a| a.job) {
+            // A job that begins here; of one that is only passed through (the root is not shown) the id says whose it is.
+            let id = p.job.map(|j| j.to_string()).unwrap_or_default();
+            let name = p.job.and_then(|j| self.view.jobs.get(&j));
+            notes.push((
+                Paint::Job,
+                name.map_or_else(|| format!("[{id}]"), |n| format!("[{} {id}]", escape(n))),
+            ));
+        }
+        if let Some(c) = &p.container
+            && above.and_then(|a| a.container.as_ref()) != Some(c)
+        {
+            let id: String = c.id.chars().take(12).collect();
+            let runtime = c.runtime.as_deref().unwrap_or("container");
+            notes.push((Paint::Dim, format!("{{{} {}}}", escape(runtime), escape(&id))));
+        }
+        if let Some(inside) = p.ns_pid.filter(|n| *n != p.pid) {
+            notes.push((Paint::Dim, format!("(pid {inside} inside)")));
+        }
+        let for_ = age(p.state_s);
+        let how = |before: &str| p.exit.as_ref().map_or_else(String::new, |e| format!("{before}{}", exit(e)));
+        match p.state {
+            State::Running => {}
+            State::LeaderExited => {
+                notes.push((Paint::Odd, format!("<main thread exited {for_} ago, others live>")));
+            }
+            State::Exiting => notes.push((Paint::Odd, format!("<exiting for {for_}{}>", how(": ")))),
+            State::Zombie => {
+                let reaper = p.ppid.map_or_else(String::new, |pid| {
+                    let known = self.forest.by_pid.get(&pid);
+                    let who = known.map_or_else(|| pid.to_string(), |q| process(&q.to_ref()));
+                    format!("; not reaped by {who}")
+                });
+                notes.push((Paint::Bad, format!("<zombie for {for_}{}{reaper}>", how(": "))));
+            }
+            State::Gone => notes.push((Paint::Dim, format!("<ended {for_} ago{}>", how(": ")))),
+        }
+        if p.orphan {
+            let by = p.adopter.as_ref().map_or_else(String::new, |a| format!(", adopted by {}", process(a)));
+            notes.push((Paint::Odd, format!("<orphan{by}>")));
+        }
+        notes
+    }
+}
+
+/// As `ps` shows it; `-` for one that is reaped.
+fn letter(p: &Process) -> String {
+    let by_state = match p.state {
+        State::Running => "?",
+        State::LeaderExited | State::Zombie => "Z",
+        State::Exiting => "X",
+        State::Gone => "-",
+    };
+    let kernel = p.kernel_state.as_deref().filter(|_| p.state != State::Gone);
+    escape(kernel.unwrap_or(by_state)).chars().take(1).collect()
+}
+
+/// Of the columns and of the command.
+const fn paints(p: &Process) -> (Paint, Paint) {
+    match p.state {
+        State::Zombie => (Paint::Bad, Paint::Bad),
+        State::Gone => (Paint::Dim, Paint::Dim),
+        State::LeaderExited | State::Exiting => (Paint::Plain, Paint::Odd),
+        State::Running if p.orphan => (Paint::Plain, Paint::Odd),
+        State::Running => (Paint::Plain, Paint::Plain),
+    }
+}
+
+fn command(p: &Process) -> String {
+    if p.argv.is_empty() { format!("[{}]", escape(&p.comm)) } else { argv(&p.argv) }
+}

@@ -3,5 +3,6 @@
 mod cli;
 
 fn main() -> std::process::ExitCode {
-    cli::main()
+    // Before anything else: `why` runs this program once more to read a Python process's memory.
+    jobwarden::why::helper_main().unwrap_or_else(cli::main)
 }

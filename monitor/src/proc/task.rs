@@ -132,6 +132,15 @@ impl Proc {
         String::from_utf8_lossy(&b).lines().filter_map(parse_mount).find(|m| m.id == id)
     }
 
+    /// The mount that an absolute path of the process is on, by its longest prefix; the path is not looked up.
+    #[must_use]
+    pub fn mount_of(&self, pid: u32, path: &str) -> Option<Mount> {
+        let b = read_bounded(&self.path(pid, "mountinfo")).ok()?;
+        let text = String::from_utf8_lossy(&b);
+        let holds = |m: &Mount| std::path::Path::new(path).starts_with(&m.point);
+        text.lines().filter_map(parse_mount).filter(holds).max_by_key(|m| m.point.len())
+    }
+
     /// Whether the process has mapped a file whose path contains `part`.
     #[must_use]
     pub fn maps(&self, pid: u32, part: &str) -> bool {
@@ -172,6 +181,13 @@ mod tests {
             parse_mount("36 35 98:0 /m /mnt/n\\040x rw,noatime master:1 - nfs4 srv:/e rw,errors=x").unwrap();
         assert_eq!((m.id, &*m.point, &*m.fs, &*m.source), (36, "/mnt/n\\040x", "nfs4", "srv:/e"));
         assert_eq!(parse_mount("36 35 - "), None);
+    }
+
+    #[test]
+    fn mount_of_a_path() {
+        let m = Proc::default().mount_of(std::process::id(), "/proc/self/stat").unwrap();
+        assert_eq!((&*m.point, &*m.fs), ("/proc", "proc"));
+        assert_eq!(Proc::default().mount_of(std::process::id(), "relative"), None);
     }
 
     #[test]

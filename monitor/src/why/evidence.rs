@@ -40,7 +40,7 @@ pub(super) fn blocked(look: &Look, t: &Thread) -> Vec<Evidence> {
         thread: t.tid,
         syscall: syscall.clone(),
         fd: end.map(|e| e.fd),
-        inode: end.map(|e| e.link.to_string()),
+        inode: end.map(|e| e.link.to_string()).or_else(|| t.path.clone()),
     };
     if let Doing::Files { ends, direct, .. } = &t.doing {
         let mut held: Vec<&End> = verdict::pipes(ends).collect();
@@ -99,6 +99,7 @@ impl Family<'_> {
             (false, C::OfBlocked) => format!("descends from {}", short(blocked)),
             (false, C::SameJob | C::OrphanOfJob) => "member of this job".to_owned(),
             (false, C::SameSession) => "same session; lineage unknown".to_owned(),
+            (false, C::None) if r.parent.is_none() => "lineage unknown".to_owned(),
             (false, C::None) => "not of this family".to_owned(),
         };
         if let Some(parent) = r.parent.filter(|_| r.orphan) {
@@ -249,7 +250,10 @@ impl Family<'_> {
                     |c| format!("which waits for its children, {} among them", short(c)),
                 )
             }
-            Doing::Futex | Doing::Sleep | Doing::Other | Doing::Unknown => format!("which is in {call}"),
+            Doing::Futex | Doing::Sleep | Doing::Other | Doing::Unknown => {
+                let path = t.path.as_ref().map_or_else(String::new, |p| format!(" of {p}"));
+                format!("which is in {call}{path}")
+            }
         }
     }
 

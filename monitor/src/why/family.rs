@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use super::{Holders, Limits, Question};
-use crate::contract::{Process, Ref, State, text};
+use crate::contract::{LineageKnown, Process, Ref, State, text};
 use crate::key::Key;
 use crate::proc::{Proc, Stat};
 
@@ -92,8 +92,12 @@ impl<'a> Family<'a> {
     }
 
     pub(super) fn lineage_parent(&self, key: Key) -> Option<Key> {
-        let told = self.q.process(key).and_then(|p| p.lineage_parent);
-        told.or_else(|| self.holders.lineage_parent(key).ok().flatten())
+        match self.q.process(key) {
+            // An orphan from before the start: what the kernel's map was given for it is its adopter.
+            Some(p) if p.lineage == LineageKnown::Unknown => None,
+            Some(Process { lineage_parent: Some(l), .. }) => Some(*l),
+            _ => self.holders.lineage_parent(key).ok().flatten(),
+        }
     }
 
     /// Lineage ancestors, nearest first.

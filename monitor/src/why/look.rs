@@ -45,6 +45,8 @@ pub(super) struct Thread {
     pub cpu_ns: u64,
     /// The call's name; None when it is in none, or that may not be read.
     pub syscall: Option<String>,
+    /// The path that the call was given.
+    pub path: Option<String>,
     pub doing: Doing,
     /// Of the time between two looks, the share on a CPU; None after one look.
     pub cpu: Option<f64>,
@@ -97,6 +99,15 @@ mod nr {
     pub(super) const FUTEX_WAIT: u64 = 455;
     /// Calls with a file in the first argument that may block otherwise: ioctl, fcntl, flock, fsync, accept, ..
     pub(super) const ON_FD: [u64; 9] = [16, 42, 43, 72, 73, 74, 75, 288, 426];
+
+    /// Which argument is a path, of calls that may wait for a file server, a disk or the other side of a FIFO.
+    pub(super) const fn path(number: u64) -> Option<usize> {
+        match number {
+            2 | 4 | 6 | 21 | 59 | 76 | 80 | 82..=92 => Some(0),
+            257..=260 | 262 | 263 | 267..=269 | 332 | 437 | 439 => Some(1),
+            _ => None,
+        }
+    }
 }
 
 impl Family<'_> {
@@ -150,6 +161,7 @@ impl Family<'_> {
             switches: self.proc.thread_status(pid, tid).map_or(0, |s| s.switches),
             cpu_ns: self.proc.cpu_ns(pid, tid).unwrap_or(0),
             syscall: None,
+            path: None,
             doing: Doing::Unknown,
             cpu: None,
             slept: false,
@@ -161,6 +173,7 @@ impl Family<'_> {
             Ok(InSyscall::Call { number, args, stack }) if stack > u64::from(u32::MAX) => {
                 t.syscall = Some(syscalls::name(number));
                 if cfg!(target_arch = "x86_64") {
+                    t.path = nr::path(number).and_then(|i| self.string(pid, args[i]));
                     t.doing = self.decode(look, &t, number, args, zombie);
                 }
             }
@@ -208,6 +221,15 @@ impl Family<'_> {
             return Doing::AnyChild;
         }
         Doing::OtherChild(self.live_children(pid, |s| pids.contains(&(s.pid as i32))))
+    }
+
+    /// A C string of the process's memory; a page that is not there ends it.
+    fn string(&self, pid: u32, at: u64) -> Option<String> {
+        const PAGE: u64 = 4096;
+        let mut buf = vec![0; (PAGE - at % PAGE).min(256) as usize];
+        self.proc.memory(pid, at, &mut buf).ok()?;
+        let end = buf.iter().position(|&b| b == 0).unwrap_or(buf.len());
+        Some(crate::contract::text(buf.get(..end)?)).filter(|s| !s.is_empty())
     }
 
     fn waits(&self, look: &Look, target: WaitFor, zombie: Key) -> Doing {

@@ -23,6 +23,7 @@ mod zombie;
 use family::Family;
 pub use holders::{FdRow, Holders, ProcHolders};
 pub use orphan::daemonized;
+pub use python::helper_main;
 
 /// A signal that the probes saw, as the forest remembers it.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,5 +1,9 @@
 //! Where a CPython process is in its source, by the `py-spy` crate: its memory is read while it goes on; it is neither
 //! stopped nor changed. Without the feature `python` there are no frames.
+//!
+//! py-spy follows pointers and sizes that stand in the other process's memory, and that process may be hostile: what
+//! makes it panic is caught, but a size that makes it ask for too much memory would abort. So the program runs itself
+//! once more for it, as a helper with bounded memory and time, where its `main` answers to that.
 
 use std::time::Duration;
 
@@ -14,6 +18,16 @@ pub(super) fn frames(_proc: &Proc, _pid: u32, _tid: u32, _limit: Duration) -> Ve
 
 #[cfg(feature = "python")]
 pub(super) use spy::frames;
+
+/// To be called first thing in `main`: does the helper's work if this process is the helper, and gives its exit status.
+/// Otherwise None, and from then on helpers are used instead of a thread.
+#[must_use]
+pub fn helper_main() -> Option<std::process::ExitCode> {
+    #[cfg(feature = "python")]
+    return spy::helper_main();
+    #[cfg(not(feature = "python"))]
+    None
+}
 
 /// The innermost frame that is not of Python's own library, in words.
 pub(super) fn where_it_is(frames: &[Evidence]) -> Option<String> {
@@ -30,8 +44,10 @@ pub(super) fn where_it_is(frames: &[Evidence]) -> Option<String> {
 mod spy {
     use std::io::Read as _;
     use std::os::unix::fs::MetadataExt as _;
+    use std::os::unix::process::CommandExt as _;
     use std::path::Path;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::process::{Command, ExitCode, Stdio};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::sync::mpsc;
 
     use rustix::fs::{Mode, OFlags, ResolveFlags};
@@ -45,6 +61,13 @@ mod spy {
     const SOURCE: u64 = 2 << 20;
     const LINE: usize = 160;
 
+    /// The helper's name, by which it knows itself.
+    const HELPER: &str = "jobwarden-python-frames";
+    /// Bytes of address space that the helper may have: it maps the interpreter's files.
+    const HELPER_MEMORY: u64 = 2 << 30;
+
+    /// Whether `main` answers to [`HELPER`].
+    static HAS_HELPER: AtomicBool = AtomicBool::new(false);
     static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
 
     struct Slot;
@@ -72,8 +95,11 @@ mod spy {
         let proc = proc.clone();
         let spawned = std::thread::Builder::new().name("python-frames".into()).spawn(move || {
             let _slot = slot;
-            // py-spy parses what the other process has in its memory: whatever that makes of it must not end the agent.
-            let frames = std::panic::catch_unwind(|| look(&proc, pid, tid)).ok().flatten();
+            let frames = if HAS_HELPER.load(Ordering::Acquire) {
+                ask_helper(pid, tid, limit)
+            } else {
+                std::panic::catch_unwind(|| look(&proc, pid, tid)).ok().flatten()
+            };
             // The receiver may have given up by now.
             let _ = send.send(frames.unwrap_or_default());
         });
@@ -81,6 +107,40 @@ mod spy {
             return Vec::new();
         }
         receive.recv_timeout(limit).unwrap_or_default()
+    }
+
+    fn ask_helper(pid: u32, tid: u32, limit: Duration) -> Option<Vec<Evidence>> {
+        let seconds = limit.as_secs() + 1;
+        let done = Command::new("/proc/self/exe")
+            .arg0(HELPER)
+            .args([pid.to_string(), tid.to_string(), seconds.to_string()])
+            .env_clear()
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .output();
+        serde_json::from_slice(&done.ok()?.stdout).ok()
+    }
+
+    pub(super) fn helper_main() -> Option<ExitCode> {
+        let mut args = std::env::args();
+        if args.next().as_deref() != Some(HELPER) {
+            HAS_HELPER.store(true, Ordering::Release);
+            return None;
+        }
+        let mut number = || args.next()?.parse::<u32>().ok();
+        let (Some(pid), Some(tid), Some(seconds)) = (number(), number(), number()) else {
+            return Some(ExitCode::from(2));
+        };
+        let limit = |current| rustix::process::Rlimit { current: Some(current), maximum: Some(current) };
+        // Neither can fail: both only lower a limit of its own.
+        let _ = rustix::process::setrlimit(rustix::process::Resource::As, limit(HELPER_MEMORY));
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Core, limit(0));
+        // SAFETY: alarm has no preconditions. Nobody here handles SIGALRM: it ends the process.
+        unsafe { libc::alarm(seconds) };
+        let frames = look(&Proc::default(), pid, tid).and_then(|f| serde_json::to_string(&f).ok());
+        let Some(text) = frames else { return Some(ExitCode::FAILURE) };
+        println!("{text}");
+        Some(ExitCode::SUCCESS)
     }
 
     /// The interpreter itself, or a program that embeds it.

@@ -198,12 +198,18 @@ impl Family<'_> {
                     told.lines.push(format!("It waits for {m}."));
                 }
             }
-            _ => {}
+            _ => {
+                if let Some(m) = t.path.as_ref().and_then(|path| self.proc.mount_of(p.stat.pid, path)) {
+                    told.evidence
+                        .push(note(format!("the path is on {} ({} of {})", m.point, m.fs, m.source)));
+                }
+            }
         }
         if told.lines.len() < 2 {
             let at = t.wchan.as_deref().unwrap_or("an unknown place");
             let call = t.syscall.as_deref().unwrap_or("no system call");
-            told.lines.push(format!("It sleeps in {call}, at {at}."));
+            let path = t.path.as_ref().map_or_else(String::new, |p| format!(" of {p}"));
+            told.lines.push(format!("It sleeps in {call}{path}, at {at}."));
         }
     }
 
@@ -320,7 +326,10 @@ impl Family<'_> {
                 None => format!("is blocked in {call}"),
             },
             Doing::Files { .. } => format!("waits for events ({call})"),
-            _ => format!("is blocked in {call}"),
+            _ => match &t.path {
+                Some(path) => format!("is blocked in {call} of {path}"),
+                None => format!("is blocked in {call}"),
+            },
         };
         told.lines.push(format!("{z} has been a zombie{age}: its parent {who} {on}"));
         told.evidence.extend(blocked(p, t));
@@ -402,9 +411,12 @@ fn remedy_for(pipes: &[&End]) -> String {
     orphans.retain(|h| !h.relation.ancestors.iter().any(|a| ids.contains(a)));
     if orphans.is_empty() {
         let (who, id) = (short(&first.who), first.who.id);
-        return format!(
-            "{who} still has its parent and may be at work. What it does: jobwarden why {id}. To end it: jobwarden kill {id}"
-        );
+        let state = if first.relation.parent.is_none() {
+            "started before jobwarden: whether it is an orphan is not known"
+        } else {
+            "still has its parent and may be at work"
+        };
+        return format!("{who} {state}. What it does: jobwarden why {id}. To end it: jobwarden kill {id}");
     }
     if orphans.len() > IDS
         && let Some(job) = orphans.iter().find_map(|h| h.relation.job)

@@ -343,6 +343,7 @@ os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 5,
     assert_eq!(Proc::default().stat(child).unwrap().ppid, made.child.id());
     assert_eq!(c.remedy, format!("jobwarden why {}", key(child)));
     assert!(c.evidence.iter().any(|e| matches!(e, Evidence::Wchan { .. })));
+    assert!(c.summary.contains("which is in openat of f"), "{}", c.summary);
     // Open and close the FIFO's other end, so that both go on.
     let fifo = made.dir.path().join("f");
     until("the end", || {

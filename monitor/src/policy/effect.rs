@@ -95,6 +95,9 @@ pub struct JobRecord {
     pub supervisor: Option<Key>,
     /// The deadline has passed.
     pub expired: bool,
+    /// Who is in it now. Only `Engine::job_records` fills it: without pins they keep their membership by it.
+    #[serde(default)]
+    pub members: Vec<Key>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -20,6 +20,11 @@ pub struct Settings {
     pub boot_id: String,
     /// The agent itself: it and its ancestors are never enforced upon.
     pub agent: Key,
+    /// Inode of the host's pid namespace, if known: it is shown for those whose facts say nothing else.
+    pub pid_ns: Option<u64>,
+    /// Names of users, for the label `user`; a uid that is not in it is shown as a number.
+    #[serde(default)]
+    pub users: BTreeMap<u32, String>,
     /// Wall clock minus boot clock, in ns. May be moved later with `set_clock`.
     pub boot_to_wall_ns: i64,
     pub limits: Limits,

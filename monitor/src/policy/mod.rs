@@ -2,24 +2,51 @@
 //! given events, snapshots, observations, commands and the time, and it answers with [`Effect`]s. It reads no clock and
 //! opens no file, so a recorded stream replays to the same result.
 
+mod alerts;
+mod describe;
 pub mod effect;
+mod enforcement;
 pub mod input;
+mod jobs;
+mod looks;
+mod orphans;
+mod react;
+mod rules;
+mod summary;
+#[cfg(test)]
+mod tests;
+mod timers;
+mod view;
+mod zombies;
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 pub use effect::{AlertChange, Effect, EnforcementState, JobEnded, JobPolicy, JobRecord, KillOrder};
 pub use input::{ExecJob, Gauges, Limits, Observation, Refused, Settings, Target, TreeQuery};
 
-use crate::config::Config;
+use crate::config::{Config, Match};
 use crate::contract::{Alert, AlertKind, Cause, EventLine, Job, JobId, KillReport, Process, Ref, Tree};
 use crate::enforce::Reason;
 use crate::event::Event;
-use crate::forest::{Merge, Snapshot};
+use crate::forest::{Change, Forest, Idx, Merge, Snapshot};
 use crate::key::Key;
+use crate::metrics::encode::Histogram;
 use crate::why::Question;
 
-/// Most `Effect::Look`s a second, on average: an exit whose turn would come above that waits for its next one.
+/// Most `Effect::Look`s a second, on average, for exits: one whose turn would come above that waits for its next.
 pub const LOOKS_PER_S: u64 = 2_000;
+
+const MS: u64 = 1_000_000;
+const SECOND: u64 = 1_000 * MS;
+/// A zombie or an orphan is a pending alert once it has stayed for this long; most are gone by then.
+const PENDING: u64 = SECOND;
+/// `events-lost` ends this long after the last loss.
+const LOSS_OVER: u64 = 300 * SECOND;
+
+fn nanos(d: Duration) -> u64 {
+    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
+}
 
 /// The forest and all decisions over it. Times are boot-time nanoseconds and may not go back between two calls (a time
 /// that does is taken as the last one).
@@ -29,13 +56,69 @@ pub const LOOKS_PER_S: u64 = 2_000;
 #[derive(Debug)]
 pub struct Engine {
     settings: Settings,
+    static_labels: BTreeMap<String, String>,
+    /// `[zombies].after`, ns.
+    zombies_after: u64,
+    /// Each with what of its MATCH needs no look at /proc.
+    rules: Vec<(rules::Watched, Option<Match>)>,
+    enforcement: enforcement::Enforcement,
+    forest: Forest,
+    jobs: jobs::Jobs,
+    alerts: alerts::Alerts,
+    timers: timers::Timers,
+    looks: looks::Budget,
+    /// Parents that have zombies which stay.
+    watches: zombies::Watches,
+    /// All zombies by age.
+    zombies: BTreeSet<(u64, Idx)>,
+    reap_delay: Histogram,
+    /// Whose facts a rule waits for -> who waits.
+    waiting: HashMap<Key, Vec<Key>>,
+    scan: Option<rules::Scan>,
+    /// Supervisors of `exec` jobs, and how many jobs each has.
+    supervisors: HashMap<Key, usize>,
+    /// When the forest was first synced.
+    ready: Option<u64>,
+    /// Records were lost and no snapshot has been merged since.
+    unsynced: bool,
+    merging: bool,
+    /// Lost since `events-lost` fires, when that began, and the last time.
+    lost: (u64, u64, u64),
+    /// What the edge said is wrong about its stores.
+    wrong: Option<String>,
+    changes: Vec<Change>,
+    now: u64,
 }
 
-#[expect(unused_variables, clippy::needless_pass_by_value, clippy::unused_self, reason = "being filled in")]
 impl Engine {
     #[must_use]
     pub fn new(settings: Settings, config: &Config) -> Self {
-        Self { settings }
+        let l = settings.limits;
+        Self {
+            forest: Forest::new(l.processes, l.tombstones, l.signals),
+            static_labels: config.agent.labels.clone(),
+            zombies_after: nanos(config.zombies.after),
+            rules: rules::watched(&config.jobs),
+            enforcement: enforcement::Enforcement::new(&config.enforcement),
+            jobs: jobs::Jobs::default(),
+            alerts: alerts::Alerts::default(),
+            timers: timers::Timers::default(),
+            looks: looks::Budget::default(),
+            watches: zombies::Watches::new(),
+            zombies: BTreeSet::new(),
+            reap_delay: Histogram::new(crate::metrics::REAP_DELAY_BOUNDS),
+            waiting: HashMap::new(),
+            scan: None,
+            supervisors: HashMap::new(),
+            ready: None,
+            unsynced: false,
+            merging: false,
+            lost: (0, 0, 0),
+            wrong: None,
+            changes: Vec::new(),
+            now: 0,
+            settings,
+        }
     }
 
     /// Wall clock minus boot clock, ns; when the wall clock was set.
@@ -44,30 +127,45 @@ impl Engine {
     }
 
     /// One record of the ring. Idempotent: records may come twice, and late ones never touch a pid's successor.
-    pub fn event(&mut self, e: &Event<'_>, fx: &mut Vec<Effect>) {}
+    pub fn event(&mut self, e: &Event<'_>, fx: &mut Vec<Effect>) {
+        self.apply(e, fx);
+    }
 
     /// From here on reaped keys leave tombstones, until `snapshot`. `t0`: boot time before the first row is read.
-    pub fn snapshot_started(&mut self, t0: u64) {}
+    pub fn snapshot_started(&mut self, t0: u64) {
+        self.later(t0);
+        self.forest.snapshot_started();
+    }
 
     /// Merges a snapshot by key. May be called without `snapshot_started` when no event was handed over meanwhile.
     pub fn snapshot(&mut self, s: Snapshot, now: u64, fx: &mut Vec<Effect>) -> Merge {
-        Merge::default()
+        let now = self.later(now);
+        self.merge(&s, now, fx)
     }
 
     /// First synced: rules are tried on those who already run, restored alerts are held or resolved, and the grace of
     /// restored jobs whose deadline has passed begins. Once in the engine's life; further calls do nothing.
-    pub fn ready(&mut self, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn ready(&mut self, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        self.become_ready(now, fx);
+    }
 
     /// The answer to `Effect::Look` or `Effect::ReadFacts`.
-    pub fn observe(&mut self, o: Observation, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn observe(&mut self, o: Observation, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        self.observed(o, now, fx);
+    }
 
     /// Lets the time pass: call at `next_wake`, or more often. Its cost does not depend on the number of processes.
-    pub fn tick(&mut self, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn tick(&mut self, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        self.run_timers(now, fx);
+    }
 
     /// When `tick` has something to do next.
     #[must_use]
     pub fn next_wake(&self) -> Option<u64> {
-        None
+        self.timers.next()
     }
 
     // Commands.
@@ -79,7 +177,8 @@ impl Engine {
         now: u64,
         fx: &mut Vec<Effect>,
     ) -> Result<JobRecord, Refused> {
-        Err(Refused::TooManyJobs(0))
+        let now = self.later(now);
+        self.exec_job(j, now, fx)
     }
 
     /// `jobs extend JOB D`: the deadline moves by `by`, from now if it has passed.
@@ -90,15 +189,21 @@ impl Engine {
         now: u64,
         fx: &mut Vec<Effect>,
     ) -> Result<JobRecord, Refused> {
-        Err(Refused::NoJob(id.to_string()))
+        let now = self.later(now);
+        self.extend_job(id, by, now, fx)
     }
 
     /// A new config. Jobs and alerts stay; jobs of a rule that is still there take its new settings; those who already
     /// run are matched against the new rules.
-    pub fn reload(&mut self, config: &Config, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn reload(&mut self, config: &Config, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        self.take_config(config, now, fx);
+    }
 
     /// Somebody began to kill this job (`kill`, `exec`, or an `Effect::Kill` that is being carried out).
-    pub fn kill_started(&mut self, id: JobId, reason: Reason, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn kill_started(&mut self, id: JobId, reason: Reason) {
+        self.started(id, reason);
+    }
 
     /// The kill is over. `Err`: it could not be carried out, and why. `whole`: the whole job was meant, not only some.
     pub fn kill_finished(
@@ -110,129 +215,164 @@ impl Engine {
         now: u64,
         fx: &mut Vec<Effect>,
     ) {
+        let now = self.later(now);
+        self.finished(id, reason, whole, report, now, fx);
     }
 
     /// `enforcement on|off [--for D]`. `on` closes the fuse.
-    pub fn enforcement(&mut self, on: bool, lasts: Option<Duration>, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn enforcement(&mut self, on: bool, lasts: Option<Duration>, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        let until = lasts.map(|d| now.saturating_add(nanos(d)));
+        self.word(on, until, now, fx);
+    }
 
     /// The kernel lost `n` records: `events-lost` fires, and resolves 5 minutes after the last call.
-    pub fn events_lost(&mut self, n: u64, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn events_lost(&mut self, n: u64, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        self.unsynced = true;
+        self.loss(n, now, fx);
+    }
 
     /// `storage-failed` or `capacity` as the edge finds it: what is wrong, or None when it is well again.
-    pub fn condition(&mut self, kind: AlertKind, wrong: Option<String>, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn condition(&mut self, kind: AlertKind, wrong: Option<String>, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        self.edge_condition(kind, wrong, now, fx);
+    }
 
     /// The cause of a firing alert, from `why`; makes an `Updated` if it differs materially.
-    pub fn set_cause(&mut self, alert: &str, cause: Cause, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn set_cause(&mut self, alert: &str, cause: Cause, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        self.cause(alert, cause, now, fx);
+    }
 
     // Restart. Before the first snapshot.
 
     /// Jobs of this boot, as last saved. Records of another boot must not be given.
-    pub fn restore_jobs(&mut self, jobs: Vec<JobRecord>, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn restore_jobs(&mut self, jobs: Vec<JobRecord>) {
+        self.restore(jobs);
+    }
 
     /// Alerts that were firing. Of this boot: kept firing, silently, until `ready` decides. Of another boot: resolved at
     /// once, with that reason.
-    pub fn restore_alerts(&mut self, alerts: Vec<Alert>, this_boot: bool, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn restore_alerts(&mut self, alerts: Vec<Alert>, this_boot: bool, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        self.restore_alert_list(alerts, this_boot, now, fx);
+    }
 
-    pub fn restore_enforcement(&mut self, s: EnforcementState, now: u64, fx: &mut Vec<Effect>) {}
+    pub fn restore_enforcement(&mut self, s: EnforcementState) {
+        self.enforcement.state = s;
+        if let Some(until) = s.until {
+            self.timers.set(until, timers::Timer::EnforcementOver);
+        }
+    }
 
     // Views.
 
     pub fn tree(&self, q: &TreeQuery, now: u64) -> Result<Tree, Refused> {
-        Err(Refused::Target(String::new()))
+        self.view_tree(q, now)
     }
 
     /// Newest last; the done ones that are still remembered too.
     #[must_use]
     pub fn jobs(&self) -> Vec<Job> {
-        Vec::new()
+        self.view_jobs()
     }
 
     #[must_use]
     pub fn job_record(&self, id: JobId) -> Option<JobRecord> {
-        None
+        Some(self.jobs.get(self.jobs.by_id(id)?)?.record.clone())
     }
 
     /// Every job that has not ended, as it must be saved.
     #[must_use]
     pub fn job_records(&self) -> Vec<JobRecord> {
-        Vec::new()
+        self.records()
     }
 
     /// Members of the job and of its inner jobs, zombies too.
     #[must_use]
     pub fn members(&self, id: JobId) -> Vec<Key> {
-        Vec::new()
+        let in_it = |&i: &Idx| self.jobs.by_id(id).is_some_and(|g| self.forest.in_group(i, g));
+        let all = self.members_of(id);
+        all.into_iter().filter(in_it).map(|i| self.forest.node(i).key).collect()
     }
 
     /// Firing ones; with `all` the pending too.
     #[must_use]
     pub fn alerts(&self, all: bool) -> Vec<Alert> {
-        Vec::new()
+        self.view_alerts(all)
     }
 
     #[must_use]
     pub fn process(&self, key: Key, now: u64) -> Option<Process> {
-        None
+        self.describe(self.forest.find(key)?, now)
     }
 
     #[must_use]
     pub fn reference(&self, key: Key) -> Option<Ref> {
-        None
+        self.forest.find(key).map(|i| self.ref_of(i))
     }
 
     /// The process that has this pid now, or had it last and is still known.
     #[must_use]
     pub fn current(&self, pid: u32) -> Option<Key> {
-        None
+        self.forest.current(pid).map(|i| self.forest.node(i).key)
     }
 
     /// What `why::explain` needs. The question of an alert is that of its oldest zombie or orphan.
     #[must_use]
     pub fn question(&self, key: Key, now: u64) -> Option<Question> {
-        None
+        self.ask_why(key, now)
     }
 
     /// The process that an alert's cause is about: the oldest zombie or orphan.
     #[must_use]
     pub fn alert_subject(&self, alert: &str) -> Option<Key> {
-        None
+        let e = self.alerts.by_id(alert)?;
+        e.oldest.or_else(|| e.alert.subject.as_ref().map(|p| p.id))
     }
 
     /// PID, ID, JOB or name:NAME; the several matches of a name oldest first. Empty never: that is `Refused`.
     pub fn resolve(&self, target: &str) -> Result<Vec<Target>, Refused> {
-        Err(Refused::Target(target.to_owned()))
+        self.targets(target)
     }
 
     #[must_use]
     pub fn gauges(&self, now: u64) -> Gauges {
-        unimplemented!()
+        self.numbers(now)
     }
 
     /// For `events`: call before `event`, since a reaped process is forgotten with its record.
     #[must_use]
     pub fn event_line(&self, e: &Event<'_>) -> EventLine {
-        unimplemented!()
+        self.line(e)
     }
 
     /// The jobs (innermost first) of the process that an event is about.
     #[must_use]
     pub fn jobs_of(&self, key: Key) -> Vec<JobId> {
-        Vec::new()
+        self.forest.find(key).map(|i| self.job_ids(i)).unwrap_or_default()
     }
 
     #[must_use]
     pub fn enforcement_state(&self) -> EnforcementState {
-        EnforcementState::default()
+        self.enforcement.state
     }
 
     /// Whether policy kills now: config, operator and fuse taken together.
     #[must_use]
     pub fn enforcing(&self, now: u64) -> bool {
-        false
+        self.enforcement.on(now) && !self.enforcement.state.fuse_open
     }
 
     /// A free job number: boot-time ns, never given twice.
     pub fn free_number(&mut self, now: u64) -> u64 {
-        now
+        self.jobs.free_number(now)
+    }
+
+    /// Time does not go back.
+    fn later(&mut self, now: u64) -> u64 {
+        self.now = self.now.max(now);
+        self.now
     }
 }

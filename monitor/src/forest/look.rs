@@ -1,0 +1,124 @@
+//! What one look at /proc said. A look may be older than events that were handled meanwhile, so it moves states forward
+//! only, and never to a pid's successor.
+
+use super::node::rank;
+use super::{Change, Facts, Flags, Forest, Idx, Look, NONE, Seen};
+use crate::contract::State;
+use crate::key::Key;
+
+impl Forest {
+    pub(crate) fn looked(&mut self, key: Key, seen: Seen, at: u64) {
+        let Some(i) = self.find(key) else { return };
+        match seen {
+            Seen::Present(l) if !matches!(l.state, b'X' | b'x') => self.present(i, l, at),
+            _ => self.gone(i, at),
+        }
+    }
+
+    fn present(&mut self, i: Idx, l: Look, at: u64) {
+        // A pid's successor was seen in its place: this one has been reaped.
+        if self.current(self.node(i).key.pid) != Some(i) {
+            return self.gone(i, at);
+        }
+        self.node_mut(i).flags.clear(Flags::NAMED);
+        self.parent_pid(i, l.ppid, at);
+        let state = self.node(i).state;
+        match (l.state == b'Z', l.live_thread) {
+            (true, false) if rank(state) < rank(State::Zombie) => {
+                self.set_state(i, State::Zombie, at);
+                if rank(state) < rank(State::Exiting) {
+                    self.orphan_children(i, at);
+                }
+            }
+            // Its exit record was lost: the leader is dead and others live.
+            (true, true) if state == State::Running => self.set_state(i, State::LeaderExited, at),
+            _ => {}
+        }
+    }
+
+    /// /proc says who its parent is. All children of a dead parent go to one and the same adopter (`forget_original_parent`
+    /// in kernel/exit.c finds the reaper once), so one look moves them all.
+    fn parent_pid(&mut self, i: Idx, ppid: u32, at: u64) {
+        let old = self.node(i).parent;
+        let Some(new) = self.current(ppid) else { return };
+        if new == old || new == i || self.node(new).state == State::Gone {
+            return;
+        }
+        if old == NONE {
+            self.first_parent(i, new);
+            return;
+        }
+        if rank(self.node(old).state) < rank(State::Exiting) {
+            self.move_to(i, new, at);
+            return;
+        }
+        while let Some(c) = self.first_reapable(old) {
+            self.move_to(c, new, at);
+        }
+    }
+
+    pub(super) fn move_to(&mut self, i: Idx, new: Idx, at: u64) {
+        let from = self.node(i).parent;
+        self.adopted(i, at);
+        self.link_parent(i, new);
+        self.changes.push(Change::Parent { node: i, from });
+    }
+
+    /// The parent of a process whose fork was not seen. If that parent is no adopter, it forked it: only an adopter has
+    /// children that others started.
+    pub(super) fn first_parent(&mut self, i: Idx, parent: Idx) {
+        self.link_parent(i, parent);
+        if self.node(i).flags.has(Flags::LINEAGE) {
+            return;
+        }
+        if !self.adopts(parent) && self.node(i).lineage == NONE && !self.descends(parent, i) {
+            self.link_lineage(i, parent);
+            self.node_mut(i).flags.set(Flags::LINEAGE);
+            if self.node(i).group == NONE {
+                let g = self.node(parent).group;
+                self.set_group(i, g);
+            }
+        }
+        self.changes.push(Change::Parent { node: i, from: NONE });
+    }
+
+    pub(crate) fn adopts(&self, i: Idx) -> bool {
+        let n = self.node(i);
+        n.key.pid == 1 || n.flags.has(Flags::ADOPTS)
+    }
+
+    /// Whether `i` is `of` or descends from it.
+    pub(crate) fn descends(&self, i: Idx, of: Idx) -> bool {
+        i == of || self.ancestors(i).any(|a| a == of)
+    }
+
+    pub(crate) fn facts(&mut self, key: Key, facts: Option<&Facts>) -> Option<Idx> {
+        let i = self.find(key)?;
+        self.node_mut(i).flags.clear(Flags::ASKED);
+        self.node_mut(i).flags.set(Flags::READ);
+        let Some(f) = facts else { return Some(i) };
+        if let Some(argv) = &f.argv
+            && !(argv.is_empty() && self.node(i).argv.is_known())
+        {
+            self.set_str(i, |n| &mut n.argv, argv.strip_suffix(&[0]).unwrap_or(argv));
+        }
+        if let Some(exe) = &f.exe {
+            self.set_str(i, |n| &mut n.exe, exe);
+        }
+        if let Some(cgroup) = &f.cgroup {
+            self.set_str(i, |n| &mut n.cgroup, cgroup.as_bytes());
+        }
+        if let Some(uid) = f.uid {
+            self.node_mut(i).uid = uid;
+        }
+        if f.pid_ns.is_some() || f.ns_pid.is_some() {
+            if f.ns_pid == Some(1) {
+                self.node_mut(i).flags.set(Flags::ADOPTS);
+            }
+            let (pid_ns, ns_pid) = (f.pid_ns, f.ns_pid);
+            let x = self.extra_mut(i);
+            (x.pid_ns, x.ns_pid) = (pid_ns, ns_pid);
+        }
+        Some(i)
+    }
+}

@@ -1,0 +1,187 @@
+//! Snapshots, merged by key. A snapshot is not atomic: a row may be older than a reap that was handled already, and a
+//! process forked behind the iterator's cursor is missing.
+
+use std::collections::HashSet;
+
+use super::node::{Flags, rank};
+use super::{Change, Forest, Idx, Merge, NONE, Row, RowState, Snapshot};
+use crate::contract::State;
+use crate::key::Key;
+
+const fn state(s: RowState) -> State {
+    match s {
+        RowState::Running => State::Running,
+        RowState::LeaderExited => State::LeaderExited,
+        RowState::Exiting => State::Exiting,
+        RowState::Zombie => State::Zombie,
+        RowState::Gone => State::Gone,
+    }
+}
+
+impl Forest {
+    /// From here on reaps leave tombstones, until `merge`.
+    pub(crate) fn snapshot_started(&mut self) {
+        self.tombstones = Some(HashSet::default());
+        self.overrun = false;
+    }
+
+    pub(crate) fn tombstones(&self) -> usize {
+        self.tombstones.as_ref().map_or(0, HashSet::len)
+    }
+
+    pub(crate) fn max_tombstones(&self) -> usize {
+        self.max_tombstones
+    }
+
+    /// `group` tells the group of a job's number. Missing ones are named in `missing`: /proc decides about them.
+    pub(crate) fn merge(
+        &mut self,
+        s: &Snapshot,
+        group: &dyn Fn(u64) -> Option<Idx>,
+        missing: &mut Vec<Key>,
+        now: u64,
+    ) -> Merge {
+        let mut m = Merge { rows: s.rows.len(), overrun: self.overrun, ..Merge::default() };
+        let dead = self.tombstones.take().unwrap_or_default();
+        let rows = || s.rows.iter().filter(|r| !dead.contains(&r.key));
+        m.tombstoned = s.rows.len() - rows().count();
+        // First all nodes, then the links between them: rows come in no order.
+        for row in rows() {
+            let known = self.find(row.key);
+            let Some(i) = known.or_else(|| self.insert(row.key, now)) else { continue };
+            if known.is_none() {
+                m.added += 1;
+                self.node_mut(i).flags.set(Flags::NAMED);
+                self.changes.push(Change::Born(i));
+            }
+            self.node_mut(i).flags.set(Flags::SEEN);
+        }
+        for row in rows() {
+            if let Some(i) = self.find(row.key) {
+                m.corrected += usize::from(self.row(i, row, s.t0, group, now));
+            }
+        }
+        self.inherit_groups(s);
+        for i in 0..self.nodes.len() as Idx {
+            let n = self.node_mut(i);
+            if n.flags.has(Flags::SEEN) {
+                n.flags.clear(Flags::SEEN);
+            } else if !n.flags.has(Flags::FREE) && n.state != State::Gone && n.key.start < s.t0 {
+                missing.push(n.key);
+            }
+        }
+        m.missing = missing.len();
+        m
+    }
+
+    /// One row; whether it corrected what was believed of a known process.
+    fn row(&mut self, i: Idx, row: &Row, t0: u64, group: &dyn Fn(u64) -> Option<Idx>, now: u64) -> bool {
+        let new = self.node(i).flags.has(Flags::NAMED);
+        let n = self.node_mut(i);
+        n.flags.clear(Flags::NAMED);
+        if rank(n.state) < rank(State::Exiting) || new {
+            n.comm = row.comm;
+            n.uid = row.uid.unwrap_or(n.uid);
+        }
+        if row.kernel_thread {
+            n.flags.set(Flags::KERNEL);
+        }
+        if row.adopts {
+            n.flags.set(Flags::ADOPTS);
+        }
+        if let Some(argv) = &row.argv {
+            self.set_str(i, |n| &mut n.argv, argv.strip_suffix(&[0]).unwrap_or(argv));
+        }
+        if let Some(exe) = &row.exe {
+            self.set_str(i, |n| &mut n.exe, exe);
+        }
+        let mut corrected = self.row_parents(i, row, t0, now);
+        if let Some(g) = group(row.job)
+            && self.node(i).group != g
+            && !self.groups.chain(self.node(i).group).any(|x| x == g)
+        {
+            self.set_group(i, g);
+            corrected = true;
+        }
+        let (from, to) = (self.node(i).state, state(row.state));
+        if rank(to) > rank(from) {
+            let n = self.node_mut(i);
+            if rank(to) >= rank(State::Exiting) && row.state != RowState::Gone && row.status != 0 {
+                n.status = row.status;
+                n.flags.set(Flags::STATUS);
+            }
+            if to == State::Gone {
+                self.gone(i, now);
+            } else {
+                self.set_state(i, to, now);
+                if rank(from) < rank(State::Exiting) && rank(to) >= rank(State::Exiting) {
+                    self.orphan_children(i, now);
+                }
+            }
+            corrected = true;
+        } else if from == State::LeaderExited && to == State::Running {
+            // The exec of another thread was not heard of.
+            self.set_state(i, to, now);
+            corrected = true;
+        }
+        corrected && !new
+    }
+
+    /// The two parents of a row. Lineage comes from the kernel's map; a parent that never adopts forked its children; all
+    /// else is unknown.
+    fn row_parents(&mut self, i: Idx, row: &Row, t0: u64, now: u64) -> bool {
+        let parent = row.parent.and_then(|k| self.named(k, now));
+        let old = self.node(i).parent;
+        if !self.node(i).flags.has(Flags::LINEAGE) {
+            let sure = row.lineage.filter(|l| !l.mended || row.parent != Some(l.parent));
+            if let Some(l) = sure {
+                // Older than the snapshot, in no row and never heard of: it is dead, and only its key is known.
+                let dead = self.find(l.parent).is_none() && l.parent.start < t0;
+                if let Some(li) = self.named(l.parent, now)
+                    && !self.descends(li, i)
+                {
+                    self.link_lineage(i, li);
+                    self.node_mut(i).flags.set(Flags::LINEAGE);
+                    if dead {
+                        self.gone(li, now);
+                    }
+                }
+            } else if row.parent.is_none() {
+                self.node_mut(i).flags.set(Flags::LINEAGE);
+            } else if let Some(p) = parent
+                && !self.adopts(p)
+                && !self.descends(p, i)
+            {
+                self.link_lineage(i, p);
+                self.node_mut(i).flags.set(Flags::LINEAGE);
+            }
+        }
+        let Some(p) = parent.filter(|&p| p != i && p != old) else { return false };
+        if old != NONE {
+            self.move_to(i, p, now);
+            return true;
+        }
+        self.link_parent(i, p);
+        self.changes.push(Change::Parent { node: i, from: NONE });
+        let l = self.node(i).lineage;
+        // CLONE_PARENT leaves a living forker beside the parent; a dead one was survived.
+        if l != NONE && l != p && rank(self.node(l).state) >= rank(State::Exiting) {
+            self.adopted(i, now);
+        }
+        false
+    }
+
+    /// Those whose fork was lost belong where their lineage parent does, if the kernel's map did not say better.
+    fn inherit_groups(&mut self, s: &Snapshot) {
+        let mut rows: Vec<Key> = s.rows.iter().filter(|r| r.job == 0).map(|r| r.key).collect();
+        rows.sort_unstable_by_key(|k| k.start);
+        for k in rows {
+            let Some(i) = self.find(k) else { continue };
+            let l = self.node(i).lineage;
+            if l != NONE && self.node(i).group == NONE {
+                let g = self.node(l).group;
+                self.set_group(i, g);
+            }
+        }
+    }
+}

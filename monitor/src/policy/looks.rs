@@ -1,0 +1,105 @@
+//! When /proc is looked at for a process that is on its way out. The exit event comes before files are closed, children
+//! get an adopter and the zombie stands; that can take microseconds or hours.
+
+use super::timers::Timer;
+use super::{Effect, Engine, LOOKS_PER_S, MS, SECOND};
+use crate::contract::State;
+use crate::forest::{Flags, Idx};
+
+/// After the exit, ms; then each second.
+const STEPS: [u64; 5] = [1, 4, 16, 64, 250];
+/// Looks that may come at once.
+const BURST: u64 = 512;
+
+/// A bucket of looks. A burst of exits empties it, and most of those are reaped before their next turn.
+#[derive(Debug)]
+pub(super) struct Budget {
+    /// In looks * `SECOND`, so that no time is lost to rounding.
+    level: u64,
+    at: u64,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self { level: BURST * SECOND, at: 0 }
+    }
+}
+
+impl Budget {
+    fn take(&mut self, now: u64) -> bool {
+        let grown = now.saturating_sub(self.at).saturating_mul(LOOKS_PER_S);
+        self.level = self.level.saturating_add(grown).min(BURST * SECOND);
+        self.at = now;
+        let ok = self.level >= SECOND;
+        if ok {
+            self.level -= SECOND;
+        }
+        ok
+    }
+}
+
+impl Engine {
+    /// The process has exited, or a dead parent got children.
+    pub(super) fn look_soon(&mut self, i: Idx, at: u64) {
+        let n = self.forest.node_mut(i);
+        if n.flags.has(Flags::LOOKING) {
+            return;
+        }
+        n.flags.set(Flags::LOOKING);
+        n.step = 0;
+        let generation = n.generation;
+        self.timers.set(at + STEPS[0] * MS, Timer::Look(i, generation));
+    }
+
+    pub(super) fn look_due(&mut self, i: Idx, generation: u32, now: u64, fx: &mut Vec<Effect>) {
+        if !self.forest.is(i, generation) {
+            return;
+        }
+        let n = self.forest.node(i);
+        let (key, step) = (n.key, usize::from(n.step));
+        let own = n.state == State::Exiting;
+        let child = if n.alive() { None } else { self.forest.reapable(i).next() };
+        if !own && child.is_none() {
+            return self.forest.node_mut(i).flags.clear(Flags::LOOKING);
+        }
+        if own && self.looks.take(now) {
+            fx.push(Effect::Look(key));
+        }
+        if let Some(c) = child
+            && self.looks.take(now)
+        {
+            fx.push(Effect::Look(self.forest.node(c).key));
+        }
+        let wait = match STEPS.get(step + 1) {
+            Some(next) => (next - STEPS[step]) * MS,
+            None => SECOND,
+        };
+        self.forest.node_mut(i).step = (step + 1).min(STEPS.len()) as u8;
+        self.timers.set(now + wait, Timer::Look(i, generation));
+    }
+
+    /// A process that is known by name only, or whose parent is not known.
+    pub(super) fn ask(&mut self, i: Idx, fx: &mut Vec<Effect>) {
+        let n = self.forest.node(i);
+        if n.state != State::Gone {
+            fx.push(Effect::Look(n.key));
+            self.ask_facts(i, fx);
+        }
+    }
+
+    /// Its argv was never heard: /proc may have it.
+    pub(super) fn ask_facts(&mut self, i: Idx, fx: &mut Vec<Effect>) {
+        let n = self.forest.node(i);
+        if n.alive() && !n.argv.is_known() && !n.flags.has(Flags::KERNEL) {
+            self.read_facts(i, fx);
+        }
+    }
+
+    pub(super) fn read_facts(&mut self, i: Idx, fx: &mut Vec<Effect>) {
+        let n = self.forest.node_mut(i);
+        if !n.flags.has(Flags::ASKED) {
+            n.flags.set(Flags::ASKED);
+            fx.push(Effect::ReadFacts(n.key));
+        }
+    }
+}

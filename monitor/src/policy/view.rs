@@ -1,0 +1,269 @@
+//! What is asked of the engine: the tree, targets, event lines, gauges.
+
+use std::collections::{BTreeMap, HashSet};
+
+use serde_json::{Value, json};
+
+use super::{Engine, Gauges, Refused, Target, TreeQuery};
+use crate::contract::{AlertKind, AlertState, EventLine, JobId, JobState, State, Tree, text};
+use crate::event::{Body, Comm, Event, SignalResult, WaitStatus};
+use crate::forest::signals::Signal;
+use crate::forest::{Flags, Idx, Node};
+use crate::key::Key;
+use crate::metrics::{self, JobNumbers, StoreNumbers};
+
+impl Engine {
+    pub(super) fn view_tree(&self, q: &TreeQuery, now: u64) -> Result<Tree, Refused> {
+        let mut shown: Vec<Idx> = match &q.of {
+            None => self.forest.iter().map(|(i, _)| i).collect(),
+            Some(of) => self.family(of)?,
+        };
+        let wanted = |n: &Node| {
+            (q.all || !n.flags.has(Flags::KERNEL))
+                && (!q.zombies || n.state == State::Zombie)
+                && (!q.orphans || n.orphan())
+                && q.uid.is_none_or(|u| n.uid == u)
+        };
+        let whole = HashSet::<Idx>::from_iter(shown.iter().copied());
+        let mut keep: HashSet<Idx> = HashSet::new();
+        for &i in shown.iter().filter(|&&i| wanted(self.forest.node(i))) {
+            // It and the way to it: as soon as one of the way is kept, so is the rest.
+            let mut way = std::iter::once(i).chain(self.forest.ancestors(i));
+            while let Some(a) = way.next().filter(|a| whole.contains(a))
+                && keep.insert(a)
+            {}
+        }
+        shown.retain(|i| keep.contains(i));
+        shown.sort_unstable_by_key(|&i| self.forest.node(i).key.start);
+        shown.dedup();
+        Ok(Tree {
+            at: self.wall(now),
+            host: self.settings.host.clone(),
+            processes: shown.into_iter().filter_map(|i| self.describe(i, now)).collect(),
+        })
+    }
+
+    /// Its ancestors, it, its descendants.
+    fn family(&self, of: &str) -> Result<Vec<Idx>, Refused> {
+        let mut all = Vec::new();
+        for t in self.targets(of)? {
+            let tops: Vec<Idx> = match t {
+                Target::Process(k) => self.forest.find(k).into_iter().collect(),
+                Target::Job(id) => self.members_of(id),
+            };
+            for i in tops {
+                all.extend(self.forest.ancestors(i));
+                match t {
+                    Target::Process(_) => all.extend(self.forest.descend(i)),
+                    Target::Job(_) => all.push(i),
+                }
+            }
+        }
+        all.sort_unstable();
+        all.dedup();
+        Ok(all)
+    }
+
+    pub(super) fn members_of(&self, id: JobId) -> Vec<Idx> {
+        let Some(g) = self.jobs.by_id(id) else { return Vec::new() };
+        let mut all: Vec<Idx> =
+            self.with_inner(g).into_iter().flat_map(|g| self.forest.members(g)).collect();
+        all.extend(self.jobs.get(g).and_then(|j| j.root));
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    pub(super) fn targets(&self, t: &str) -> Result<Vec<Target>, Refused> {
+        if let Some(name) = t.strip_prefix("name:") {
+            let mut jobs: Vec<(u64, JobId)> = self
+                .jobs
+                .iter()
+                .filter(|(_, j)| j.record.name == name && j.done.is_none())
+                .map(|(_, j)| (j.record.number, j.record.id))
+                .collect();
+            jobs.sort_unstable();
+            let jobs: Vec<Target> = jobs.into_iter().map(|(_, id)| Target::Job(id)).collect();
+            return if jobs.is_empty() { Err(Refused::NoJob(t.to_owned())) } else { Ok(jobs) };
+        }
+        if t.starts_with("j-") {
+            let id: JobId = t.parse().map_err(|_| Refused::Target(t.to_owned()))?;
+            let known = self.jobs.by_id(id).is_some();
+            return if known { Ok(vec![Target::Job(id)]) } else { Err(Refused::NoJob(t.to_owned())) };
+        }
+        let known = if let Ok(pid) = t.parse::<u32>() {
+            self.forest.current(pid)
+        } else {
+            self.forest.find(t.parse::<Key>().map_err(|_| Refused::Target(t.to_owned()))?)
+        };
+        let i = known.ok_or_else(|| Refused::NoProcess(t.to_owned()))?;
+        Ok(vec![Target::Process(self.forest.node(i).key)])
+    }
+
+    pub(super) fn line(&self, e: &Event<'_>) -> EventLine {
+        let mut more = BTreeMap::new();
+        let mut comm = Comm::default();
+        let mut put = |k: &str, v: Value| more.insert(k.to_owned(), v);
+        let known = self.forest.find(e.process);
+        let kind = match e.body {
+            Body::Fork { lineage_parent, parent, comm: c, .. } => {
+                comm = c;
+                put("lineage_parent", json!(lineage_parent));
+                put("parent", json!(self.ref_of_key(parent, c)));
+                "fork"
+            }
+            Body::Exec { filename, argv, comm: c, argv_cut, uid, .. } => {
+                comm = c;
+                let argv: Vec<String> = crate::proc::split_argv(argv).iter().map(|a| text(a)).collect();
+                put("filename", json!(text(filename)));
+                put("argv", json!(argv));
+                put("argv_cut", json!(argv_cut));
+                put("uid", json!(uid));
+                "exec"
+            }
+            Body::Exit { status, comm: c } | Body::LeaderExit { status, comm: c } => {
+                comm = c;
+                put("exit", self.exit_json(e.process, status));
+                if matches!(e.body, Body::Exit { .. }) { "exit" } else { "leader-exit" }
+            }
+            Body::Reap { status } => {
+                put("exit", self.exit_json(e.process, status));
+                "reap"
+            }
+            Body::Signal { sender, signal, result, .. } => {
+                let s = Signal::by(sender);
+                put("signal", json!(crate::signal::name(signal)));
+                put("by", json!(self.by(&s)));
+                put("sender", json!(s.sender_key().map(|k| self.ref_of_key(k, Comm::default()))));
+                put("outcome", json!(outcome(result)));
+                "signal"
+            }
+            Body::Kill { result, .. } => {
+                put("signal", json!("SIGKILL"));
+                put("by", json!("jobwarden"));
+                put("sender", Value::Null);
+                put("outcome", json!(if result == 0 { "delivered" } else { "ignored" }));
+                put("result", json!(result));
+                "signal"
+            }
+        };
+        let jobs = known.map(|i| self.job_ids(i)).unwrap_or_default();
+        put("job", json!(jobs.first()));
+        let mut process = self.event_ref(e, comm);
+        if let Body::Exec { argv, .. } = e.body {
+            process.argv = crate::proc::split_argv(argv).iter().map(|a| text(a)).collect();
+            process.comm = text(comm.bytes());
+        }
+        EventLine { at: self.wall(e.at), kind: kind.to_owned(), process: Some(process), more }
+    }
+
+    fn exit_json(&self, key: Key, status: WaitStatus) -> Value {
+        match status.signal() {
+            None => json!({ "code": status.code() }),
+            Some(s) => {
+                let killer = self.forest.find(key).and_then(|i| self.forest.killer(i, s));
+                let sender = killer.and_then(|k| Some(self.ref_of_key(k.sender_key()?, k.sender_comm)));
+                json!({ "signal": crate::signal::name(s), "core": status.core(), "sender": sender })
+            }
+        }
+    }
+
+    pub(super) fn numbers(&self, now: u64) -> Gauges {
+        let mut processes = BTreeMap::new();
+        for s in [State::Running, State::LeaderExited, State::Exiting, State::Zombie] {
+            processes.insert(metrics::state_label(s), self.forest.total(s));
+        }
+        let outside = JobNumbers {
+            zombies: self.forest.outside.zombies.into(),
+            orphans: self.forest.outside.orphans.into(),
+            ..JobNumbers::default()
+        };
+        let mut jobs: BTreeMap<String, JobNumbers> = BTreeMap::from([(String::new(), outside)]);
+        for (name, ended) in &self.jobs.ended {
+            jobs.insert(name.clone(), ended.clone());
+        }
+        let name = |jobs: &BTreeMap<String, JobNumbers>, n: &str| {
+            let full = jobs.len() > metrics::MAX_JOB_NAMES && !jobs.contains_key(n);
+            if full { metrics::OTHER.to_owned() } else { n.to_owned() }
+        };
+        for (w, _) in &self.rules {
+            let name = name(&jobs, &w.rule.name);
+            jobs.entry(name).or_default();
+        }
+        for (g, j) in self.jobs.iter() {
+            let own = self.forest.groups.get(g).map(|x| x.own).unwrap_or_default();
+            let name = name(&jobs, &j.record.name);
+            let n = jobs.entry(name).or_default();
+            n.zombies += u64::from(own.zombies);
+            n.orphans += self.orphans_in(g, true) as u64;
+            *n.states.entry(metrics::job_state_label(self.state_of(j))).or_default() += 1;
+        }
+        const STATES: [JobState; 5] =
+            [JobState::Running, JobState::Lingering, JobState::Expired, JobState::Killing, JobState::Done];
+        for n in jobs.values_mut() {
+            for s in STATES {
+                n.states.entry(metrics::job_state_label(s)).or_default();
+            }
+        }
+        let oldest = self.zombies.first().map_or(0, |&(since, _)| now.saturating_sub(since));
+        Gauges {
+            processes,
+            jobs,
+            unreaping_parents: self.alerts.count(AlertKind::Zombie, AlertState::Firing),
+            oldest_zombie_age_s: oldest as f64 / 1e9,
+            reap_delay: self.reap_delay.clone(),
+            stores: self.stores(),
+            alerts: self.alert_counts(),
+            alerts_fired: AlertKind::ALL
+                .into_iter()
+                .map(|k| (k, self.alerts.fired.get(&k).copied().unwrap_or(0)))
+                .collect(),
+            enforcement_enabled: self.enforcement.on(now),
+            fuse_open: self.enforcement.state.fuse_open,
+        }
+    }
+
+    fn alert_counts(&self) -> BTreeMap<(AlertKind, &'static str), u64> {
+        let mut all = BTreeMap::new();
+        for k in AlertKind::ALL {
+            for s in [AlertState::Pending, AlertState::Firing] {
+                all.insert((k, metrics::alert_state_label(s)), 0);
+            }
+        }
+        for e in self.alerts.iter() {
+            *all.entry((e.alert.kind, metrics::alert_state_label(e.alert.state))).or_default() += 1;
+        }
+        all
+    }
+
+    fn stores(&self) -> Vec<StoreNumbers> {
+        let l = &self.settings.limits;
+        let one = |store, entries: usize, max: usize, evictions| StoreNumbers {
+            store,
+            entries: entries as u64,
+            max: max as u64,
+            evictions,
+        };
+        let f = &self.forest;
+        vec![
+            one("processes", f.len(), f.max(), f.refused),
+            // A dead ancestor costs nothing of its own beyond `processes`; what is folded into "n more" counts here.
+            one("ancestors", f.total(State::Gone) as usize, f.max(), f.folded),
+            one("strings", f.strings.len(), 3 * f.max(), 0),
+            one("jobs", self.jobs.len(), l.jobs, self.jobs.refused),
+            one("alerts", self.alerts.len(), l.alerts, self.alerts.refused),
+            one("signals", f.signals.len(), f.signals.max(), f.signals.evicted),
+            one("tombstones", f.tombstones(), f.max_tombstones(), 0),
+            // Each process has at most one, each job, alert and parent of zombies a few.
+            one("timers", self.timers.len(), 2 * (f.max() + l.jobs + l.alerts), 0),
+        ]
+    }
+}
+
+const fn outcome(r: SignalResult) -> &'static str {
+    match r {
+        SignalResult::Delivered | SignalResult::Overflow | SignalResult::LostInfo => "delivered",
+        SignalResult::Ignored => "ignored",
+        SignalResult::AlreadyPending => "already-pending",
+    }
+}

@@ -119,6 +119,7 @@ mod tests {
             existing: false,
             supervisor: None,
             expired: false,
+            members: Vec::new(),
         };
         let state = State { jobs: vec![job], boot_id: "b".into(), ..State::default() };
         store.save(&state).unwrap();

@@ -14,8 +14,6 @@ mod node;
 pub mod row;
 pub(crate) mod signals;
 mod strings;
-#[cfg(test)]
-mod tests;
 
 use std::collections::{HashMap, HashSet};
 

@@ -176,11 +176,7 @@ impl Forest {
         self.list(self.groups.get(g).map_or(NONE, |g| g.head), |n| n.gnext)
     }
 
-    fn list<'a>(
-        &'a self,
-        first: Idx,
-        next: impl Fn(&Node) -> Idx + 'a,
-    ) -> impl Iterator<Item = Idx> + 'a {
+    fn list<'a>(&'a self, first: Idx, next: impl Fn(&Node) -> Idx + 'a) -> impl Iterator<Item = Idx> + 'a {
         let mut at = first;
         std::iter::from_fn(move || {
             let n = self.get(at)?;

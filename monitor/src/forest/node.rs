@@ -163,4 +163,5 @@ pub(super) const fn rank(s: State) -> u8 {
     }
 }
 
-const _: () = assert!(size_of::<Node>() <= 160, "the bound is 500 bytes a process, index and strings included");
+const _: () =
+    assert!(size_of::<Node>() <= 160, "the bound is 500 bytes a process, index and strings included");

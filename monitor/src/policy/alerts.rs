@@ -348,7 +348,13 @@ impl Engine {
         }
     }
 
-    pub(super) fn restore_alert_list(&mut self, list: Vec<Alert>, here: bool, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn restore_alert_list(
+        &mut self,
+        list: Vec<Alert>,
+        here: bool,
+        now: u64,
+        fx: &mut Vec<Effect>,
+    ) {
         for mut a in list {
             if here {
                 self.alerts.restored.insert(a.id.clone(), a);

@@ -132,7 +132,8 @@ impl Engine {
         let signals = self.forest.signals.iter().filter(|s| about.contains(&s.target));
         let alert = self.alerts.iter().find(|e| {
             let subject = e.alert.subject.as_ref().map(|p| p.id);
-            e.alert.state == crate::contract::AlertState::Firing && (subject == Some(key) || e.oldest == Some(key))
+            e.alert.state == crate::contract::AlertState::Firing
+                && (subject == Some(key) || e.oldest == Some(key))
         });
         Some(Question {
             subject: self.describe(i, now)?,

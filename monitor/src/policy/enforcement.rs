@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use super::alerts::{About, Raise};
 use super::timers::Timer;
-use super::{Effect, Engine, EnforcementState, JobRecord, KillOrder, SECOND, summary};
+use super::{Effect, EnforcementState, Engine, JobRecord, KillOrder, SECOND, summary};
 use crate::config;
 use crate::contract::{AlertKind, JobId, KillReport};
 use crate::enforce::{Reason, What};
@@ -150,7 +150,9 @@ impl Engine {
             return Err("its root is PID 1, or jobwarden itself or an ancestor of it".into());
         }
         if j.record.existing && !j.record.policy.enforce_existing {
-            return Err("its root already ran when the rule first saw it (`enforce_existing` is not set)".into());
+            return Err(
+                "its root already ran when the rule first saw it (`enforce_existing` is not set)".into()
+            );
         }
         if self.ready.is_none() {
             return Err("the forest is not synced yet".into());

@@ -402,7 +402,8 @@ impl Engine {
             if in_kernel {
                 continue;
             }
-            let known: Vec<Idx> = members.iter().chain([&root]).filter_map(|&k| self.forest.find(k)).collect();
+            let known: Vec<Idx> =
+                members.iter().chain([&root]).filter_map(|&k| self.forest.find(k)).collect();
             let outer = self.forest.groups.get(g).map_or(NONE, |g| g.outer);
             for i in known {
                 self.enroll(g, outer, i);

@@ -119,10 +119,15 @@ impl Engine {
             }
         }
         // Who descends from another of them is ended with it.
-        let tops: Vec<Idx> =
-            roots.iter().copied().filter(|&i| !self.forest.ancestors(i).any(|a| roots.contains(&a))).collect();
+        let tops: Vec<Idx> = roots
+            .iter()
+            .copied()
+            .filter(|&i| !self.forest.ancestors(i).any(|a| roots.contains(&a)))
+            .collect();
         if tops.is_empty() {
-            return Some(if ask { "Its session is being looked at." } else { "It is daemonized: left alone." }.into());
+            return Some(
+                if ask { "Its session is being looked at." } else { "It is daemonized: left alone." }.into(),
+            );
         }
         if let Err(why) = self.may_kill(g, now, fx) {
             return Some(format!("It would have been ended: {why}."));

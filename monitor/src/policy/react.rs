@@ -82,16 +82,7 @@ impl Engine {
         }
     }
 
-    fn moved(
-        &mut self,
-        i: Idx,
-        from: State,
-        to: State,
-        since: u64,
-        at: u64,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
+    fn moved(&mut self, i: Idx, from: State, to: State, since: u64, at: u64, now: u64, fx: &mut Vec<Effect>) {
         let lived = |s| matches!(s, State::Running | State::LeaderExited);
         if from == State::Zombie {
             self.zombies.remove(&(since, i));
@@ -274,7 +265,9 @@ impl Engine {
         let all: Vec<Idx> = self.jobs.iter().filter(|(_, j)| j.done.is_none()).map(|(g, _)| g).collect();
         for g in all {
             let Some(j) = self.jobs.get_mut(g) else { continue };
-            let Some(rule) = c.jobs.iter().find(|r| Some(&r.name) == j.record.rule.as_ref()) else { continue };
+            let Some(rule) = c.jobs.iter().find(|r| Some(&r.name) == j.record.rule.as_ref()) else {
+                continue;
+            };
             let new = policy_of(rule);
             if new == j.record.policy {
                 continue;

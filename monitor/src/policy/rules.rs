@@ -123,7 +123,8 @@ impl Engine {
                     let n = self.forest.node(a);
                     n.alive() && !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL)
                 };
-                let missing: Vec<Idx> = line[..=w.needs.parents.min(line.len() - 1)].iter().filter(unread).copied().collect();
+                let missing: Vec<Idx> =
+                    line[..=w.needs.parents.min(line.len() - 1)].iter().filter(unread).copied().collect();
                 if ask && !missing.is_empty() {
                     return Verdict::Read(missing);
                 }

@@ -49,7 +49,11 @@ pub(super) fn zombies(e: &Engine, parent: Idx, oldest: Idx, count: usize, now: u
     if count == 1 {
         format!("{} does not reap its zombie {}, which has been dead for {age}.", who(p), who(z))
     } else {
-        format!("{} does not reap its {count} zombies; the oldest, {}, has been dead for {age}.", who(p), who(z))
+        format!(
+            "{} does not reap its {count} zombies; the oldest, {}, has been dead for {age}.",
+            who(p),
+            who(z)
+        )
     }
 }
 
@@ -61,9 +65,13 @@ pub(super) fn zombies_over(e: &Engine, parent: Key, oldest: Option<&(Key, String
     };
     let stayed = span(now.saturating_sub(*since));
     if node.is_some_and(Node::alive) {
-        format!("The zombie {comm} ({key}) was reaped; it had stayed for {stayed}. {name} has no zombies any more.")
+        format!(
+            "The zombie {comm} ({key}) was reaped; it had stayed for {stayed}. {name} has no zombies any more."
+        )
     } else {
-        format!("{name} has ended, so its zombie {comm} ({key}) was left to an adopter; it had stayed for {stayed}.")
+        format!(
+            "{name} has ended, so its zombie {comm} ({key}) was left to an adopter; it had stayed for {stayed}."
+        )
     }
 }
 

@@ -66,8 +66,7 @@ impl Engine {
 
     pub(super) fn members_of(&self, id: JobId) -> Vec<Idx> {
         let Some(g) = self.jobs.by_id(id) else { return Vec::new() };
-        let mut all: Vec<Idx> =
-            self.with_inner(g).into_iter().flat_map(|g| self.forest.members(g)).collect();
+        let mut all: Vec<Idx> = self.with_inner(g).into_iter().flat_map(|g| self.forest.members(g)).collect();
         all.extend(self.jobs.get(g).and_then(|j| j.root));
         all.sort_unstable();
         all.dedup();

@@ -36,7 +36,10 @@ fn exit_then_zombie_then_reaped() {
     w.sim.notify(b);
     w.pass(S);
     let p = w.process(key).unwrap();
-    assert_eq!((p.state, p.exit, p.kernel_state.as_deref()), (State::Zombie, Some(Exit::Code { code: 3 }), Some("Z")));
+    assert_eq!(
+        (p.state, p.exit, p.kernel_state.as_deref()),
+        (State::Zombie, Some(Exit::Code { code: 3 }), Some("Z"))
+    );
     assert!(p.state_s > 1.4, "a zombie since its exit: {}", p.state_s);
     w.sim.reap(b);
     w.drain();
@@ -74,7 +77,9 @@ fn orphan_with_its_adopter_and_dead_ancestors_kept() {
     assert_eq!((p.ppid, p.lineage_parent), (Some(reaper), Some(ka)));
     let dead = w.process(ka).unwrap();
     assert_eq!((dead.state, dead.ppid, dead.children), (State::Gone, None, vec![kb]));
-    let Some(Exit::Signal { signal, sender: Some(s), core: false }) = dead.exit else { panic!("{:?}", dead.exit) };
+    let Some(Exit::Signal { signal, sender: Some(s), core: false }) = dead.exit else {
+        panic!("{:?}", dead.exit)
+    };
     assert_eq!((signal.as_str(), s.pid), ("SIGTERM", reaper));
     // The adopter dies too: a new adopter.
     w.sim.end(reaper, 0);
@@ -125,7 +130,9 @@ fn a_reused_pid_is_somebody_else() {
     let mut fx = Vec::new();
     w.e.event(&late, &mut fx);
     // Whatever else is said of the dead one.
-    for body in [Body::Exit { status: WaitStatus(9), comm: sim::comm("x") }, Body::Reap { status: WaitStatus(9) }] {
+    for body in
+        [Body::Exit { status: WaitStatus(9), comm: sim::comm("x") }, Body::Reap { status: WaitStatus(9) }]
+    {
         w.e.event(&Event { at: late.at, cpu: 0, process: old, body }, &mut fx);
     }
     w.answer(fx);
@@ -144,7 +151,10 @@ fn what_ran_before_is_not_guessed() {
     w.sim.ring.clear();
     w.sync();
     let p = w.process(w.sim.key(lost)).unwrap();
-    assert_eq!((p.lineage, p.lineage_parent, p.orphan, p.ppid), (LineageKnown::Unknown, None, false, Some(1)));
+    assert_eq!(
+        (p.lineage, p.lineage_parent, p.orphan, p.ppid),
+        (LineageKnown::Unknown, None, false, Some(1))
+    );
     let child = w.sim.fork(lost);
     w.drain();
     let p = w.process(w.sim.key(child)).unwrap();
@@ -226,7 +236,12 @@ fn unknown_ones_are_entered_and_asked_for() {
     assert_eq!(w.process(w.sim.key(a)).unwrap().ppid, Some(1));
     // A reap of somebody unknown changes nothing.
     let mut fx = Vec::new();
-    let e = Event { at: w.sim.now, cpu: 0, process: Key::new(4000, 5), body: Body::Reap { status: WaitStatus(0) } };
+    let e = Event {
+        at: w.sim.now,
+        cpu: 0,
+        process: Key::new(4000, 5),
+        body: Body::Reap { status: WaitStatus(0) },
+    };
     w.e.event(&e, &mut fx);
     assert!(fx.is_empty() && w.process(e.process).is_none());
 }
@@ -243,7 +258,11 @@ fn an_old_look_changes_nothing() {
     let mut fx = Vec::new();
     w.e.observe(Observation::Look { key, at: w.sim.now, seen: alive }, w.sim.now, &mut fx);
     assert_eq!(w.state(key), Some(State::Zombie));
-    w.e.observe(Observation::Look { key: Key::new(a, 7), at: w.sim.now, seen: Seen::Absent }, w.sim.now, &mut fx);
+    w.e.observe(
+        Observation::Look { key: Key::new(a, 7), at: w.sim.now, seen: Seen::Absent },
+        w.sim.now,
+        &mut fx,
+    );
     assert_eq!(w.state(key), Some(State::Zombie));
 }
 

@@ -1,13 +1,8 @@
 //! The engine against a small kernel. Each file is about one part of the design.
 
-
-
-
 mod lifecycle;
 
-
 mod sim;
-
 
 use std::collections::BTreeMap;
 use std::path::Path;

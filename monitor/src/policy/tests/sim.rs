@@ -94,7 +94,15 @@ impl Sim {
         let key = Key::new(pid, self.now);
         let parent = if clone_parent { p.parent } else { by };
         let birth = self.procs[&parent].key;
-        let child = P { key, parent, birth, lineage: Some(p.key), state: State::Running, subreaper: false, ..p.clone() };
+        let child = P {
+            key,
+            parent,
+            birth,
+            lineage: Some(p.key),
+            state: State::Running,
+            subreaper: false,
+            ..p.clone()
+        };
         self.lineage.insert(key, p.key);
         self.procs.insert(pid, child);
         self.emit(
@@ -158,7 +166,9 @@ impl Sim {
     /// `exit_notify`: children get an adopter, the zombie stands.
     pub(super) fn notify(&mut self, pid: u32) {
         let mut up = self.procs[&pid].parent;
-        let alive = |s: &Self, p: u32| s.procs.get(&p).is_some_and(|p| matches!(p.state, State::Running | State::LeaderExited));
+        let alive = |s: &Self, p: u32| {
+            s.procs.get(&p).is_some_and(|p| matches!(p.state, State::Running | State::LeaderExited))
+        };
         while up != 1 && !(self.procs.get(&up).is_some_and(|p| p.subreaper) && alive(self, up)) {
             up = self.procs.get(&up).map_or(1, |p| p.parent);
         }

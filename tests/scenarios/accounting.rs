@@ -98,3 +98,31 @@ fn the_forest_equals_proc() -> Result<()> {
     forest_is_proc(&agent)?;
     Ok(())
 }
+
+#[test]
+#[ignore = "long: JWTEST_LIVES (100000)"]
+fn memory_stays_flat() -> Result<()> {
+    let ground = ground!("memory_stays_flat");
+    let lives = rounds("JWTEST_LIVES", 100_000);
+    let agent = Agent::start(&ground, "")?;
+    let rss = || agent.metrics()?.one("process_resident_memory_bytes", &[]);
+    let mut seen = Vec::new();
+    // In tenths, each by a spawner of its own: no helper lives long.
+    for _ in 0..10 {
+        let mut s = Shape::start(&ground, "spawner", &[&(lives / 10).to_string(), "bare"])?;
+        s.step()?;
+        let begun = std::time::Instant::now();
+        while s.fact::<u64>("reaped").is_err() {
+            ensure!(begun.elapsed() < ms(120_000), "the spawner is too slow");
+        }
+        s.finish()?;
+        eventually("the accounts balance", ms(20_000), || identity(&agent.metrics()?))?;
+        seen.push(rss()?);
+    }
+    loudly(&format!("resident bytes after each tenth of {lives} lives: {seen:?}"));
+    // The first tenth fills what is bounded; from then on nothing grows.
+    let (first, last) = (seen[1], seen[9]);
+    ensure!((last - first).abs() <= first * 0.1, "from {first} to {last} bytes: {seen:?}");
+    forest_is_proc(&agent)?;
+    Ok(())
+}

@@ -1,0 +1,68 @@
+//! Causes, sought beside the core: `why` reads /proc and may take a while.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::core::{Core, Internal};
+use crate::api::{ApiError, Reply};
+use crate::contract::Cause;
+use crate::host;
+use crate::key::Key;
+use crate::why::{self, Holders, Limits, Question};
+
+/// Who holds the other end of a pipe, by the kernel's iterator and /proc.
+fn holders(core: &Core) -> Arc<dyn Holders> {
+    Arc::clone(&core.kernel) as Arc<dyn Holders>
+}
+
+/// For an alert that has just fired; without an answer in time the alert goes out without a cause.
+pub(super) fn of_alert(core: &Core, alert: String, wait: Duration) {
+    let tx = core.internal.clone();
+    let question = core.engine.alert_subject(&alert).and_then(|k| core.engine.question(k, host::boot_now()));
+    let Some(mut question) = question else {
+        let _ = tx.send(Internal::Cause { alert, cause: None });
+        return;
+    };
+    question.alert = Some(alert.clone());
+    let job = explain(core, vec![question]);
+    tokio::spawn(async move {
+        let cause = tokio::time::timeout(wait, job).await.ok().and_then(|mut all| all.pop());
+        let _ = tx.send(Internal::Cause { alert, cause: cause.map(Box::new) });
+    });
+}
+
+/// For `why`.
+pub(super) fn of(core: &Core, keys: Vec<(Key, Option<String>)>, reply: Reply<Vec<Cause>>) {
+    let now = host::boot_now();
+    let questions: Vec<Question> = keys
+        .into_iter()
+        .filter_map(|(key, alert)| core.engine.question(key, now).map(|q| Question { alert, ..q }))
+        .collect();
+    let job = explain(core, questions);
+    tokio::spawn(async move {
+        let _ = reply.send(Ok(job.await));
+    });
+}
+
+/// One after the other, on a thread for blocking work.
+fn explain(core: &Core, questions: Vec<Question>) -> impl Future<Output = Vec<Cause>> + use<> {
+    let (proc, holders, redact) = (core.looker.proc.clone(), holders(core), Arc::clone(&core.redact));
+    async move {
+        let job = tokio::task::spawn_blocking(move || {
+            questions
+                .iter()
+                .map(|q| {
+                    let mut cause = why::explain(q, &proc, &*holders, &Limits::default());
+                    redact.cause(&mut cause);
+                    cause
+                })
+                .collect()
+        });
+        job.await.unwrap_or_default()
+    }
+}
+
+/// No process, job or alert of that name has a cause to be told.
+pub(super) fn nothing(what: &str) -> ApiError {
+    ApiError::not_found("process", what)
+}

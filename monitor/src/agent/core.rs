@@ -1,0 +1,492 @@
+//! The one task that owns the engine: it hands over the ring's records, the time and the answers from /proc, and does
+//! or passes on what the engine wants done. Everything slow (reading a process's memory, killing, explaining, sending)
+//! runs beside it and comes back as an [`Internal`] message, so the ring is always read in time.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use super::look::Looker;
+use super::{AgentError, Options};
+use crate::alert::Center;
+use crate::api::{self, Feed, Readiness, Request};
+use crate::config::Config;
+use crate::contract::{Alert, AlertKind, Cause, JobId, KillReport};
+use crate::enforce::{Audit, Enforcer, Reason};
+use crate::event::{self, Event};
+use crate::forest::Facts;
+use crate::host;
+use crate::kernel::{Kernel, Ring};
+use crate::key::Key;
+use crate::metrics::Counts;
+use crate::policy::{AlertChange, Effect, Engine, Gauges, Observation};
+use crate::redact::Redactor;
+use crate::state::{State, Store};
+
+/// How often the loss counters are read, and programs that the kernel skipped counted.
+const CHECK: Duration = Duration::from_secs(1);
+/// How long a new alert waits for its cause before it is sent without.
+const CAUSE_WAIT: Duration = Duration::from_millis(700);
+/// Keys whose facts are read by one blocking task: one process that blocks its readers holds up only so many.
+const FACTS_BATCH: usize = 64;
+/// Resyncs back off up to this while records go on being lost.
+const RESYNC_MAX: Duration = Duration::from_secs(8);
+
+/// What comes back from the work that runs beside the core.
+#[derive(Debug)]
+pub(super) enum Internal {
+    Facts(Vec<(Key, Option<Facts>)>),
+    Cause { alert: String, cause: Option<Box<Cause>> },
+    /// A kill is over. `job` is None for a kill of processes outside of jobs.
+    Killed { job: Option<JobId>, reason: Reason, whole: bool, result: Result<Box<crate::enforce::Outcome>, String> },
+    /// An alert could not be stored, or could be again.
+    Storage(Option<String>),
+    Scrape(oneshot::Sender<(Gauges, Counts)>),
+}
+
+pub(super) struct Core {
+    pub engine: Engine,
+    pub kernel: Arc<Kernel>,
+    pub looker: Looker,
+    pub enforcer: Enforcer,
+    pub audit: Arc<Audit>,
+    pub center: Arc<Center>,
+    pub redact: Arc<Redactor>,
+    pub feed: Feed,
+    pub counts: Counts,
+    pub config: Config,
+    pub options: Options,
+    pub started: u64,
+    pub boot_id: String,
+    pub ready: watch::Sender<Readiness>,
+    pub internal: mpsc::UnboundedSender<Internal>,
+    /// New alerts that wait for their cause, as they are to be sent.
+    waiting: HashMap<String, Alert>,
+    /// Jobs that are labelled but could not be: what went wrong, for whoever asked.
+    pub label_error: Option<String>,
+    store: Store,
+    state_dirty: bool,
+    facts_wanted: Vec<Key>,
+    /// Lost records of all kinds, as last read.
+    lost: u64,
+    resync_at: Option<Instant>,
+    resync_after: Duration,
+    recorder: Option<crate::recording::Recorder>,
+}
+
+/// What [`Core::new`] is made of.
+pub(super) struct Parts {
+    pub engine: Engine,
+    pub kernel: Arc<Kernel>,
+    pub looker: Looker,
+    pub enforcer: Enforcer,
+    pub audit: Arc<Audit>,
+    pub center: Arc<Center>,
+    pub redact: Arc<Redactor>,
+    pub config: Config,
+    pub options: Options,
+    pub boot_id: String,
+    pub ready: watch::Sender<Readiness>,
+    pub internal: mpsc::UnboundedSender<Internal>,
+    pub store: Store,
+}
+
+impl Core {
+    pub(super) fn new(p: Parts) -> Result<Self, AgentError> {
+        let recorder = p.options.record.as_deref().map(crate::recording::Recorder::create).transpose()?;
+        let mut counts = Counts { reload_ok: true, ..Counts::default() };
+        counts.reload_at = (host::boot_now() + host::boot_to_wall()) as f64 / 1e9;
+        Ok(Self {
+            engine: p.engine,
+            kernel: p.kernel,
+            looker: p.looker,
+            enforcer: p.enforcer,
+            audit: p.audit,
+            center: p.center,
+            redact: p.redact,
+            feed: Feed::default(),
+            counts,
+            config: p.config,
+            options: p.options,
+            started: host::boot_now(),
+            boot_id: p.boot_id,
+            ready: p.ready,
+            internal: p.internal,
+            waiting: HashMap::new(),
+            label_error: None,
+            store: p.store,
+            state_dirty: false,
+            facts_wanted: Vec::new(),
+            lost: 0,
+            resync_at: None,
+            resync_after: Duration::ZERO,
+            recorder,
+        })
+    }
+
+    /// Runs until `stop` says so.
+    pub(super) async fn run(
+        mut self,
+        mut ring: Ring,
+        mut requests: mpsc::Receiver<Request>,
+        mut internal: mpsc::UnboundedReceiver<Internal>,
+        mut stop: watch::Receiver<bool>,
+        mut reload: mpsc::Receiver<()>,
+    ) -> Result<(), AgentError> {
+        self.resync("start")?;
+        let mut check = tokio::time::interval(CHECK);
+        check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let wake = self.engine.next_wake().map(|at| {
+                Instant::now() + Duration::from_nanos(at.saturating_sub(host::boot_now()))
+            });
+            tokio::select! {
+                r = stop.changed() => {
+                    if r.is_err() || *stop.borrow() { break }
+                }
+                r = ring.readable() => {
+                    r.map_err(AgentError::Ring)?;
+                    self.drain(&mut ring);
+                }
+                Some(m) = internal.recv() => self.internal(m),
+                Some(r) = requests.recv() => super::answer::answer(&mut self, r),
+                () = at(wake) => self.tick(),
+                () = at(self.resync_at) => self.resync("loss")?,
+                _ = check.tick() => self.check(),
+                Some(()) = reload.recv() => {
+                    if let Err(e) = self.reload() {
+                        tracing::error!(error = %e.message, "the new config is refused, the old one stays");
+                    }
+                }
+            }
+            self.settle();
+        }
+        self.drain(&mut ring);
+        self.settle();
+        self.stop();
+        Ok(())
+    }
+
+    /// Reads what is in the ring, up to a bound of its own. A job's registration is saved and labelled before its exec
+    /// record is let go: after a SIGKILL in between, the record comes again.
+    fn drain(&mut self, ring: &mut Ring) {
+        let mut fx = Vec::new();
+        let mut now = host::boot_now();
+        let mut n = 0_u32;
+        ring.drain(&mut |bytes| {
+            // Reading the clock costs more than handling a record.
+            n += 1;
+            if n % 64 == 0 {
+                now = host::boot_now();
+            }
+            self.record(crate::recording::Frame::Event, bytes);
+            match event::decode(bytes) {
+                Ok(e) => self.event(&e, now, &mut fx),
+                Err(e) => tracing::error!(error = %e, "a record of the ring is unreadable"),
+            }
+        });
+        self.apply(fx);
+    }
+
+    fn event(&mut self, e: &Event<'_>, now: u64, fx: &mut Vec<Effect>) {
+        self.counts.events[usize::from(e.kind())] += 1;
+        self.counts.event_lag.observe(now.saturating_sub(e.at) as f64 / 1e9);
+        let mut line = self.engine.event_line(e);
+        self.redact.event_line(&mut line);
+        let before = self.engine.jobs_of(e.process);
+        self.engine.event(e, fx);
+        // A fork's child has its jobs only now, a reaped process only before.
+        let jobs = if before.is_empty() { self.engine.jobs_of(e.process) } else { before };
+        let named: Vec<_> = jobs
+            .iter()
+            .map(|&id| (id, self.engine.job_record(id).map(|r| r.name).unwrap_or_default()))
+            .collect();
+        let refs: Vec<api::JobRef<'_>> = named.iter().map(|(id, n)| (*id, n.as_str())).collect();
+        self.feed.publish(e.at, &refs, line);
+        if fx.iter().any(|f| matches!(f, Effect::Job { .. } | Effect::JobEnded(_))) {
+            let taken = std::mem::take(fx);
+            self.apply(taken);
+        }
+    }
+
+    fn tick(&mut self) {
+        let mut fx = Vec::new();
+        self.engine.tick(host::boot_now(), &mut fx);
+        self.apply(fx);
+    }
+
+    /// Does what the engine wants done. Looks are answered on the spot, which may lead to further effects.
+    pub(super) fn apply(&mut self, fx: Vec<Effect>) {
+        let mut queue = VecDeque::from(fx);
+        let mut more = Vec::new();
+        while let Some(f) = queue.pop_front() {
+            match f {
+                Effect::Look(key) => {
+                    let at = host::boot_now();
+                    let seen = self.looker.look(key);
+                    self.engine.observe(Observation::Look { key, at, seen }, host::boot_now(), &mut more);
+                }
+                Effect::ReadFacts(key) => self.facts_wanted.push(key),
+                Effect::Job { job, label } => {
+                    self.state_dirty = true;
+                    if label && let Err(e) = self.label(&job) {
+                        tracing::error!(job = %job.id, error = %e, "the job could not be entered into the kernel");
+                        self.label_error = Some(e.to_string());
+                    }
+                    tracing::info!(job = %job.id, name = %job.name, "job");
+                }
+                Effect::JobEnded(job) => {
+                    self.state_dirty = true;
+                    if let Err(e) = crate::enforce::Lineage::forget(&*self.kernel, job.number) {
+                        tracing::warn!(job = %job.id, error = %e, "the job could not be taken out of the kernel");
+                    }
+                    let took = job.ended.saturating_sub(job.started) as f64 / 1e9;
+                    tracing::info!(job = %job.id, name = %job.name, outcome = job.outcome.as_str(), took_s = took, "job ended");
+                }
+                Effect::Alert { change, alert } => self.alert(change, *alert),
+                Effect::Kill(order) => super::kill::policy(self, *order),
+                Effect::Enforcement(_) => self.state_dirty = true,
+            }
+            queue.extend(more.drain(..));
+            if self.state_dirty {
+                self.save();
+            }
+        }
+    }
+
+    fn label(&self, job: &crate::policy::JobRecord) -> std::io::Result<()> {
+        crate::enforce::Lineage::label(&*self.kernel, job.number, job.outer, job.id.root)
+    }
+
+    /// Jobs and the operator's word, at once: a SIGKILL of the agent right after loses nothing.
+    fn save(&mut self) {
+        self.state_dirty = false;
+        let state = State {
+            boot_id: self.boot_id.clone(),
+            jobs: self.engine.job_records(),
+            enforcement: self.engine.enforcement_state(),
+            ..State::default()
+        };
+        let wrong = self.store.save(&state).err().map(|e| e.to_string());
+        if let Some(e) = &wrong {
+            tracing::error!(error = %e, "jobs could not be saved");
+        }
+        self.storage(wrong);
+    }
+
+    fn storage(&mut self, wrong: Option<String>) {
+        let mut fx = Vec::new();
+        self.engine.condition(AlertKind::StorageFailed, wrong, host::boot_now(), &mut fx);
+        // Not `apply`: an alert about storage must not come back here. It is submitted like any other.
+        for f in fx {
+            if let Effect::Alert { change, alert } = f {
+                self.alert(change, *alert);
+            }
+        }
+    }
+
+    fn alert(&mut self, change: AlertChange, mut alert: Alert) {
+        self.redact.alert(&mut alert);
+        match change {
+            AlertChange::Pending | AlertChange::Dropped => {}
+            AlertChange::Fired if matches!(alert.kind, AlertKind::Zombie | AlertKind::Orphan) => {
+                tracing::warn!(alert = %alert.id, kind = %alert.kind, job = %alert.job_name, "{}", alert.summary);
+                let id = alert.id.clone();
+                self.waiting.insert(id.clone(), alert);
+                super::cause::of_alert(self, id, CAUSE_WAIT);
+            }
+            AlertChange::Fired => {
+                tracing::warn!(alert = %alert.id, kind = %alert.kind, job = %alert.job_name, "{}", alert.summary);
+                self.submit(alert);
+            }
+            AlertChange::Updated => match self.waiting.get_mut(&alert.id) {
+                Some(w) => *w = alert,
+                None => self.submit(alert),
+            },
+            AlertChange::Resolved => {
+                tracing::info!(alert = %alert.id, kind = %alert.kind, job = %alert.job_name, "resolved: {}", alert.summary);
+                if let Some(fired) = self.waiting.remove(&alert.id) {
+                    self.submit(fired);
+                }
+                self.submit(alert);
+            }
+        }
+    }
+
+    fn submit(&self, alert: Alert) {
+        self.center.submit(alert);
+    }
+
+    fn internal(&mut self, m: Internal) {
+        let now = host::boot_now();
+        let mut fx = Vec::new();
+        match m {
+            Internal::Facts(all) => {
+                for (key, facts) in all {
+                    self.engine.observe(Observation::Facts { key, facts }, now, &mut fx);
+                }
+            }
+            Internal::Cause { alert, cause } => {
+                if let Some(cause) = cause {
+                    self.engine.set_cause(&alert, *cause, now, &mut fx);
+                }
+                self.apply(std::mem::take(&mut fx));
+                if let Some(a) = self.waiting.remove(&alert) {
+                    self.submit(a);
+                }
+            }
+            Internal::Killed { job, reason, whole, result } => {
+                if let Ok(o) = &result {
+                    for (k, n) in &o.signals {
+                        *self.counts.signals_sent.entry(*k).or_default() += n;
+                    }
+                }
+                let ended = result.as_ref().is_ok_and(|o| o.ended());
+                *self.counts.job_kills.entry((reason, if ended { "ended" } else { "survived" })).or_default() += 1;
+                if let Some(id) = job {
+                    let report: Result<&KillReport, &str> =
+                        result.as_ref().map(|o| &o.report).map_err(String::as_str);
+                    self.engine.kill_finished(id, reason, whole, report, now, &mut fx);
+                }
+            }
+            Internal::Storage(wrong) => self.storage(wrong),
+            Internal::Scrape(reply) => {
+                let _ = reply.send((self.engine.gauges(now), self.counts.clone()));
+            }
+        }
+        self.apply(fx);
+    }
+
+    /// After each turn: what was only collected is sent off.
+    fn settle(&mut self) {
+        if self.facts_wanted.is_empty() {
+            return;
+        }
+        let wanted = std::mem::take(&mut self.facts_wanted);
+        for keys in wanted.chunks(FACTS_BATCH) {
+            let (keys, looker, tx) = (keys.to_vec(), self.looker.clone(), self.internal.clone());
+            tokio::task::spawn_blocking(move || {
+                let all = keys.into_iter().map(|k| (k, looker.facts(k))).collect();
+                let _ = tx.send(Internal::Facts(all));
+            });
+        }
+    }
+
+    /// Each second: whatever the probes lost since the last look makes the forest doubtful until the next snapshot.
+    fn check(&mut self) {
+        self.engine.set_clock(host::boot_to_wall().cast_signed());
+        if let Some(r) = &mut self.recorder
+            && let Err(e) = r.flush()
+        {
+            tracing::error!(error = %e, "the recording is broken off");
+            self.recorder = None;
+        }
+        let lost = self.kernel.lost();
+        if lost <= self.lost {
+            return;
+        }
+        let n = lost - self.lost;
+        self.lost = lost;
+        tracing::warn!(records = n, "records were lost: the forest is taken anew from the kernel");
+        let now = host::boot_now();
+        let mut fx = Vec::new();
+        self.engine.events_lost(n, now, &mut fx);
+        self.feed.publish(now, &[], super::answer::lost_line(n));
+        self.apply(fx);
+        self.counts.synced = false;
+        self.resync_at.get_or_insert_with(Instant::now);
+    }
+
+    /// A snapshot, merged. Synced if nothing was lost while it was taken.
+    pub(super) fn resync(&mut self, reason: &'static str) -> Result<(), AgentError> {
+        self.resync_at = None;
+        *self.counts.resyncs.entry(reason).or_default() += 1;
+        // The ring is not read meanwhile, so no event is handed over between T0 and the merge.
+        let before = self.kernel.lost();
+        let snapshot = self.kernel.snapshot()?;
+        let now = host::boot_now();
+        let mut fx = Vec::new();
+        let merge = self.engine.snapshot(snapshot, now, &mut fx);
+        let lost = self.kernel.lost();
+        tracing::debug!(?merge, reason, "snapshot");
+        if lost == before && !merge.overrun {
+            self.resync_after = Duration::ZERO;
+            self.counts.synced = true;
+            self.engine.ready(now, &mut fx);
+            let _ = self.ready.send(Readiness { ready: true, reasons: Vec::new() });
+        } else {
+            self.resync_after = (self.resync_after * 2).clamp(Duration::from_millis(50), RESYNC_MAX);
+            self.resync_at = Some(Instant::now() + self.resync_after);
+        }
+        self.apply(fx);
+        Ok(())
+    }
+
+    fn record(&mut self, frame: crate::recording::Frame, payload: &[u8]) {
+        if let Some(r) = &mut self.recorder
+            && let Err(e) = r.write(frame, payload)
+        {
+            tracing::error!(error = %e, "the recording is broken off");
+            self.recorder = None;
+        }
+    }
+
+    /// The config file again; all of it or nothing.
+    pub(super) fn reload(&mut self) -> Result<api::Reloaded, api::ApiError> {
+        let o = &self.options;
+        let read = crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides);
+        let config = read.map_err(|e| {
+            self.counts.reload_ok = false;
+            api::ApiError::new(api::Class::Failed, "invalid-config", e.to_string())
+                .hint("the old config stays in force; `jobwarden check` shows what is wrong")
+        })?;
+        let needs_restart = super::answer::needs_restart(&self.config, &config);
+        let mut fx = Vec::new();
+        self.engine.reload(&config, host::boot_now(), &mut fx);
+        self.redact = Arc::new(Redactor::new(config.agent.redact.clone()));
+        self.enforcer.redact = Arc::clone(&self.redact);
+        self.center.reload(&config);
+        self.counts.reload_ok = true;
+        self.counts.reload_at = (host::boot_now() + host::boot_to_wall()) as f64 / 1e9;
+        let reloaded = api::Reloaded {
+            config: self.options.config_path.clone().or_else(default_config),
+            jobs: config.jobs.len(),
+            receivers: config.receivers.len(),
+            needs_restart,
+        };
+        self.config = config;
+        self.apply(fx);
+        tracing::info!(jobs = reloaded.jobs, receivers = reloaded.receivers, "config reloaded");
+        Ok(reloaded)
+    }
+
+    fn stop(mut self) {
+        self.save();
+        for (_, alert) in std::mem::take(&mut self.waiting) {
+            self.submit(alert);
+        }
+        if let Some(r) = self.recorder.take()
+            && let Err(e) = r.finish()
+        {
+            tracing::error!(error = %e, "the recording could not be finished");
+        }
+    }
+}
+
+/// The file that is read without `--config`, if it is there.
+pub(super) fn default_config() -> Option<PathBuf> {
+    let p = PathBuf::from(crate::config::DEFAULT_PATH);
+    p.exists().then_some(p)
+}
+
+/// A moment that may be never.
+async fn at(when: Option<Instant>) {
+    match when {
+        Some(t) => tokio::time::sleep_until(t).await,
+        None => std::future::pending().await,
+    }
+}

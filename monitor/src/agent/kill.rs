@@ -1,0 +1,279 @@
+//! Kills, by policy and on request: orders are made here, carried out by `enforce` in a task of their own, and their end
+//! is told to the engine.
+
+use std::time::Duration;
+
+use super::core::{Core, Internal};
+use crate::api::{ApiError, Class, ExecEnd, KillRequest, Matched, Peer, Reply};
+use crate::config::DEFAULT_GRACE;
+use crate::contract::{JobId, KillReport};
+use crate::enforce::{AskedBy, Order, Outcome, Rails, Reason, What};
+use crate::host;
+use crate::key::Key;
+use crate::policy::effect::{KillOrder, Scope};
+use crate::policy::{Target, TreeQuery};
+
+const SIGTERM: u8 = libc::SIGTERM as u8;
+
+/// An order and where its end is told.
+struct Job {
+    order: Order,
+    /// The job that the engine is told about; None for processes outside of jobs.
+    id: Option<JobId>,
+    whole: bool,
+    client: Option<u32>,
+}
+
+/// A kill that policy decided.
+pub(super) fn policy(core: &mut Core, k: KillOrder) {
+    let (what, whole) = match k.scope {
+        Scope::Job => (What::Whole, true),
+        Scope::Trees(roots) => (What::Descendants { number: numbers(core, roots.len()), roots }, false),
+    };
+    let order = Order {
+        job: k.number,
+        id: Some(k.job),
+        name: k.job_name,
+        root: k.job.root,
+        target: k.job.to_string(),
+        what,
+        signal: k.signal,
+        grace: Duration::from_nanos(k.grace_ns),
+        settle: Order::SETTLE,
+        reason: k.reason,
+        asked_by: AskedBy { rule: k.rule, ..AskedBy::default() },
+        dry_run: false,
+        cgroup: None,
+    };
+    start(core, Job { order, id: Some(k.job), whole, client: None }, None);
+}
+
+/// As many free job numbers in a row as there are roots; the first.
+fn numbers(core: &mut Core, n: usize) -> u64 {
+    let first = core.engine.free_number(host::boot_now());
+    for _ in 1..n {
+        core.engine.free_number(host::boot_now());
+    }
+    first
+}
+
+fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
+    let Job { order, id, whole, client } = job;
+    let mut rails = Rails::new(core.config.enforcement.protect.clone(), core.config.enforcement.protect_defaults);
+    let agent = std::process::id();
+    let kept = rails.keep(agent, "the agent", &core.looker.proc, &*core.kernel).and_then(|()| match client {
+        Some(pid) if pid != 0 => rails.keep(pid, "the caller", &core.looker.proc, &*core.kernel),
+        _ => Ok(()),
+    });
+    if let Err(e) = kept {
+        // Without knowing whom to spare nobody is signalled.
+        let wrong = format!("who must be spared could not be found out: {e}");
+        if let Some(reply) = reply {
+            let _ = reply.send(Err(ApiError::failed(wrong.clone())));
+        }
+        let _ = core.internal.send(Internal::Killed { job: id, reason: order.reason, whole, result: Err(wrong) });
+        return;
+    }
+    if let Some(id) = id
+        && !order.dry_run
+    {
+        let mut fx = Vec::new();
+        core.engine.kill_started(id, order.reason, host::boot_now(), &mut fx);
+        core.apply(fx);
+    }
+    let (enforcer, tx) = (core.enforcer.clone(), core.internal.clone());
+    tokio::spawn(async move {
+        let result = enforcer.run(&order, &rails).await;
+        if let Some(reply) = reply {
+            let answer = match &result {
+                Ok(o) => Ok(o.report.clone()),
+                Err(e) => Err(ApiError::failed(e.to_string())),
+            };
+            // The client may have gone away; the kill goes on all the same.
+            let _ = reply.send(answer);
+        }
+        if !order.dry_run {
+            let result: Result<Box<Outcome>, String> = result.map(Box::new).map_err(|e| e.to_string());
+            let _ = tx.send(Internal::Killed { job: id, reason: order.reason, whole, result });
+        }
+    });
+}
+
+/// `kill TARGET`.
+pub(super) fn requested(core: &mut Core, k: &KillRequest, peer: &Peer, reply: Reply<KillReport>) {
+    match orders(core, k, peer) {
+        Ok(mut jobs) => {
+            if jobs.len() == 1
+                && let Some(job) = jobs.pop()
+            {
+                return start(core, job, Some(reply));
+            }
+            several(core, jobs, k.target.to_string(), reply);
+        }
+        Err(e) => {
+            let _ = reply.send(Err(e));
+        }
+    }
+}
+
+/// `--all`: each on its own, one report of them together.
+fn several(core: &mut Core, jobs: Vec<Job>, target: String, reply: Reply<KillReport>) {
+    let mut waiting = Vec::new();
+    for job in jobs {
+        let (tx, rx) = tokio::sync::oneshot::channel();
+        start(core, job, Some(tx));
+        waiting.push(rx);
+    }
+    tokio::spawn(async move {
+        let mut sum = KillReport { target, ..KillReport::default() };
+        for rx in waiting {
+            match rx.await.unwrap_or_else(|_| Err(ApiError::stopping())) {
+                Ok(mut r) => {
+                    sum.signalled.append(&mut r.signalled);
+                    sum.survivors.append(&mut r.survivors);
+                    sum.spared.append(&mut r.spared);
+                    sum.zombies.append(&mut r.zombies);
+                    sum.stuck.append(&mut r.stuck);
+                    sum.took_s = sum.took_s.max(r.took_s);
+                }
+                Err(e) => {
+                    let _ = reply.send(Err(e));
+                    return;
+                }
+            }
+        }
+        let _ = reply.send(Ok(sum));
+    });
+}
+
+fn orders(core: &mut Core, k: &KillRequest, peer: &Peer) -> Result<Vec<Job>, ApiError> {
+    let target = k.target.to_string();
+    let found = super::answer::resolve(core, &k.target)?;
+    if found.len() > 1 && !k.all {
+        return Err(ApiError::several(&target, found.into_iter().map(|t| matched(core, t)).collect()));
+    }
+    let mut jobs = Vec::new();
+    for t in found {
+        jobs.push(order(core, k, peer, t, &target)?);
+    }
+    Ok(jobs)
+}
+
+pub(super) fn matched(core: &Core, t: Target) -> Matched {
+    match t {
+        Target::Process(key) => Matched {
+            target: key.to_string(),
+            what: core.engine.reference(key).map_or_else(String::new, |r| crate::contract::line(&r.argv, &r.comm)),
+        },
+        Target::Job(id) => Matched {
+            target: id.to_string(),
+            what: core.engine.job_record(id).map_or_else(String::new, |r| r.name),
+        },
+    }
+}
+
+fn order(core: &mut Core, k: &KillRequest, peer: &Peer, t: Target, target: &str) -> Result<Job, ApiError> {
+    let record = match t {
+        Target::Job(id) => core.engine.job_record(id),
+        Target::Process(_) => None,
+    };
+    let root = match t {
+        Target::Job(id) => id.root,
+        Target::Process(key) => key,
+    };
+    let roots = if k.orphans {
+        let orphans = orphans(core, t)?;
+        if orphans.is_empty() {
+            return Err(ApiError::new(Class::NotFound, "no-orphans", format!("{target} has no orphans")));
+        }
+        Some(orphans)
+    } else if record.is_none() {
+        Some(vec![root])
+    } else {
+        None
+    };
+    let whole = roots.is_none();
+    let what = match roots {
+        None => What::Whole,
+        Some(roots) => What::Descendants { number: numbers(core, roots.len()), roots },
+    };
+    let policy = record.as_ref().map(|r| &r.policy);
+    let grace = k.grace_s.map_or_else(
+        || policy.map_or(DEFAULT_GRACE, |p| Duration::from_nanos(p.grace_ns)),
+        |s| Duration::from_secs_f64(s.clamp(0.0, 1e9)),
+    );
+    Ok(Job {
+        order: Order {
+            job: record.as_ref().map_or(0, |r| r.number),
+            id: record.as_ref().map(|r| r.id),
+            name: record.as_ref().map(|r| r.name.clone()).unwrap_or_default(),
+            root,
+            target: target.to_owned(),
+            what,
+            signal: k.signal.or(policy.map(|p| p.stop_signal)).unwrap_or(SIGTERM),
+            grace,
+            settle: Order::SETTLE,
+            reason: Reason::Operator,
+            asked_by: peer.into(),
+            dry_run: k.dry_run,
+            cgroup: None,
+        },
+        id: record.map(|r| r.id),
+        whole,
+        client: Some(peer.pid),
+    })
+}
+
+/// The orphans among a target's processes, the target itself included.
+fn orphans(core: &Core, t: Target) -> Result<Vec<Key>, ApiError> {
+    let now = host::boot_now();
+    let keys = match t {
+        Target::Job(id) => core.engine.members(id),
+        Target::Process(key) => {
+            let q = TreeQuery { of: Some(key.to_string()), ..TreeQuery::default() };
+            let tree = core.engine.tree(&q, now).map_err(super::answer::refused)?;
+            let children: std::collections::HashMap<Key, &[Key]> =
+                tree.processes.iter().map(|p| (p.id, p.children.as_slice())).collect();
+            let mut below = vec![key];
+            let mut i = 0;
+            while i < below.len() {
+                below.extend(children.get(&below[i]).copied().unwrap_or_default());
+                i += 1;
+            }
+            below
+        }
+    };
+    Ok(keys.into_iter().filter(|&k| core.engine.process(k, now).is_some_and(|p| p.orphan)).collect())
+}
+
+/// `exec` is over: its job ends, or is let go.
+pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<KillReport>) {
+    let Some(record) = core.engine.job_record(e.job) else {
+        let _ = reply.send(Err(ApiError::not_found("job", e.job)));
+        return;
+    };
+    let now = host::boot_now();
+    if e.keep {
+        let mut fx = Vec::new();
+        core.engine.release(e.job, now, &mut fx);
+        core.apply(fx);
+        let _ = reply.send(Ok(KillReport { target: e.job.to_string(), ..KillReport::default() }));
+        return;
+    }
+    let order = Order {
+        job: record.number,
+        id: Some(record.id),
+        name: record.name,
+        root: record.id.root,
+        target: record.id.to_string(),
+        what: What::Whole,
+        signal: e.signal,
+        grace: Duration::from_secs_f64(e.grace_s.clamp(0.0, 1e9)),
+        settle: Order::SETTLE,
+        reason: if e.timed_out { Reason::Timeout } else { Reason::Exec },
+        asked_by: peer.into(),
+        dry_run: false,
+        cgroup: None,
+    };
+    start(core, Job { order, id: Some(record.id), whole: true, client: Some(peer.pid) }, Some(reply));
+}

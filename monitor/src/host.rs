@@ -38,6 +38,13 @@ pub fn machine_id() -> String {
 }
 
 #[must_use]
+/// The release of the running kernel, as `uname -r` has it.
+#[must_use]
+pub fn kernel_release() -> String {
+    String::from_utf8_lossy(rustix::system::uname().release().to_bytes()).into_owned()
+}
+
+#[must_use]
 pub fn hostname() -> String {
     String::from_utf8_lossy(rustix::system::uname().nodename().to_bytes()).into_owned()
 }

@@ -1,0 +1,317 @@
+//! The answers to what clients ask of the agent's core.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::core::Core;
+use super::{cause, kill};
+use crate::api::{
+    AlertQuery, ApiError, AuditLines, Class, EnforcementStatus, ExecRegistered, ExecRequest, ExtendReply, Peer,
+    Reply, Request, Status, Target as Asked, TreeQuery as AskedTree, WhyQuery,
+};
+use crate::config::Config;
+use crate::contract::{Alerts, EventLine, JobId, Jobs, Tree};
+use crate::enforce::audit;
+use crate::host;
+use crate::kernel;
+use crate::policy::{ExecJob, JobPolicy, Refused, Target, TreeQuery};
+
+/// Most audit entries in one answer, the newest.
+const AUDIT_MAX: usize = 10_000;
+
+pub(super) fn answer(core: &mut Core, r: Request) {
+    match r {
+        Request::Tree(q, reply) => drop(reply.send(tree(core, &q))),
+        Request::Jobs(reply) => drop(reply.send(Ok(Jobs { jobs: core.engine.jobs() }))),
+        Request::Extend { job, by, peer, reply } => {
+            let done = extend(core, &job, by);
+            audited(core, &peer, &format!("jobs extend {job}"), &done);
+            let _ = reply.send(done);
+        }
+        Request::Alerts(q, reply) => alerts(core, &q, reply),
+        Request::Events(filter, reply) => drop(reply.send(core.feed.subscribe(filter, host::boot_now()))),
+        Request::Why(q, reply) => why(core, &q, reply),
+        Request::Resolve(t, reply) => {
+            let found = resolve(core, &t).map(|all| all.into_iter().map(|t| kill::matched(core, t)).collect());
+            let _ = reply.send(found);
+        }
+        Request::Kill { kill, peer, reply } => {
+            audited(core, &peer, &format!("kill {}", kill.target), &Ok(()));
+            kill::requested(core, &kill, &peer, reply);
+        }
+        Request::Status(reply) => drop(reply.send(Ok(status(core)))),
+        Request::Enforcement { on, lasting, peer, reply } => {
+            let mut fx = Vec::new();
+            core.engine.enforcement(on, lasting, host::boot_now(), &mut fx);
+            core.apply(fx);
+            audited(core, &peer, if on { "enforcement on" } else { "enforcement off" }, &Ok(()));
+            let _ = reply.send(Ok(enforcement(core)));
+        }
+        Request::Audit { since, job, reply } => log(core, since, job.as_ref(), reply),
+        Request::Reload { peer, reply } => {
+            let done = core.reload();
+            audited(core, &peer, "reload", &done);
+            let _ = reply.send(done);
+        }
+        Request::Notify { receiver, peer, reply } => {
+            audited(core, &peer, &format!("notify {receiver}"), &Ok(()));
+            let center = std::sync::Arc::clone(&core.center);
+            tokio::spawn(async move { drop(reply.send(center.notify(&receiver).await)) });
+        }
+        Request::ExecRegister { exec, peer, reply } => {
+            let done = register(core, exec, &peer);
+            audited(core, &peer, "exec", &done);
+            let _ = reply.send(done);
+        }
+        Request::ExecEnd { end, peer, reply } => kill::exec_end(core, &end, &peer, reply),
+    }
+}
+
+/// Each mutating request is audited, by whom and what came of it.
+fn audited<T>(core: &Core, peer: &Peer, what: &str, done: &Result<T, ApiError>) {
+    let outcome = done.as_ref().err().map_or_else(|| "accepted".to_owned(), |e| e.message.clone());
+    core.audit.write(&audit::Entry::request(peer.into(), what, outcome));
+}
+
+pub(super) fn refused(r: Refused) -> ApiError {
+    let (class, code) = match r {
+        Refused::NoJob(_) => (Class::NotFound, "no-such-job"),
+        Refused::NoProcess(_) => (Class::NotFound, "no-such-process"),
+        Refused::NoDeadline(_) => (Class::Failed, "no-deadline"),
+        Refused::Ended(_) => (Class::Failed, "job-ended"),
+        Refused::Target(_) => (Class::Usage, "bad-target"),
+        Refused::TooManyJobs(_) => (Class::Failed, "too-many-jobs"),
+    };
+    ApiError::new(class, code, r.to_string())
+}
+
+/// What a target means now; never empty.
+pub(super) fn resolve(core: &Core, t: &Asked) -> Result<Vec<Target>, ApiError> {
+    if let Asked::Alert(id) = t {
+        let key = core.engine.alert_subject(id).ok_or_else(|| ApiError::not_found("alert", id))?;
+        return Ok(vec![Target::Process(key)]);
+    }
+    core.engine.resolve(&t.to_string()).map_err(refused)
+}
+
+fn one_job(core: &Core, t: &Asked) -> Result<JobId, ApiError> {
+    let found = resolve(core, t)?;
+    match found.as_slice() {
+        [Target::Job(id)] => Ok(*id),
+        [Target::Process(key)] => Err(ApiError::not_found("job", key)),
+        _ => {
+            let matches = found.iter().map(|&f| kill::matched(core, f)).collect();
+            Err(ApiError::several(t, matches))
+        }
+    }
+}
+
+fn tree(core: &Core, q: &AskedTree) -> Result<Tree, ApiError> {
+    let query = TreeQuery {
+        of: q.target.as_ref().map(ToString::to_string),
+        all: true,
+        zombies: q.zombies,
+        orphans: q.orphans,
+        uid: q.uid,
+    };
+    let mut tree = core.engine.tree(&query, host::boot_now()).map_err(refused)?;
+    for p in &mut tree.processes {
+        core.redact.process(p);
+        p.kernel_state = core.looker.kernel_state(p.id);
+        if let Some(path) = &p.cgroup {
+            p.container = crate::container::container(path);
+        }
+    }
+    if let Some(c) = &q.container {
+        tree = crate::api::only_container(tree, c);
+    }
+    Ok(tree)
+}
+
+fn extend(core: &mut Core, job: &Asked, by: Duration) -> Result<ExtendReply, ApiError> {
+    let id = one_job(core, job)?;
+    let mut fx = Vec::new();
+    let record = core.engine.extend(id, by, host::boot_now(), &mut fx).map_err(refused)?;
+    core.apply(fx);
+    let wall = host::boot_to_wall();
+    Ok(ExtendReply { job: id, deadline: record.deadline.map(|d| host::rfc3339(d.saturating_add(wall))) })
+}
+
+fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
+    if q.history || q.undelivered {
+        let (center, q) = (std::sync::Arc::clone(&core.center), q.clone());
+        tokio::spawn(async move {
+            let found = if q.undelivered {
+                center.undelivered().await
+            } else {
+                center.history(q.since_s.map(Duration::from_secs_f64)).await
+            };
+            let _ = reply.send(found.map(|alerts| Alerts { alerts }).map_err(|e| ApiError::failed(e.to_string())));
+        });
+        return;
+    }
+    let mut alerts = core.engine.alerts(q.all);
+    for a in &mut alerts {
+        core.redact.alert(a);
+    }
+    let _ = reply.send(Ok(Alerts { alerts }));
+}
+
+fn why(core: &Core, q: &WhyQuery, reply: Reply<Vec<crate::contract::Cause>>) {
+    let keys = match (&q.target, &q.container) {
+        (None, _) => Ok(core
+            .engine
+            .alerts(false)
+            .into_iter()
+            .filter_map(|a| Some((core.engine.alert_subject(&a.id)?, Some(a.id))))
+            .collect()),
+        (Some(Asked::Alert(id)), _) => core
+            .engine
+            .alert_subject(id)
+            .map(|k| vec![(k, Some(id.clone()))])
+            .ok_or_else(|| ApiError::not_found("alert", id)),
+        (Some(t), container) => resolve(core, t).and_then(|found| {
+            let _ = container;
+            let keys: Vec<_> = found
+                .into_iter()
+                .map(|t| match t {
+                    Target::Process(k) => (k, None),
+                    Target::Job(id) => (id.root, None),
+                })
+                .collect();
+            Ok(keys)
+        }),
+    };
+    match keys {
+        Ok(keys) => cause::of(core, keys, reply),
+        Err(e) => drop(reply.send(Err(e))),
+    }
+}
+
+fn enforcement(core: &Core) -> EnforcementStatus {
+    let now = host::boot_now();
+    let s = core.engine.enforcement_state();
+    EnforcementStatus {
+        enabled: core.engine.enforcing(now),
+        until: s.until.map(|u| host::rfc3339(u.saturating_add(host::boot_to_wall()))),
+        fuse_open: s.fuse_open,
+        kills_last_minute: core.engine.kills_last_minute(now),
+        max_kills_per_minute: core.config.enforcement.max_job_kills_per_minute,
+    }
+}
+
+fn status(core: &Core) -> Status {
+    let now = host::boot_now();
+    let g = core.engine.gauges(now);
+    let by_kind = |of: &dyn Fn(usize) -> u64| -> BTreeMap<String, u64> {
+        monitor_abi::KIND_NAMES.iter().enumerate().map(|(i, k)| ((*k).to_owned(), of(i))).collect()
+    };
+    let counters = core.kernel.counters();
+    let sum = |name: &str| g.processes.get(name).copied().unwrap_or(0);
+    let alerts = core.engine.alerts(true);
+    let firing = alerts.iter().filter(|a| a.state == crate::contract::AlertState::Firing).count();
+    Status {
+        version: crate::VERSION.to_owned(),
+        revision: crate::REVISION.to_owned(),
+        object: kernel::object_hash().to_owned(),
+        host: host::hostname(),
+        kernel: host::kernel_release(),
+        pid: std::process::id(),
+        started: host::rfc3339(core.started.saturating_add(host::boot_to_wall())),
+        synced: core.counts.synced,
+        not_ready: core.ready.borrow().reasons.clone(),
+        lost: by_kind(&|i| counters[i].lost),
+        events: by_kind(&|i| core.counts.events[i]),
+        processes: usize::try_from(g.processes.values().sum::<u64>()).unwrap_or(usize::MAX),
+        zombies: usize::try_from(sum("zombie")).unwrap_or(usize::MAX),
+        orphans: usize::try_from(g.jobs.values().map(|j| j.orphans).sum::<u64>()).unwrap_or(usize::MAX),
+        jobs: core.engine.job_records().len(),
+        enforcement: enforcement(core),
+        alerts_firing: firing,
+        alerts_pending: alerts.len() - firing,
+        undelivered: core.center.pending(),
+        probes_off: core.kernel.probes_off(),
+        config: core.options.config_path.clone().or_else(super::core::default_config),
+        config_ok: core.counts.reload_ok,
+        listen: core.options.listening.map(|a| a.to_string()),
+        pinned: core.kernel.pinned(),
+    }
+}
+
+fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<AuditLines>) {
+    let dir = core.config.agent.state_dir.clone();
+    let since = since.and_then(|s| std::time::SystemTime::now().checked_sub(s));
+    let job = job.map(|j| match j {
+        Asked::Name(n) => n.clone(),
+        other => other.to_string(),
+    });
+    tokio::task::spawn_blocking(move || {
+        let read = audit::read(&dir, since, job.as_deref(), AUDIT_MAX);
+        let _ = reply.send(
+            read.map(|entries| AuditLines { entries })
+                .map_err(|e| ApiError::failed(format!("the audit log in {}: {e}", dir.display()))),
+        );
+    });
+}
+
+/// A job of `exec`: in the kernel's maps before the reply, so before its root's first instruction.
+fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegistered, ApiError> {
+    let now = host::boot_now();
+    let ns = |s: f64| Duration::try_from_secs_f64(s.max(0.0)).map_or(u64::MAX, |d| d.as_nanos() as u64);
+    let job = ExecJob {
+        root: e.root,
+        name: e.name,
+        supervisor: core.engine.current(peer.pid),
+        number: None,
+        policy: JobPolicy {
+            timeout_ns: e.timeout_s.map(ns),
+            zombie_after_ns: None,
+            orphan_after_ns: if e.keep_orphans { None } else { Some(ns(e.orphan_after_s.unwrap_or(0.0))) },
+            // The supervisor ends its job itself; the agent does it when the supervisor dies.
+            kill_on_timeout: false,
+            kill_on_orphan: false,
+            kill_daemons: true,
+            enforce_existing: true,
+            stop_signal: e.signal,
+            grace_ns: ns(e.grace_s),
+            severity: None,
+        },
+    };
+    let mut fx = Vec::new();
+    let record = core.engine.register_exec_job(job, now, &mut fx).map_err(refused)?;
+    core.label_error = None;
+    core.apply(fx);
+    match core.label_error.take() {
+        None => Ok(ExecRegistered { job: record.id, number: record.number }),
+        Some(e) => Err(ApiError::failed(format!("the job could not be entered into the kernel: {e}"))),
+    }
+}
+
+/// What is read only at start and differs now.
+pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
+    let (a, b) = (&old.agent, &new.agent);
+    let mut all = Vec::new();
+    let mut differs = |name: &str, d: bool| {
+        if d {
+            all.push(name.to_owned());
+        }
+    };
+    differs("agent.socket", a.socket != b.socket);
+    differs("agent.socket_group", a.socket_group != b.socket_group);
+    differs("agent.state_dir", a.state_dir != b.state_dir);
+    differs("agent.listen", a.listen != b.listen);
+    differs("agent.pin", a.pin != b.pin);
+    differs("agent.bpffs", a.bpffs != b.bpffs);
+    differs("agent.log", a.log != b.log || a.log_json != b.log_json);
+    all
+}
+
+/// The `lost` line of `events`.
+pub(super) fn lost_line(n: u64) -> EventLine {
+    EventLine {
+        at: host::rfc3339(host::boot_now() + host::boot_to_wall()),
+        kind: "lost".into(),
+        process: None,
+        more: BTreeMap::from([("count".into(), n.into()), ("where".into(), "ring".into())]),
+    }
+}

@@ -1,13 +1,36 @@
 //! Facts about this host and its clocks, read once or on demand. No state.
 
 use std::io;
+use std::sync::LazyLock;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// Nanoseconds since boot, suspend included (`CLOCK_BOOTTIME`): the time base of every event and timer here.
+/// Nanoseconds since boot, suspend included (`CLOCK_BOOTTIME` of the initial time namespace): the time base of every
+/// event and timer here.
 #[must_use]
 pub fn boot_now() -> u64 {
-    nanoseconds(ClockId::Boottime)
+    nanoseconds(ClockId::Boottime).saturating_add_signed(-time_offset())
+}
+
+/// What this time namespace adds to boot time, in nanoseconds (`time_namespaces(7)`); 0 where there is none. /proc and the
+/// clock show it, the probes' records are without.
+#[must_use]
+pub fn time_offset() -> i64 {
+    // A process cannot change the offsets of a namespace that it is in already.
+    static OFFSET: LazyLock<i64> = LazyLock::new(|| {
+        parse_time_offset(&std::fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default())
+    });
+    *OFFSET
+}
+
+fn parse_time_offset(text: &str) -> i64 {
+    let line = |l: &str| {
+        let mut f = l.split_ascii_whitespace();
+        let boot = matches!(f.next()?, "boottime" | "7");
+        let (s, ns) = (f.next()?.parse::<i64>().ok()?, f.next()?.parse::<i64>().ok()?);
+        boot.then(|| s.saturating_mul(1_000_000_000).saturating_add(ns))
+    };
+    text.lines().find_map(line).unwrap_or(0)
 }
 
 /// What to add to boot-time nanoseconds to get nanoseconds since the epoch, at this moment. It changes when the wall
@@ -66,6 +89,8 @@ mod tests {
         let ours = u128::from(boot_to_wall() + boot_now());
         assert!(ours.abs_diff(std) < 1_000_000_000, "{ours} {std}");
         assert_eq!(rfc3339(1_500_000_000), "1970-01-01T00:00:01.500Z");
+        assert_eq!(parse_time_offset("monotonic 0 0\nboottime 1000 5\n"), 1_000_000_000_005);
+        assert_eq!(parse_time_offset("boottime x"), 0);
         assert_eq!(boot_id().unwrap().len(), 36);
     }
 }

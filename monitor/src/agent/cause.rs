@@ -4,16 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::core::{Core, Internal};
-use crate::api::{ApiError, Reply};
+use crate::api::Reply;
 use crate::contract::Cause;
 use crate::host;
 use crate::key::Key;
 use crate::why::{self, Holders, Limits, Question};
-
-/// Who holds the other end of a pipe, by the kernel's iterator and /proc.
-fn holders(core: &Core) -> Arc<dyn Holders> {
-    Arc::clone(&core.kernel) as Arc<dyn Holders>
-}
 
 /// For an alert that has just fired; without an answer in time the alert goes out without a cause.
 pub(super) fn of_alert(core: &Core, alert: String, wait: Duration) {
@@ -46,7 +41,7 @@ pub(super) fn of(core: &Core, keys: Vec<(Key, Option<String>)>, reply: Reply<Vec
 
 /// One after the other, on a thread for blocking work.
 fn explain(core: &Core, questions: Vec<Question>) -> impl Future<Output = Vec<Cause>> + use<> {
-    let (proc, holders, redact) = (core.looker.proc.clone(), holders(core), Arc::clone(&core.redact));
+    let (proc, holders, redact) = (core.looker.proc.clone(), Arc::clone(&core.kernel) as Arc<dyn Holders>, Arc::clone(&core.redact));
     async move {
         let job = tokio::task::spawn_blocking(move || {
             questions
@@ -60,9 +55,4 @@ fn explain(core: &Core, questions: Vec<Question>) -> impl Future<Output = Vec<Ca
         });
         job.await.unwrap_or_default()
     }
-}
-
-/// No process, job or alert of that name has a cause to be told.
-pub(super) fn nothing(what: &str) -> ApiError {
-    ApiError::not_found("process", what)
 }

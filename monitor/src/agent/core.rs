@@ -385,10 +385,14 @@ impl Core {
             tracing::error!(error = %e, "the recording is broken off");
             self.recorder = None;
         }
-        let lost = self.kernel.lost();
-        if lost <= self.lost {
-            return;
-        }
+        let lost = match self.kernel.lost() {
+            Ok(n) if n > self.lost => n,
+            Ok(_) => return,
+            Err(e) => {
+                tracing::error!(error = %e, "the loss counters cannot be read");
+                return;
+            }
+        };
         let n = lost - self.lost;
         self.lost = lost;
         tracing::warn!(records = n, "records were lost: the forest is taken anew from the kernel");
@@ -406,14 +410,12 @@ impl Core {
         self.resync_at = None;
         *self.counts.resyncs.entry(reason).or_default() += 1;
         // The ring is not read meanwhile, so no event is handed over between T0 and the merge.
-        let before = self.kernel.lost();
-        let snapshot = self.kernel.snapshot()?;
+        let taken = self.kernel.snapshot().map_err(AgentError::Snapshot)?;
         let now = host::boot_now();
         let mut fx = Vec::new();
-        let merge = self.engine.snapshot(snapshot, now, &mut fx);
-        let lost = self.kernel.lost();
-        tracing::debug!(?merge, reason, "snapshot");
-        if lost == before && !merge.overrun {
+        let merge = self.engine.snapshot(taken.snapshot, now, &mut fx);
+        tracing::debug!(?merge, reason, from_proc = taken.from_proc, "snapshot");
+        if taken.lost_before == taken.lost_after && !merge.overrun {
             self.resync_after = Duration::ZERO;
             self.counts.synced = true;
             self.engine.ready(now, &mut fx);

@@ -10,8 +10,7 @@ use crate::contract::{JobId, KillReport};
 use crate::enforce::{AskedBy, Order, Outcome, Rails, Reason, What};
 use crate::host;
 use crate::key::Key;
-use crate::policy::effect::{KillOrder, Scope};
-use crate::policy::{Target, TreeQuery};
+use crate::policy::{KillOrder, Target, TreeQuery};
 
 const SIGTERM: u8 = libc::SIGTERM as u8;
 
@@ -26,17 +25,14 @@ struct Job {
 
 /// A kill that policy decided.
 pub(super) fn policy(core: &mut Core, k: KillOrder) {
-    let (what, whole) = match k.scope {
-        Scope::Job => (What::Whole, true),
-        Scope::Trees(roots) => (What::Descendants { number: numbers(core, roots.len()), roots }, false),
-    };
+    let whole = k.what == What::Whole;
     let order = Order {
         job: k.number,
         id: Some(k.job),
         name: k.job_name,
-        root: k.job.root,
+        root: k.root,
         target: k.job.to_string(),
-        what,
+        what: k.what,
         signal: k.signal,
         grace: Duration::from_nanos(k.grace_ns),
         settle: Order::SETTLE,
@@ -163,7 +159,10 @@ pub(super) fn matched(core: &Core, t: Target) -> Matched {
     match t {
         Target::Process(key) => Matched {
             target: key.to_string(),
-            what: core.engine.reference(key).map_or_else(String::new, |r| crate::contract::line(&r.argv, &r.comm)),
+            what: core.engine.reference(key).map_or_else(String::new, |mut r| {
+                core.redact.reference(&mut r);
+                if r.argv.is_empty() { r.comm } else { r.argv.join(" ") }
+            }),
         },
         Target::Job(id) => Matched {
             target: id.to_string(),

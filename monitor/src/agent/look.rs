@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use crate::container::Cgroups;
 use crate::contract::text;
 use crate::forest::{Facts, Look, Seen};
+use crate::host;
 use crate::key::Key;
 use crate::proc::Proc;
 
@@ -17,13 +18,11 @@ use crate::proc::Proc;
 pub(super) struct Looker {
     pub proc: Proc,
     ticks_per_second: u64,
-    /// This time namespace's offset: /proc shows starts shifted by it.
-    timens_offset_ns: i64,
 }
 
 impl Looker {
-    pub(super) fn new(proc: Proc, timens_offset_ns: i64) -> Self {
-        Self { proc, ticks_per_second: rustix::param::clock_ticks_per_second(), timens_offset_ns }
+    pub(super) fn new(proc: Proc) -> Self {
+        Self { proc, ticks_per_second: rustix::param::clock_ticks_per_second() }
     }
 
     /// The start in clock ticks, as /proc/PID/stat shows it for this key (`nsec_to_clock_t`).

@@ -1,2 +1,221 @@
-//! The agent: wiring only.
+//! The agent: wiring only. Everything is made in one order and stopped in the reverse one; a failure on the way is the
+//! start's error, and nothing half-starts.
+
+mod answer;
+mod cause;
+mod core;
+mod kill;
 mod look;
+mod scrape;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use self::core::{Core, Internal, Parts};
+use self::look::Looker;
+use crate::alert::{self, Center};
+use crate::api::{self, Backend, Readiness, Server};
+use crate::config::{Config, Overrides};
+use crate::enforce::{Audit, Enforcer};
+use crate::kernel::{self, Kernel};
+use crate::key::Key;
+use crate::policy::{Engine, Settings};
+use crate::proc::Proc;
+use crate::redact::Redactor;
+use crate::state::{State, StateError, Store};
+use crate::{host, recording};
+
+/// Requests that wait for the core; more are refused by the server's own bounds before.
+const REQUESTS: usize = 256;
+
+/// What the command line says, and the config that was read with it.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub config: Config,
+    pub config_path: Option<PathBuf>,
+    /// For `reload`: flags and environment still override the file.
+    pub overrides: Overrides,
+    pub env: BTreeMap<String, String>,
+    pub record: Option<PathBuf>,
+    /// The probes' own aya-log lines go to the log.
+    pub trace_probes: bool,
+    /// Set at start: where the TCP listener is.
+    pub listening: Option<SocketAddr>,
+}
+
+/// Why the agent did not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("the state directory {path}: {source}. Give another with --state-dir, or run as root")]
+    StateDir { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Kernel(#[from] kernel::KernelError),
+    #[error(transparent)]
+    Serve(#[from] api::ServeError),
+    #[error(transparent)]
+    Alerts(#[from] alert::AlertError),
+    #[error(transparent)]
+    Recording(#[from] recording::RecordingError),
+    #[error("the ring buffer: {0}")]
+    Ring(std::io::Error),
+    #[error("a snapshot of the processes: {0}")]
+    Snapshot(std::io::Error),
+    #[error("the tokio runtime: {0}")]
+    Runtime(std::io::Error),
+    #[error("signal handlers: {0}")]
+    Signals(std::io::Error),
+    #[error("{what}: {source}")]
+    Host { what: &'static str, source: std::io::Error },
+}
+
+/// Runs the agent in the foreground until SIGTERM or SIGINT.
+pub fn run(options: Options) -> Result<(), AgentError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(16)
+        .thread_name("jobwarden")
+        .enable_all()
+        .build()
+        .map_err(AgentError::Runtime)?;
+    let done = runtime.block_on(serve(options));
+    // Facts of a process that blocks its readers may never come: nobody waits for them.
+    runtime.shutdown_timeout(std::time::Duration::from_millis(200));
+    done
+}
+
+async fn serve(mut options: Options) -> Result<(), AgentError> {
+    let config = options.config.clone();
+    let dir = &config.agent.state_dir;
+    std::fs::create_dir_all(dir)
+        .and_then(|()| std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)))
+        .map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
+    let boot_id = host::boot_id().map_err(|source| AgentError::Host { what: "boot id", source })?;
+    let store = Store::new(dir);
+    let saved = store.load()?;
+    let audit = Audit::open(dir).map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
+    let audit = Arc::new(audit);
+
+    // Listening first: a socket or port in use ends the start before anything is loaded.
+    let (requests_tx, requests) = mpsc::channel(REQUESTS);
+    let (internal_tx, internal) = mpsc::unbounded_channel();
+    let start = Readiness { ready: false, reasons: vec!["the first snapshot is not taken yet".into()] };
+    let (ready, ready_rx) = watch::channel(start);
+    let page = scrape::Page::new(internal_tx.clone());
+    let backend = Backend { requests: requests_tx, metrics: page.provider(), ready: ready_rx };
+    let server = Server::start(&api::Options::new(&config.agent, crate::VERSION), &backend)?;
+    options.listening = server.tcp_address();
+
+    let kernel = Arc::new(Kernel::start(&kernel_options(&options))?);
+    let ring = kernel.take_ring().map_err(AgentError::Ring)?;
+    page.set_kernel(Arc::clone(&kernel));
+    let center = Arc::new(Center::start(&config, dir).await?);
+    page.set_center(Arc::clone(&center));
+
+    let proc = Proc::default();
+    let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
+    let engine = engine(&config, &boot_id, &kernel, &center, saved, &proc).await;
+    let parts = Parts {
+        engine,
+        looker: Looker::new(proc.clone()),
+        enforcer: Enforcer {
+            lineage: Arc::clone(&kernel) as Arc<dyn crate::enforce::Lineage>,
+            proc,
+            audit: Arc::clone(&audit),
+            redact: Arc::clone(&redact),
+        },
+        audit,
+        kernel,
+        center: Arc::clone(&center),
+        redact,
+        config,
+        options,
+        boot_id,
+        ready,
+        internal: internal_tx,
+        store,
+    };
+    let (stop_tx, stop) = watch::channel(false);
+    let (reload_tx, reload) = mpsc::channel(1);
+    signals(stop_tx, reload_tx)?;
+    let listening = server.tcp_address().map(|a| a.to_string());
+    tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
+    let done = Core::new(parts)?.run(ring, requests, internal, stop, reload).await;
+    server.stop().await;
+    center.stop().await;
+    tracing::info!("stopped");
+    done
+}
+
+fn kernel_options(o: &Options) -> kernel::Options {
+    kernel::Options {
+        bpffs: o.config.agent.pin.then(|| o.config.agent.bpffs.clone()),
+        trace: o.trace_probes,
+        ..kernel::Options::default()
+    }
+}
+
+/// The engine, with what was saved of this boot.
+async fn engine(
+    config: &Config,
+    boot_id: &str,
+    kernel: &Kernel,
+    center: &Center,
+    saved: Option<State>,
+    proc: &Proc,
+) -> Engine {
+    let pid = std::process::id();
+    let settings = Settings {
+        host: host::hostname(),
+        machine_id: host::machine_id(),
+        boot_id: boot_id.to_owned(),
+        agent: Key::new(pid, own_start(kernel, proc, pid)),
+        boot_to_wall_ns: host::boot_to_wall().cast_signed(),
+        ..Settings::default()
+    };
+    let mut engine = Engine::new(settings, config);
+    let now = host::boot_now();
+    let mut fx = Vec::new();
+    let same_boot = saved.as_ref().is_none_or(|s| s.boot_id == boot_id);
+    if let Some(s) = saved.filter(|_| same_boot) {
+        engine.restore_enforcement(s.enforcement, now, &mut fx);
+        engine.restore_jobs(s.jobs, now, &mut fx);
+    }
+    engine.restore_alerts(center.restore().await, same_boot, now, &mut fx);
+    engine
+}
+
+/// The agent's start in full nanoseconds, or as /proc has it.
+fn own_start(kernel: &Kernel, proc: &Proc, pid: u32) -> u64 {
+    match crate::enforce::Lineage::start_of(kernel, pid) {
+        Ok(Some(start)) => start,
+        _ => proc.stat(pid).map_or(0, |s| s.start_ticks * 10_000_000),
+    }
+}
+
+/// SIGTERM and SIGINT stop, SIGHUP reloads.
+fn signals(stop: watch::Sender<bool>, reload: mpsc::Sender<()>) -> Result<(), AgentError> {
+    let mut on = |kind| signal(kind).map_err(AgentError::Signals);
+    let (mut term, mut int, mut hup) =
+        (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = term.recv() => break,
+                _ = int.recv() => break,
+                _ = hup.recv() => {
+                    // One that waits already is enough.
+                    let _ = reload.try_send(());
+                }
+            }
+        }
+        let _ = stop.send(true);
+    });
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! The page of `/metrics`. The core is asked for its numbers and has half a second to give them; under such a load the
+//! last ones are shown. The probes' own counters are read here, beside the core.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::core::Internal;
+use crate::alert::Center;
+use crate::api::{Metrics, MetricsPage};
+use crate::host;
+use crate::kernel::{self, Kernel};
+use crate::metrics::{self, Counts, Sources, encode::Format};
+use crate::policy::Gauges;
+use crate::proc::Proc;
+
+const WAIT: Duration = Duration::from_millis(500);
+
+struct Inner {
+    core: mpsc::UnboundedSender<Internal>,
+    kernel: OnceLock<Arc<Kernel>>,
+    center: OnceLock<Arc<Center>>,
+    last: Mutex<Option<(Gauges, Counts)>>,
+}
+
+/// The page, which knows more and more as the agent starts.
+pub(super) struct Page(Arc<Inner>);
+
+impl Page {
+    pub(super) fn new(core: mpsc::UnboundedSender<Internal>) -> Self {
+        let last = Mutex::new(None);
+        Self(Arc::new(Inner { core, kernel: OnceLock::new(), center: OnceLock::new(), last }))
+    }
+
+    pub(super) fn set_kernel(&self, k: Arc<Kernel>) {
+        let _ = self.0.kernel.set(k);
+    }
+
+    pub(super) fn set_center(&self, c: Arc<Center>) {
+        let _ = self.0.center.set(c);
+    }
+
+    pub(super) fn provider(&self) -> Metrics {
+        let inner = Arc::clone(&self.0);
+        Arc::new(move |format| {
+            let inner = Arc::clone(&inner);
+            Box::pin(async move { inner.page(format).await }) as MetricsPage
+        })
+    }
+}
+
+impl Inner {
+    async fn page(&self, format: Format) -> Option<String> {
+        let (tx, rx) = oneshot::channel();
+        self.core.send(Internal::Scrape(tx)).ok()?;
+        let fresh = tokio::time::timeout(WAIT, rx).await.ok().and_then(Result::ok);
+        let (gauges, counts) = {
+            let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(f) = fresh {
+                *last = Some(f);
+            }
+            last.clone()?
+        };
+        let kernel = self.kernel.get()?.metrics();
+        let notifications = self.center.get().map(|c| c.metrics()).unwrap_or_default();
+        Some(metrics::encode(
+            &Sources {
+                version: crate::VERSION,
+                revision: crate::REVISION,
+                object: kernel::object_hash(),
+                gauges: &gauges,
+                counts: &counts,
+                kernel: &kernel,
+                notifications: &notifications,
+                proc: &Proc::default(),
+                boot_to_wall_ns: host::boot_to_wall(),
+            },
+            format,
+        ))
+    }
+}

@@ -4,8 +4,9 @@
 use std::borrow::Cow;
 
 use regex::Regex;
+use serde_json::Value;
 
-use crate::contract::{Cause, Evidence, Exit, Process, Ref};
+use crate::contract::{Alert, Cause, EventLine, Evidence, Exit, Process, Ref};
 
 /// What stands in a match's place.
 const MASK: &str = "***";
@@ -78,6 +79,36 @@ impl Redactor {
         self.string(&mut c.summary);
         self.string(&mut c.remedy);
         c.evidence.iter_mut().for_each(|e| self.evidence(e));
+    }
+
+    pub fn alert(&self, a: &mut Alert) {
+        a.subject.iter_mut().for_each(|p| self.process(p));
+        a.cause.iter_mut().for_each(|c| self.cause(c));
+        self.string(&mut a.summary);
+    }
+
+    pub fn event_line(&self, e: &mut EventLine) {
+        if self.0.is_empty() {
+            return;
+        }
+        e.process.iter_mut().for_each(|r| self.reference(r));
+        e.more.values_mut().for_each(|v| self.value(v));
+    }
+
+    /// argv, references and texts inside JSON of no fixed shape.
+    fn value(&self, v: &mut Value) {
+        match v {
+            Value::String(s) => self.string(s),
+            Value::Array(all) if all.iter().all(Value::is_string) => {
+                let mut argv: Vec<String> =
+                    all.iter().filter_map(|v| v.as_str().map(str::to_owned)).collect();
+                self.argv(&mut argv);
+                *all = argv.into_iter().map(Value::String).collect();
+            }
+            Value::Array(all) => all.iter_mut().for_each(|v| self.value(v)),
+            Value::Object(o) => o.values_mut().for_each(|v| self.value(v)),
+            _ => {}
+        }
     }
 
     fn string(&self, s: &mut String) {

@@ -64,6 +64,9 @@ pub(super) fn answer(core: &mut Core, r: Request) {
             let _ = reply.send(done);
         }
         Request::ExecEnd { end, peer, reply } => kill::exec_end(core, &end, &peer, reply),
+        Request::ExecSignal { signal, peer, reply } => {
+            drop(reply.send(kill::exec_signal(core, &signal, &peer)));
+        }
     }
 }
 

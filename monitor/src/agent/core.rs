@@ -68,6 +68,8 @@ pub(super) struct Core {
     waiting: HashMap<String, Alert>,
     /// Jobs that are labelled but could not be: what went wrong, for whoever asked.
     pub label_error: Option<String>,
+    /// The cgroups that jobs of `exec --cgroup` own.
+    pub cgroups: HashMap<JobId, PathBuf>,
     store: Store,
     state_dirty: bool,
     facts_wanted: Vec<Key>,
@@ -118,6 +120,7 @@ impl Core {
             internal: p.internal,
             waiting: HashMap::new(),
             label_error: None,
+            cgroups: HashMap::new(),
             store: p.store,
             state_dirty: false,
             facts_wanted: Vec::new(),
@@ -241,6 +244,7 @@ impl Core {
                 }
                 Effect::JobEnded(job) => {
                     self.state_dirty = true;
+                    self.cgroups.remove(&job.id);
                     if let Err(e) = crate::enforce::Lineage::forget(&*self.kernel, job.number) {
                         tracing::warn!(job = %job.id, error = %e, "the job could not be taken out of the kernel");
                     }

@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use super::core::{Core, Internal};
-use crate::api::{ApiError, Class, ExecEnd, KillRequest, Matched, Peer, Reply};
+use crate::api::{ApiError, Class, ExecEnd, ExecEnded, ExecSignal, KillRequest, Matched, Peer, Reply};
 use crate::config::DEFAULT_GRACE;
-use crate::contract::{JobId, KillReport};
+use crate::contract::{JobId, KillReport, Spared, State};
 use crate::enforce::{AskedBy, Order, Outcome, Rails, Reason, What};
 use crate::host;
 use crate::key::Key;
@@ -33,6 +33,7 @@ pub(super) fn policy(core: &mut Core, k: KillOrder) {
         root: k.root,
         target: k.job.to_string(),
         what: k.what,
+        delay: Duration::ZERO,
         signal: k.signal,
         grace: Duration::from_nanos(k.grace_ns),
         settle: Order::SETTLE,
@@ -53,23 +54,34 @@ fn numbers(core: &mut Core, n: usize) -> u64 {
     first
 }
 
+/// Whom no kill may touch. Without knowing whom to spare nobody is signalled.
+fn rails(core: &Core, client: Option<u32>) -> Result<Rails, String> {
+    let e = &core.config.enforcement;
+    let mut rails = Rails::new(e.protect.clone(), e.protect_defaults);
+    let mut keep = |pid, who| rails.keep(pid, who, &core.looker.proc, &*core.kernel);
+    keep(std::process::id(), "the agent")
+        .and_then(|()| client.filter(|&p| p != 0).map_or(Ok(()), |p| keep(p, "the caller")))
+        .map_err(|e| format!("who must be spared could not be found out: {e}"))?;
+    Ok(rails)
+}
+
 fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
     let Job { order, id, whole, client } = job;
-    let mut rails = Rails::new(core.config.enforcement.protect.clone(), core.config.enforcement.protect_defaults);
-    let agent = std::process::id();
-    let kept = rails.keep(agent, "the agent", &core.looker.proc, &*core.kernel).and_then(|()| match client {
-        Some(pid) if pid != 0 => rails.keep(pid, "the caller", &core.looker.proc, &*core.kernel),
-        _ => Ok(()),
-    });
-    if let Err(e) = kept {
-        // Without knowing whom to spare nobody is signalled.
-        let wrong = format!("who must be spared could not be found out: {e}");
-        if let Some(reply) = reply {
-            let _ = reply.send(Err(ApiError::failed(wrong.clone())));
+    let rails = match rails(core, client) {
+        Ok(r) => r,
+        Err(wrong) => {
+            if let Some(reply) = reply {
+                let _ = reply.send(Err(ApiError::failed(wrong.clone())));
+            }
+            let _ = core.internal.send(Internal::Killed {
+                job: id,
+                reason: order.reason,
+                whole,
+                result: Err(wrong),
+            });
+            return;
         }
-        let _ = core.internal.send(Internal::Killed { job: id, reason: order.reason, whole, result: Err(wrong) });
-        return;
-    }
+    };
     if let Some(id) = id
         && !order.dry_run
     {
@@ -209,6 +221,7 @@ fn order(core: &mut Core, k: &KillRequest, peer: &Peer, t: Target, target: &str)
             root,
             target: target.to_owned(),
             what,
+            delay: Duration::ZERO,
             signal: k.signal.or(policy.map(|p| p.stop_signal)).unwrap_or(SIGTERM),
             grace,
             settle: Order::SETTLE,
@@ -246,7 +259,7 @@ fn orphans(core: &Core, t: Target) -> Result<Vec<Key>, ApiError> {
 }
 
 /// `exec` is over: its job ends, or is let go.
-pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<KillReport>) {
+pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<ExecEnded>) {
     let Some(record) = core.engine.job_record(e.job) else {
         let _ = reply.send(Err(ApiError::not_found("job", e.job)));
         return;
@@ -254,9 +267,15 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<K
     let now = host::boot_now();
     if e.keep {
         let mut fx = Vec::new();
-        core.engine.release(e.job, now, &mut fx);
+        let done = core.engine.release(e.job, now, &mut fx).map_err(super::answer::refused);
         core.apply(fx);
-        let _ = reply.send(Ok(KillReport { target: e.job.to_string(), ..KillReport::default() }));
+        let report = kept(core, e.job, now);
+        let _ = reply.send(done.map(|()| ExecEnded { report: Some(report), left_s: None }));
+        return;
+    }
+    if e.timed_out && record.deadline.is_none_or(|d| d > now) {
+        let left_s = record.deadline.map(|d| (d - now) as f64 / 1e9);
+        let _ = reply.send(Ok(ExecEnded { report: None, left_s }));
         return;
     }
     let order = Order {
@@ -266,13 +285,59 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<K
         root: record.id.root,
         target: record.id.to_string(),
         what: What::Whole,
+        delay: Duration::from_secs_f64(e.after_s.clamp(0.0, 1e9)),
         signal: e.signal,
         grace: Duration::from_secs_f64(e.grace_s.clamp(0.0, 1e9)),
         settle: Order::SETTLE,
-        reason: if e.timed_out { Reason::Timeout } else { Reason::Exec },
+        reason: Reason::Exec,
+        asked_by: peer.into(),
+        dry_run: false,
+        cgroup: core.cgroups.remove(&e.job),
+    };
+    let (tx, rx) = tokio::sync::oneshot::channel();
+    start(core, Job { order, id: Some(e.job), whole: true, client: Some(peer.pid) }, Some(tx));
+    tokio::spawn(async move {
+        let report = rx.await.unwrap_or_else(|_| Err(ApiError::stopping()));
+        let _ = reply.send(report.map(|r| ExecEnded { report: Some(r), left_s: None }));
+    });
+}
+
+/// `--keep-orphans`: who is left, named as spared.
+fn kept(core: &Core, job: JobId, now: u64) -> KillReport {
+    let alive = |k: &Key| core.engine.process(*k, now).is_some_and(|p| matches!(p.state, State::Running | State::LeaderExited));
+    let spared = core
+        .engine
+        .members(job)
+        .into_iter()
+        .filter(alive)
+        .filter_map(|k| core.engine.reference(k))
+        .map(|mut process| {
+            core.redact.reference(&mut process);
+            Spared { process, why: "kept, as asked".into() }
+        })
+        .collect();
+    KillReport { target: job.to_string(), spared, ..KillReport::default() }
+}
+
+/// A signal that `exec` got, to all members of its job.
+pub(super) fn exec_signal(core: &mut Core, s: &ExecSignal, peer: &Peer) -> Result<usize, ApiError> {
+    let record = core.engine.job_record(s.job).ok_or_else(|| ApiError::not_found("job", s.job))?;
+    let rails = rails(core, Some(peer.pid)).map_err(ApiError::failed)?;
+    let order = Order {
+        job: record.number,
+        id: Some(record.id),
+        name: record.name,
+        root: record.id.root,
+        target: record.id.to_string(),
+        what: What::Whole,
+        delay: Duration::ZERO,
+        signal: s.signal,
+        grace: Duration::ZERO,
+        settle: Order::SETTLE,
+        reason: Reason::Exec,
         asked_by: peer.into(),
         dry_run: false,
         cgroup: None,
     };
-    start(core, Job { order, id: Some(record.id), whole: true, client: Some(peer.pid) }, Some(reply));
+    core.enforcer.pass(&order, &rails, s.signal).map_err(|e| ApiError::failed(e.to_string()))
 }

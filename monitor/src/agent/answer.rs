@@ -14,6 +14,7 @@ use crate::contract::{Alerts, EventLine, JobId, Jobs, Tree};
 use crate::enforce::audit;
 use crate::host;
 use crate::kernel;
+use crate::key::Key;
 use crate::policy::{ExecJob, JobPolicy, Refused, Target, TreeQuery};
 
 /// Most audit entries in one answer, the newest.
@@ -124,9 +125,6 @@ fn tree(core: &Core, q: &AskedTree) -> Result<Tree, ApiError> {
         if let Some(path) = &p.cgroup {
             p.container = crate::container::container(path);
         }
-    }
-    if let Some(c) = &q.container {
-        tree = crate::api::only_container(tree, c);
     }
     Ok(tree)
 }
@@ -260,12 +258,16 @@ fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<A
 /// A job of `exec`: in the kernel's maps before the reply, so before its root's first instruction.
 fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegistered, ApiError> {
     let now = host::boot_now();
+    // Held by the client and not reaped, so this pid means no other.
+    let start = crate::enforce::Lineage::start_of(&*core.kernel, e.pid)
+        .map_err(|err| ApiError::failed(format!("the start of process {}: {err}", e.pid)))?
+        .ok_or_else(|| ApiError::not_found("process", e.pid))?;
     let ns = |s: f64| Duration::try_from_secs_f64(s.max(0.0)).map_or(u64::MAX, |d| d.as_nanos() as u64);
     let job = ExecJob {
-        root: e.root,
+        root: Key::new(e.pid, start),
         name: e.name,
         supervisor: core.engine.current(peer.pid),
-        number: None,
+        number: e.number,
         policy: JobPolicy {
             timeout_ns: e.timeout_s.map(ns),
             zombie_after_ns: None,
@@ -285,7 +287,12 @@ fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegister
     core.label_error = None;
     core.apply(fx);
     match core.label_error.take() {
-        None => Ok(ExecRegistered { job: record.id, number: record.number }),
+        None => {
+            if let Some(dir) = e.cgroup {
+                core.cgroups.insert(record.id, dir);
+            }
+            Ok(ExecRegistered { job: record.id, number: record.number })
+        }
         Some(e) => Err(ApiError::failed(format!("the job could not be entered into the kernel: {e}"))),
     }
 }

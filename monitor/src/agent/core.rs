@@ -155,8 +155,17 @@ impl Core {
                     r.map_err(AgentError::Ring)?;
                     self.drain(&mut ring);
                 }
-                Some(m) = internal.recv() => self.internal(m),
-                Some(r) = requests.recv() => super::answer::answer(&mut self, r),
+                Some(m) = internal.recv() => {
+                    if matches!(m, Internal::Scrape(_)) {
+                        self.drain(&mut ring);
+                    }
+                    self.internal(m);
+                }
+                Some(r) = requests.recv() => {
+                    // An answer knows of all that happened before it was asked for.
+                    self.drain(&mut ring);
+                    super::answer::answer(&mut self, r);
+                }
                 () = at(wake) => self.tick(),
                 () = at(self.resync_at) => self.resync("loss")?,
                 _ = check.tick() => self.check(),

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::core::Core;
 use super::{cause, kill};
 use crate::api::{
-    AlertQuery, ApiError, AuditLines, Class, EnforcementStatus, ExecRegistered, ExecRequest, ExtendReply, Peer,
-    Reply, Request, Status, Target as Asked, TreeQuery as AskedTree, WhyQuery,
+    AlertQuery, ApiError, AuditLines, Class, EnforcementStatus, ExecRegistered, ExecRequest, ExtendReply, Notified,
+    Peer, Reply, Request, Status, Target as Asked, TreeQuery as AskedTree, WhyQuery,
 };
 use crate::config::Config;
 use crate::contract::{Alerts, EventLine, JobId, Jobs, Tree};
@@ -49,15 +49,19 @@ pub(super) fn answer(core: &mut Core, r: Request) {
             let _ = reply.send(Ok(enforcement(core)));
         }
         Request::Audit { since, job, reply } => log(core, since, job.as_ref(), reply),
-        Request::Reload { peer, reply } => {
-            let done = core.reload();
-            audited(core, &peer, "reload", &done);
-            let _ = reply.send(done);
-        }
+        Request::Reload { peer, reply } => core.reload(Some(peer), Some(reply)),
         Request::Notify { receiver, peer, reply } => {
             audited(core, &peer, &format!("notify {receiver}"), &Ok(()));
-            let center = std::sync::Arc::clone(&core.center);
-            tokio::spawn(async move { drop(reply.send(center.notify(&receiver).await)) });
+            let center = core.center.clone();
+            tokio::spawn(async move {
+                let done = center.notify(&receiver).await.map(|r| Notified {
+                    receiver: r.receiver,
+                    delivered: r.delivered,
+                    answer: r.answers.join("; "),
+                    took_s: r.took_s,
+                });
+                let _ = reply.send(done.ok_or_else(|| ApiError::not_found("receiver", &receiver)));
+            });
         }
         Request::ExecRegister { exec, peer, reply } => {
             let done = register(core, exec, &peer);
@@ -72,7 +76,7 @@ pub(super) fn answer(core: &mut Core, r: Request) {
 }
 
 /// Each mutating request is audited, by whom and what came of it.
-fn audited<T>(core: &Core, peer: &Peer, what: &str, done: &Result<T, ApiError>) {
+pub(super) fn audited<T>(core: &Core, peer: &Peer, what: &str, done: &Result<T, ApiError>) {
     let outcome = done.as_ref().err().map_or_else(|| "accepted".to_owned(), |e| e.message.clone());
     core.audit.write(&audit::Entry::request(peer.into(), what, outcome));
 }
@@ -140,14 +144,15 @@ fn extend(core: &mut Core, job: &Asked, by: Duration) -> Result<ExtendReply, Api
 
 fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     if q.history || q.undelivered {
-        let (center, q) = (std::sync::Arc::clone(&core.center), q.clone());
+        let (center, q) = (core.center.clone(), q.clone());
         tokio::spawn(async move {
-            let found = if q.undelivered {
-                center.undelivered().await
+            let alerts = if q.undelivered {
+                center.undelivered().await.into_iter().map(|u| u.alert).collect()
             } else {
-                center.history(q.since_s.map(Duration::from_secs_f64)).await
+                let now = i64::try_from((host::boot_now() + host::boot_to_wall()) / 1_000_000).unwrap_or(i64::MAX);
+                center.history(q.since_s.map(|s| now.saturating_sub((s * 1e3) as i64))).await
             };
-            let _ = reply.send(found.map(|alerts| Alerts { alerts }).map_err(|e| ApiError::failed(e.to_string())));
+            let _ = reply.send(Ok(Alerts { alerts }));
         });
         return;
     }
@@ -207,7 +212,7 @@ fn status(core: &Core) -> Status {
     let by_kind = |of: &dyn Fn(usize) -> u64| -> BTreeMap<String, u64> {
         monitor_abi::KIND_NAMES.iter().enumerate().map(|(i, k)| ((*k).to_owned(), of(i))).collect()
     };
-    let counters = core.kernel.counters();
+    let counters = core.kernel.totals().unwrap_or_default();
     let sum = |name: &str| g.processes.get(name).copied().unwrap_or(0);
     let alerts = core.engine.alerts(true);
     let firing = alerts.iter().filter(|a| a.state == crate::contract::AlertState::Firing).count();
@@ -231,11 +236,17 @@ fn status(core: &Core) -> Status {
         alerts_firing: firing,
         alerts_pending: alerts.len() - firing,
         undelivered: core.center.pending(),
-        probes_off: core.kernel.probes_off(),
+        probes_off: core
+            .kernel
+            .probes()
+            .unwrap_or_default()
+            .into_iter()
+            .filter_map(|p| Some((p.name.to_owned(), p.off?)))
+            .collect(),
         config: core.options.config_path.clone().or_else(super::core::default_config),
         config_ok: core.counts.reload_ok,
         listen: core.options.listening.map(|a| a.to_string()),
-        pinned: core.kernel.pinned(),
+        pinned: core.config.agent.pin,
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::look::Looker;
 use super::{AgentError, Options};
 use crate::alert::Center;
-use crate::api::{self, Feed, Readiness, Request};
+use crate::api::{ApiError, Class, Feed, JobRef, Peer, Readiness, Reloaded, Reply, Request};
 use crate::config::Config;
 use crate::contract::{Alert, AlertKind, Cause, JobId, KillReport};
 use crate::enforce::{Audit, Enforcer, Reason};
@@ -45,6 +45,7 @@ pub(super) enum Internal {
     Killed { job: Option<JobId>, reason: Reason, whole: bool, result: Result<Box<crate::enforce::Outcome>, String> },
     /// An alert could not be stored, or could be again.
     Storage(Option<String>),
+    Reloaded { result: Result<Box<Config>, String>, peer: Option<Peer>, reply: Option<Reply<Reloaded>> },
     Scrape(oneshot::Sender<(Gauges, Counts)>),
 }
 
@@ -54,7 +55,9 @@ pub(super) struct Core {
     pub looker: Looker,
     pub enforcer: Enforcer,
     pub audit: Arc<Audit>,
-    pub center: Arc<Center>,
+    pub center: Center,
+    /// To the task that hands alerts over for delivery, one after the other.
+    pub alerts: mpsc::UnboundedSender<Alert>,
     pub redact: Arc<Redactor>,
     pub feed: Feed,
     pub counts: Counts,
@@ -87,7 +90,9 @@ pub(super) struct Parts {
     pub looker: Looker,
     pub enforcer: Enforcer,
     pub audit: Arc<Audit>,
-    pub center: Arc<Center>,
+    pub center: Center,
+    /// To the task that hands alerts over for delivery, one after the other.
+    pub alerts: mpsc::UnboundedSender<Alert>,
     pub redact: Arc<Redactor>,
     pub config: Config,
     pub options: Options,
@@ -101,7 +106,7 @@ impl Core {
     pub(super) fn new(p: Parts) -> Result<Self, AgentError> {
         let recorder = p.options.record.as_deref().map(crate::recording::Recorder::create).transpose()?;
         let mut counts = Counts { reload_ok: true, ..Counts::default() };
-        counts.reload_at = (host::boot_now() + host::boot_to_wall()) as f64 / 1e9;
+        counts.reload_at = wall_seconds();
         Ok(Self {
             engine: p.engine,
             kernel: p.kernel,
@@ -109,6 +114,7 @@ impl Core {
             enforcer: p.enforcer,
             audit: p.audit,
             center: p.center,
+            alerts: p.alerts,
             redact: p.redact,
             feed: Feed::default(),
             counts,
@@ -169,11 +175,7 @@ impl Core {
                 () = at(wake) => self.tick(),
                 () = at(self.resync_at) => self.resync("loss")?,
                 _ = check.tick() => self.check(),
-                Some(()) = reload.recv() => {
-                    if let Err(e) = self.reload() {
-                        tracing::error!(error = %e.message, "the new config is refused, the old one stays");
-                    }
-                }
+                Some(()) = reload.recv() => self.reload(None, None),
             }
             self.settle();
         }
@@ -217,7 +219,7 @@ impl Core {
             .iter()
             .map(|&id| (id, self.engine.job_record(id).map(|r| r.name).unwrap_or_default()))
             .collect();
-        let refs: Vec<api::JobRef<'_>> = named.iter().map(|(id, n)| (*id, n.as_str())).collect();
+        let refs: Vec<JobRef<'_>> = named.iter().map(|(id, n)| (*id, n.as_str())).collect();
         self.feed.publish(e.at, &refs, line);
         if fx.iter().any(|f| matches!(f, Effect::Job { .. } | Effect::JobEnded(_))) {
             let taken = std::mem::take(fx);
@@ -331,7 +333,8 @@ impl Core {
     }
 
     fn submit(&self, alert: Alert) {
-        self.center.submit(alert);
+        // The task ends after this one.
+        let _ = self.alerts.send(alert);
     }
 
     fn internal(&mut self, m: Internal) {
@@ -367,6 +370,7 @@ impl Core {
                 }
             }
             Internal::Storage(wrong) => self.storage(wrong),
+            Internal::Reloaded { result, peer, reply } => self.reloaded(result, peer, reply),
             Internal::Scrape(reply) => {
                 let _ = reply.send((self.engine.gauges(now), self.counts.clone()));
             }
@@ -450,24 +454,50 @@ impl Core {
         }
     }
 
-    /// The config file again; all of it or nothing.
-    pub(super) fn reload(&mut self) -> Result<api::Reloaded, api::ApiError> {
+    /// The config file again; all of it or nothing. The receivers are tried first, beside the core, and the rest is
+    /// swapped when they are there.
+    pub(super) fn reload(&mut self, peer: Option<Peer>, reply: Option<Reply<Reloaded>>) {
         let o = &self.options;
-        let read = crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides);
-        let config = read.map_err(|e| {
+        let config = match crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides) {
+            Ok(c) => Box::new(c),
+            Err(e) => return self.reloaded(Err(e.to_string()), peer, reply),
+        };
+        let (center, tx) = (self.center.clone(), self.internal.clone());
+        tokio::spawn(async move {
+            let result = center.reload(&config).await.map(|()| config).map_err(|e| e.to_string());
+            let _ = tx.send(Internal::Reloaded { result, peer, reply });
+        });
+    }
+
+    fn reloaded(
+        &mut self,
+        result: Result<Box<Config>, String>,
+        peer: Option<Peer>,
+        reply: Option<Reply<Reloaded>>,
+    ) {
+        let done = result.map(|c| self.swap(*c)).map_err(|e| {
             self.counts.reload_ok = false;
-            api::ApiError::new(api::Class::Failed, "invalid-config", e.to_string())
+            tracing::error!(error = %e, "the new config is refused, the old one stays");
+            ApiError::new(Class::Failed, "invalid-config", e)
                 .hint("the old config stays in force; `jobwarden check` shows what is wrong")
-        })?;
+        });
+        if let Some(peer) = peer {
+            super::answer::audited(self, &peer, "reload", &done);
+        }
+        if let Some(reply) = reply {
+            let _ = reply.send(done);
+        }
+    }
+
+    fn swap(&mut self, config: Config) -> Reloaded {
         let needs_restart = super::answer::needs_restart(&self.config, &config);
         let mut fx = Vec::new();
         self.engine.reload(&config, host::boot_now(), &mut fx);
         self.redact = Arc::new(Redactor::new(config.agent.redact.clone()));
         self.enforcer.redact = Arc::clone(&self.redact);
-        self.center.reload(&config);
         self.counts.reload_ok = true;
-        self.counts.reload_at = (host::boot_now() + host::boot_to_wall()) as f64 / 1e9;
-        let reloaded = api::Reloaded {
+        self.counts.reload_at = wall_seconds();
+        let reloaded = Reloaded {
             config: self.options.config_path.clone().or_else(default_config),
             jobs: config.jobs.len(),
             receivers: config.receivers.len(),
@@ -476,7 +506,7 @@ impl Core {
         self.config = config;
         self.apply(fx);
         tracing::info!(jobs = reloaded.jobs, receivers = reloaded.receivers, "config reloaded");
-        Ok(reloaded)
+        reloaded
     }
 
     fn stop(mut self) {
@@ -496,6 +526,10 @@ impl Core {
 pub(super) fn default_config() -> Option<PathBuf> {
     let p = PathBuf::from(crate::config::DEFAULT_PATH);
     p.exists().then_some(p)
+}
+
+fn wall_seconds() -> f64 {
+    (host::boot_now() + host::boot_to_wall()) as f64 / 1e9
 }
 
 /// A moment that may be never.

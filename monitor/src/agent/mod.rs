@@ -10,8 +10,9 @@ mod scrape;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -21,6 +22,7 @@ use self::look::Looker;
 use crate::alert::{self, Center};
 use crate::api::{self, Backend, Readiness, Server};
 use crate::config::{Config, Overrides};
+use crate::contract::Alert;
 use crate::enforce::{Audit, Enforcer};
 use crate::kernel::{self, Kernel};
 use crate::key::Key;
@@ -30,6 +32,8 @@ use crate::redact::Redactor;
 use crate::state::{State, StateError, Store};
 use crate::{host, recording};
 
+/// How long deliveries under way may take at a stop; what is left is sent after the next start.
+const DRAIN: Duration = Duration::from_secs(2);
 /// Requests that wait for the core; more are refused by the server's own bounds before.
 const REQUESTS: usize = 256;
 
@@ -86,7 +90,7 @@ pub fn run(options: Options) -> Result<(), AgentError> {
         .map_err(AgentError::Runtime)?;
     let done = runtime.block_on(serve(options));
     // Facts of a process that blocks its readers may never come: nobody waits for them.
-    runtime.shutdown_timeout(std::time::Duration::from_millis(200));
+    runtime.shutdown_timeout(Duration::from_millis(200));
     done
 }
 
@@ -115,8 +119,10 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
     let kernel = Arc::new(Kernel::start(&kernel_options(&options))?);
     let ring = kernel.take_ring().map_err(AgentError::Ring)?;
     page.set_kernel(Arc::clone(&kernel));
-    let center = Arc::new(Center::start(&config, dir).await?);
-    page.set_center(Arc::clone(&center));
+    let center = Center::start(&config, dir, alert::Clock::system())?;
+    page.set_center(center.clone());
+    let (alerts_tx, alerts) = mpsc::unbounded_channel();
+    let delivery = tokio::spawn(deliver(center.clone(), alerts, internal_tx.clone()));
 
     let proc = Proc::default();
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
@@ -132,7 +138,8 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
         },
         audit,
         kernel,
-        center: Arc::clone(&center),
+        center: center.clone(),
+        alerts: alerts_tx,
         redact,
         config,
         options,
@@ -148,9 +155,28 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
     tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
     let done = Core::new(parts)?.run(ring, requests, internal, stop, reload).await;
     server.stop().await;
-    center.stop().await;
+    // All that the core has said is on the disk before the delivery stops.
+    let _ = delivery.await;
+    center.stop(DRAIN).await;
     tracing::info!("stopped");
     done
+}
+
+/// Hands alerts over one after the other, in the core's order, and tells the core whether the disk takes them.
+async fn deliver(
+    center: Center,
+    mut alerts: mpsc::UnboundedReceiver<Alert>,
+    core: mpsc::UnboundedSender<Internal>,
+) {
+    let mut wrong: Option<String> = None;
+    while let Some(alert) = alerts.recv().await {
+        let now = center.submit(&alert).await.err().map(|e| e.to_string());
+        // An alert about storage that cannot be stored is not told again.
+        if now != wrong {
+            wrong.clone_from(&now);
+            let _ = core.send(Internal::Storage(now));
+        }
+    }
 }
 
 fn kernel_options(o: &Options) -> kernel::Options {

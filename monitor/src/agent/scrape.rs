@@ -20,7 +20,7 @@ const WAIT: Duration = Duration::from_millis(500);
 struct Inner {
     core: mpsc::UnboundedSender<Internal>,
     kernel: OnceLock<Arc<Kernel>>,
-    center: OnceLock<Arc<Center>>,
+    center: OnceLock<Center>,
     last: Mutex<Option<(Gauges, Counts)>>,
 }
 
@@ -37,7 +37,7 @@ impl Page {
         let _ = self.0.kernel.set(k);
     }
 
-    pub(super) fn set_center(&self, c: Arc<Center>) {
+    pub(super) fn set_center(&self, c: Center) {
         let _ = self.0.center.set(c);
     }
 
@@ -62,8 +62,8 @@ impl Inner {
             }
             last.clone()?
         };
-        let kernel = self.kernel.get()?.metrics();
-        let notifications = self.center.get().map(|c| c.metrics()).unwrap_or_default();
+        let kernel = numbers(self.kernel.get()?);
+        let notifications = self.center.get().map(Center::notifications).unwrap_or_default();
         Some(metrics::encode(
             &Sources {
                 version: crate::VERSION,
@@ -78,5 +78,21 @@ impl Inner {
             },
             format,
         ))
+    }
+}
+
+/// The probes' accounts. What cannot be read is left at 0: the scrape goes on.
+fn numbers(k: &Kernel) -> metrics::Kernel {
+    let probe = |p: kernel::ProbeStat| metrics::Probe {
+        name: p.name.to_owned(),
+        attached: p.attached,
+        run: (p.runs > 0).then_some((p.run_time_ns as f64 / 1e9, p.runs)),
+    };
+    metrics::Kernel {
+        counters: k.totals().unwrap_or_default(),
+        ring_used: k.ring_used(),
+        ring_size: k.ring_size(),
+        kills: k.kills().unwrap_or_default(),
+        probes: k.probes().unwrap_or_default().into_iter().map(probe).collect(),
     }
 }

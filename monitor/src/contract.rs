@@ -467,7 +467,7 @@ pub struct Stuck {
 }
 
 /// `kill`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub struct KillReport {
     pub target: String,
     pub signalled: Vec<Signalled>,

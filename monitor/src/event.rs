@@ -126,6 +126,22 @@ pub struct Event<'a> {
     pub body: Body<'a>,
 }
 
+impl Event<'_> {
+    /// The record's kind, an index into `monitor_abi::KIND_NAMES`.
+    #[must_use]
+    pub const fn kind(&self) -> u16 {
+        match self.body {
+            Body::Fork { .. } => abi::KIND_FORK,
+            Body::Exec { .. } => abi::KIND_EXEC,
+            Body::Exit { .. } => abi::KIND_EXIT,
+            Body::LeaderExit { .. } => abi::KIND_LEADER_EXIT,
+            Body::Reap { .. } => abi::KIND_REAP,
+            Body::Signal { .. } => abi::KIND_SIGNAL,
+            Body::Kill { .. } => abi::KIND_KILL,
+        }
+    }
+}
+
 /// A record that is none of ours.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum DecodeError {

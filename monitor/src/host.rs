@@ -60,7 +60,6 @@ pub fn machine_id() -> String {
         .unwrap_or_else(hostname)
 }
 
-#[must_use]
 /// The release of the running kernel, as `uname -r` has it.
 #[must_use]
 pub fn kernel_release() -> String {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::core::Core;
 use super::{cause, kill};
 use crate::api::{
-    AlertQuery, ApiError, AuditLines, Class, EnforcementStatus, ExecRegistered, ExecRequest, ExtendReply, Notified,
-    Peer, Reply, Request, Status, Target as Asked, TreeQuery as AskedTree, WhyQuery,
+    AlertQuery, ApiError, AuditLines, Class, EnforcementStatus, ExecRegistered, ExecRequest, ExtendReply,
+    Notified, Peer, Reply, Request, Status, Target as Asked, TreeQuery as AskedTree, WhyQuery,
 };
 use crate::config::Config;
 use crate::contract::{Alerts, EventLine, JobId, Jobs, Tree};
@@ -33,7 +33,8 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::Events(filter, reply) => drop(reply.send(core.feed.subscribe(filter, host::boot_now()))),
         Request::Why(q, reply) => why(core, &q, reply),
         Request::Resolve(t, reply) => {
-            let found = resolve(core, &t).map(|all| all.into_iter().map(|t| kill::matched(core, t)).collect());
+            let found =
+                resolve(core, &t).map(|all| all.into_iter().map(|t| kill::matched(core, t)).collect());
             let _ = reply.send(found);
         }
         Request::Kill { kill, peer, reply } => {
@@ -149,7 +150,8 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
             let alerts = if q.undelivered {
                 center.undelivered().await.into_iter().map(|u| u.alert).collect()
             } else {
-                let now = i64::try_from((host::boot_now() + host::boot_to_wall()) / 1_000_000).unwrap_or(i64::MAX);
+                let now =
+                    i64::try_from((host::boot_now() + host::boot_to_wall()) / 1_000_000).unwrap_or(i64::MAX);
                 center.history(q.since_s.map(|s| now.saturating_sub((s * 1e3) as i64))).await
             };
             let _ = reply.send(Ok(Alerts { alerts }));

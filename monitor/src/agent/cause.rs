@@ -1,14 +1,42 @@
 //! Causes, sought beside the core: `why` reads /proc and may take a while.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::core::{Core, Internal};
 use crate::api::Reply;
 use crate::contract::Cause;
+use crate::enforce::Lineage;
 use crate::host;
+use crate::kernel::Kernel;
 use crate::key::Key;
-use crate::why::{self, Holders, Limits, Question};
+use crate::why::{self, FdRow, Holders, Limits, Question};
+
+/// `f_mode` bits of `include/linux/fs.h`.
+const FMODE_READ: u32 = 1;
+const FMODE_WRITE: u32 = 2;
+
+impl Holders for Kernel {
+    fn holders(&self, inodes: &[u64]) -> io::Result<Vec<FdRow>> {
+        let row = |r: monitor_abi::FdRow| FdRow {
+            process: r.key.into(),
+            fd: r.fd,
+            inode: r.inode,
+            read: r.mode & FMODE_READ != 0,
+            write: r.mode & FMODE_WRITE != 0,
+        };
+        Ok(Self::holders(self, inodes)?.into_iter().map(row).collect())
+    }
+
+    fn key_of(&self, pid: u32) -> io::Result<Option<Key>> {
+        Ok(Lineage::start_of(self, pid)?.map(|start| Key::new(pid, start)))
+    }
+
+    fn lineage_parent(&self, process: Key) -> io::Result<Option<Key>> {
+        Lineage::lineage_parent(self, process)
+    }
+}
 
 /// For an alert that has just fired; without an answer in time the alert goes out without a cause.
 pub(super) fn of_alert(core: &Core, alert: String, wait: Duration) {
@@ -41,7 +69,8 @@ pub(super) fn of(core: &Core, keys: Vec<(Key, Option<String>)>, reply: Reply<Vec
 
 /// One after the other, on a thread for blocking work.
 fn explain(core: &Core, questions: Vec<Question>) -> impl Future<Output = Vec<Cause>> + use<> {
-    let (proc, holders, redact) = (core.looker.proc.clone(), Arc::clone(&core.kernel) as Arc<dyn Holders>, Arc::clone(&core.redact));
+    let (proc, holders, redact) =
+        (core.looker.proc.clone(), Arc::clone(&core.kernel) as Arc<dyn Holders>, Arc::clone(&core.redact));
     async move {
         let job = tokio::task::spawn_blocking(move || {
             questions

@@ -40,12 +40,24 @@ const RESYNC_MAX: Duration = Duration::from_secs(8);
 #[derive(Debug)]
 pub(super) enum Internal {
     Facts(Vec<(Key, Option<Facts>)>),
-    Cause { alert: String, cause: Option<Box<Cause>> },
+    Cause {
+        alert: String,
+        cause: Option<Box<Cause>>,
+    },
     /// A kill is over. `job` is None for a kill of processes outside of jobs.
-    Killed { job: Option<JobId>, reason: Reason, whole: bool, result: Result<Box<crate::enforce::Outcome>, String> },
+    Killed {
+        job: Option<JobId>,
+        reason: Reason,
+        whole: bool,
+        result: Result<Box<crate::enforce::Outcome>, String>,
+    },
     /// An alert could not be stored, or could be again.
     Storage(Option<String>),
-    Reloaded { result: Result<Box<Config>, String>, peer: Option<Peer>, reply: Option<Reply<Reloaded>> },
+    Reloaded {
+        result: Result<Box<Config>, String>,
+        peer: Option<Peer>,
+        reply: Option<Reply<Reloaded>>,
+    },
     Scrape(oneshot::Sender<(Gauges, Counts)>),
 }
 
@@ -150,9 +162,10 @@ impl Core {
         let mut check = tokio::time::interval(CHECK);
         check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let wake = self.engine.next_wake().map(|at| {
-                Instant::now() + Duration::from_nanos(at.saturating_sub(host::boot_now()))
-            });
+            let wake = self
+                .engine
+                .next_wake()
+                .map(|at| Instant::now() + Duration::from_nanos(at.saturating_sub(host::boot_now())));
             tokio::select! {
                 r = stop.changed() => {
                     if r.is_err() || *stop.borrow() { break }
@@ -284,7 +297,7 @@ impl Core {
             boot_id: self.boot_id.clone(),
             jobs: self.engine.job_records(),
             enforcement: self.engine.enforcement_state(),
-            ..State::default()
+            version: crate::state::VERSION,
         };
         let wrong = self.store.save(&state).err().map(|e| e.to_string());
         if let Some(e) = &wrong {
@@ -362,7 +375,11 @@ impl Core {
                     }
                 }
                 let ended = result.as_ref().is_ok_and(|o| o.ended());
-                *self.counts.job_kills.entry((reason, if ended { "ended" } else { "survived" })).or_default() += 1;
+                *self
+                    .counts
+                    .job_kills
+                    .entry((reason, if ended { "ended" } else { "survived" }))
+                    .or_default() += 1;
                 if let Some(id) = job {
                     let report: Result<&KillReport, &str> =
                         result.as_ref().map(|o| &o.report).map_err(String::as_str);

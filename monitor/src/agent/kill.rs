@@ -85,9 +85,7 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
     if let Some(id) = id
         && !order.dry_run
     {
-        let mut fx = Vec::new();
-        core.engine.kill_started(id, order.reason, host::boot_now(), &mut fx);
-        core.apply(fx);
+        core.engine.kill_started(id, order.reason);
     }
     let (enforcer, tx) = (core.enforcer.clone(), core.internal.clone());
     tokio::spawn(async move {
@@ -304,7 +302,9 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<E
 
 /// `--keep-orphans`: who is left, named as spared.
 fn kept(core: &Core, job: JobId, now: u64) -> KillReport {
-    let alive = |k: &Key| core.engine.process(*k, now).is_some_and(|p| matches!(p.state, State::Running | State::LeaderExited));
+    let alive = |k: &Key| {
+        core.engine.process(*k, now).is_some_and(|p| matches!(p.state, State::Running | State::LeaderExited))
+    };
     let spared = core
         .engine
         .members(job)

@@ -27,8 +27,7 @@ impl Looker {
 
     /// The start in clock ticks, as /proc/PID/stat shows it for this key (`nsec_to_clock_t`).
     fn ticks(&self, key: Key) -> u64 {
-        key.start.saturating_add_signed(self.timens_offset_ns)
-            / (1_000_000_000 / self.ticks_per_second.max(1))
+        key.start.saturating_add_signed(host::time_offset()) / (1_000_000_000 / self.ticks_per_second.max(1))
     }
 
     /// State, parent and whether any thread lives: two or three small files that never block on the process's memory.

@@ -210,8 +210,8 @@ async fn engine(
     let mut fx = Vec::new();
     let same_boot = saved.as_ref().is_none_or(|s| s.boot_id == boot_id);
     if let Some(s) = saved.filter(|_| same_boot) {
-        engine.restore_enforcement(s.enforcement, now, &mut fx);
-        engine.restore_jobs(s.jobs, now, &mut fx);
+        engine.restore_enforcement(s.enforcement);
+        engine.restore_jobs(s.jobs);
     }
     engine.restore_alerts(center.restore().await, same_boot, now, &mut fx);
     engine
@@ -227,7 +227,7 @@ fn own_start(kernel: &Kernel, proc: &Proc, pid: u32) -> u64 {
 
 /// SIGTERM and SIGINT stop, SIGHUP reloads.
 fn signals(stop: watch::Sender<bool>, reload: mpsc::Sender<()>) -> Result<(), AgentError> {
-    let mut on = |kind| signal(kind).map_err(AgentError::Signals);
+    let on = |kind| signal(kind).map_err(AgentError::Signals);
     let (mut term, mut int, mut hup) =
         (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
     tokio::spawn(async move {

@@ -1,0 +1,31 @@
+//! What `jobwarden exec` and `status` ask of the engine beside the rest.
+
+use super::enforcement::MINUTE;
+use super::{Effect, Engine, Refused};
+use crate::contract::JobId;
+
+impl Engine {
+    /// `exec --keep-orphans` is over: nobody ends the job any more, neither its supervisor's death nor policy. It is
+    /// followed until its last member has ended.
+    pub fn release(&mut self, id: JobId, now: u64, fx: &mut Vec<Effect>) -> Result<(), Refused> {
+        let now = self.later(now);
+        let g = self.jobs.by_id(id).ok_or_else(|| Refused::NoJob(id.to_string()))?;
+        let j = self.jobs.get_mut(g).ok_or_else(|| Refused::NoJob(id.to_string()))?;
+        // `supervisors` still counts this job, until it is forgotten: then an unknown supervisor's death is looked for
+        // among the jobs once too often, no more.
+        j.record.supervisor = None;
+        j.record.deadline = None;
+        j.record.policy.orphan_after_ns = None;
+        let job = Box::new(j.record.clone());
+        fx.push(Effect::Job { job, label: false });
+        self.set_deadline(g);
+        self.watch_orphans(g, now);
+        Ok(())
+    }
+
+    /// How many jobs policy has ended within the last minute: what the fuse counts.
+    #[must_use]
+    pub fn kills_last_minute(&self, now: u64) -> u32 {
+        self.enforcement.ended.iter().filter(|(at, _)| at.saturating_add(MINUTE) > now).count() as u32
+    }
+}

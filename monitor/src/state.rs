@@ -9,14 +9,14 @@ use serde::{Deserialize, Serialize};
 use crate::policy::{EnforcementState, JobRecord};
 
 /// Raised when the file's meaning changes; a file of another version is refused by name, never guessed at.
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 /// A file larger than this is none of ours.
 const MAX_BYTES: u64 = 64 << 20;
 
 /// The whole file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    version: u32,
+    pub version: u32,
     /// Boot-time numbers mean nothing on another boot.
     pub boot_id: String,
     pub jobs: Vec<JobRecord>,
@@ -69,8 +69,7 @@ impl Store {
 
     /// Replaces the saved state.
     pub fn save(&self, state: &State) -> Result<(), StateError> {
-        let bytes = serde_json::to_vec(&State { version: VERSION, ..state.clone() })
-            .map_err(|e| self.io(e.into()))?;
+        let bytes = serde_json::to_vec(state).map_err(|e| self.io(e.into()))?;
         let tmp = self.path.with_extension("json.new");
         let write = || -> std::io::Result<()> {
             let mut f = std::fs::File::create(&tmp)?;
@@ -121,7 +120,7 @@ mod tests {
             expired: false,
             members: Vec::new(),
         };
-        let state = State { jobs: vec![job], boot_id: "b".into(), ..State::default() };
+        let state = State { version: VERSION, jobs: vec![job], boot_id: "b".into(), ..State::default() };
         store.save(&state).unwrap();
         assert_eq!(store.load().unwrap().unwrap().jobs, state.jobs);
         for bad in [&b"{"[..], b"", b"{\"version\":99,\"boot_id\":\"\",\"jobs\":[],\"enforcement\":{\"by_operator\":null,\"until\":null,\"fuse_open\":false}}"] {

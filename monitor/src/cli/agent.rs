@@ -2,8 +2,9 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
-use jobwarden::config::Overrides;
+use jobwarden::config::{self, Overrides};
 
 use super::output::Context;
 use super::{Failure, Outcome, check};
@@ -49,8 +50,35 @@ impl Args {
             bpffs: self.bpffs,
             no_pin: self.no_pin,
         };
-        let _config = check::load(self.config.as_deref(), &overrides)?;
-        let _ = (self.record, self.trace_probes);
-        Err(Failure::failed("failed", "this build has no probes"))
+        let config = check::load(self.config.as_deref(), &overrides)?;
+        log_to_stderr(&config);
+        let options = jobwarden::agent::Options {
+            config,
+            config_path: self.config,
+            overrides,
+            env: config::environment(),
+            record: self.record,
+            trace_probes: self.trace_probes,
+            listening: None,
+        };
+        match jobwarden::agent::run(options) {
+            Ok(()) => Ok(ExitCode::SUCCESS),
+            Err(e) => Err(Failure::failed("agent", e.to_string())),
+        }
+    }
+}
+
+/// `[agent] log` is a `tracing` filter, checked when the config was read. On journald's side of the pipe no colours.
+fn log_to_stderr(config: &config::Config) {
+    use std::io::IsTerminal as _;
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.agent.log).unwrap_or_default();
+    let to = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    if config.agent.log_json {
+        to.json().init();
+    } else {
+        to.init();
     }
 }

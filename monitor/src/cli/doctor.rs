@@ -14,7 +14,7 @@ pub(crate) struct Args {}
 
 /// Of the probe object in this program.
 pub(super) fn object_hash() -> &'static str {
-    "none"
+    jobwarden::kernel::object_hash()
 }
 
 impl Args {

@@ -1,6 +1,9 @@
 //! From the probe object to loaded programs and maps, by aya. What comes out are plain descriptors, the same as those
 //! that are opened from pins.
 
+use std::sync::LazyLock;
+
+use sha2::{Digest as _, Sha256};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -15,6 +18,16 @@ use super::sys;
 
 /// The compiled probes, kept in the repository (`cargo xtask ebpf` rebuilds them).
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!("../../probes/probes.o");
+
+/// The probe object's name in metrics, `status` and `--version`: the first 12 hex digits of its SHA-256.
+#[must_use]
+pub fn object_hash() -> &'static str {
+    static HASH: LazyLock<String> = LazyLock::new(|| {
+        let digest = Sha256::digest(OBJECT);
+        digest[..6].iter().map(|b| format!("{b:02x}")).collect()
+    });
+    &HASH
+}
 
 /// The maps, in the order of [`MAPS`].
 pub(super) const MAPS: &[&str] =

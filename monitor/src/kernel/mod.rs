@@ -28,6 +28,7 @@ use monitor_abi::{Control, FdRow};
 
 pub use self::error::KernelError;
 use self::lineage::Edit;
+pub use self::load::object_hash;
 use self::maps::Maps;
 use self::offsets::{FILES, Kind, Layout, PROBES};
 pub use self::ring::{DRAIN_MAX, Ring};

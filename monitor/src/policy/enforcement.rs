@@ -14,7 +14,7 @@ use crate::key::Key;
 
 /// A supervisor of an `exec` job that is alive has this long, after deadline and grace, before an alert says it failed.
 const EXEC_SLACK: u64 = 2 * SECOND;
-const MINUTE: u64 = 60 * SECOND;
+pub(super) const MINUTE: u64 = 60 * SECOND;
 
 #[derive(Debug, Default)]
 pub(super) struct Enforcement {
@@ -22,7 +22,7 @@ pub(super) struct Enforcement {
     pub(super) max_per_minute: u32,
     pub(super) state: EnforcementState,
     /// Jobs ended by policy in the last minute: when, and which.
-    ended: VecDeque<(u64, u64)>,
+    pub(super) ended: VecDeque<(u64, u64)>,
 }
 
 impl Enforcement {

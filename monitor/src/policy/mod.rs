@@ -6,6 +6,7 @@ mod alerts;
 mod describe;
 pub mod effect;
 mod enforcement;
+mod exec;
 pub mod input;
 mod jobs;
 mod looks;

@@ -61,7 +61,8 @@ fn row(r: &TaskRow) -> Row {
     Row {
         key: r.key.into(),
         parent: real(r.parent),
-        lineage: (r.known != 0).then(|| lineage(&r.lineage)),
+        // Pid 0 is no process: who hangs on it has no lineage parent.
+        lineage: (r.known != 0 && r.lineage.parent.tgid != 0).then(|| lineage(&r.lineage)),
         job: r.lineage.job,
         state: state(r),
         status: r.exit_code,

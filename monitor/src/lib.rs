@@ -10,6 +10,7 @@ pub mod container;
 pub mod contract;
 pub mod enforce;
 pub mod event;
+pub mod exec;
 pub mod forest;
 pub mod fuzzing;
 pub mod host;

@@ -68,6 +68,16 @@ impl Enforcer {
         run.report().map_err(failed("the report"))
     }
 
+    /// Signals nobody: the report names who is left, as spared for the reason `why`.
+    pub fn let_go(&self, order: &Order, rails: &Rails, why: &str) -> Result<KillReport, EnforceError> {
+        let failed = |source| EnforceError { doing: "the letting go", job: order.job, source };
+        let mut run = Run::new(self, order, rails).map_err(failed)?;
+        let (alive, _) = run.look().map_err(failed)?;
+        run.spared.extend(alive.iter().map(|m| (m.key, why.to_owned())));
+        let zombies = run.zombies().map_err(failed)?;
+        Ok(run.outcome(Vec::new(), zombies, &|_, _| SignalledOutcome::Spared).report)
+    }
+
     /// One signal to all members, root first, with nothing to follow it: what `exec` passes on. How many got it.
     pub fn pass(&self, order: &Order, rails: &Rails, number: u8) -> Result<usize, EnforceError> {
         let failed = |source| EnforceError { doing: "the passing on of a signal", job: order.job, source };

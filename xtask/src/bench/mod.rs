@@ -89,6 +89,7 @@ fn install_peers() {
                 "libbpf-tools",
                 "bpftrace",
                 "procps",
+                "python3-psutil",
             ])
             .env("DEBIAN_FRONTEND", "noninteractive")
             .output();

@@ -275,7 +275,7 @@ fn kill(binary: &Path, scale: Scale) -> Row {
                   dead = lambda c: not c.is_running() or c.status() == psutil.STATUS_ZOMBIE\n\
                   while not all(map(dead, all_)): pass";
     let peers = vec![
-        ("psutil, recursive".to_owned(), by(&["python3", "-c", psutil])),
+        ("psutil, recursive".to_owned(), by(&["/usr/bin/python3", "-c", psutil])),
         ("pkill -9 -P (the sending only)".to_owned(), by(&["pkill", "-9", "-P"])),
     ];
     Row {

@@ -31,12 +31,13 @@ pub fn alerts(alerts: &Alerts, none: &str, now: SystemTime, style: Style) -> Str
 }
 
 fn summary(a: &Alert) -> String {
-    let mut text = escape(&a.summary);
-    if let Some(c) = a.cause.as_ref().filter(|c| !c.summary.is_empty() && c.summary != a.summary) {
-        text.push_str(": ");
-        text.push_str(&escape(&c.summary));
+    let text = escape(&a.summary);
+    // The first line of the cause says it; `why` has the others.
+    let cause = a.cause.as_ref().and_then(|c| c.summary.lines().next());
+    match cause.filter(|c| a.state != AlertState::Resolved && *c != a.summary) {
+        Some(cause) => format!("{}: {}", text.trim_end_matches('.'), escape(cause)),
+        None => text,
     }
-    text
 }
 
 const fn state_word(s: AlertState) -> &'static str {

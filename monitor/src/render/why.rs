@@ -15,7 +15,11 @@ pub fn why(c: &Cause, style: Style) -> String {
     let _ = writeln!(out, "{} {command}", style.paint(Paint::Strong, &p.id.to_string()));
     let _ = writeln!(out, "  {}", style.paint(state_paint(p), &state(p)));
     let verdict = style.paint(verdict_paint(c.verdict), &format!("{}:", word(c.verdict)));
-    let _ = writeln!(out, "  {verdict} {}", escape(&c.summary));
+    let mut lines = c.summary.lines();
+    let _ = writeln!(out, "  {verdict} {}", escape(lines.next().unwrap_or_default()));
+    for line in lines {
+        let _ = writeln!(out, "  {}", escape(line));
+    }
     if !c.evidence.is_empty() {
         out.push('\n');
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
+use super::driver::Driver;
 use super::look::Looker;
 use super::{AgentError, Options};
 use crate::alert::Center;
@@ -23,7 +24,7 @@ use crate::host;
 use crate::kernel::{Kernel, Ring};
 use crate::key::Key;
 use crate::metrics::Counts;
-use crate::policy::{AlertChange, Effect, Engine, Gauges, Observation};
+use crate::policy::{AlertChange, Effect, Gauges, Observation};
 use crate::redact::Redactor;
 use crate::state::{State, Store};
 
@@ -62,7 +63,7 @@ pub(super) enum Internal {
 }
 
 pub(super) struct Core {
-    pub engine: Engine,
+    pub engine: Driver,
     pub kernel: Arc<Kernel>,
     pub looker: Looker,
     pub enforcer: Enforcer,
@@ -92,12 +93,11 @@ pub(super) struct Core {
     lost: u64,
     resync_at: Option<Instant>,
     resync_after: Duration,
-    recorder: Option<crate::recording::Recorder>,
 }
 
 /// What [`Core::new`] is made of.
 pub(super) struct Parts {
-    pub engine: Engine,
+    pub engine: Driver,
     pub kernel: Arc<Kernel>,
     pub looker: Looker,
     pub enforcer: Enforcer,
@@ -115,11 +115,10 @@ pub(super) struct Parts {
 }
 
 impl Core {
-    pub(super) fn new(p: Parts) -> Result<Self, AgentError> {
-        let recorder = p.options.record.as_deref().map(crate::recording::Recorder::create).transpose()?;
+    pub(super) fn new(p: Parts) -> Self {
         let mut counts = Counts { reload_ok: true, ..Counts::default() };
         counts.reload_at = wall_seconds();
-        Ok(Self {
+        Self {
             engine: p.engine,
             kernel: p.kernel,
             looker: p.looker,
@@ -145,8 +144,7 @@ impl Core {
             lost: 0,
             resync_at: None,
             resync_after: Duration::ZERO,
-            recorder,
-        })
+        }
     }
 
     /// Runs until `stop` says so.
@@ -210,22 +208,21 @@ impl Core {
             if n % 64 == 0 {
                 now = host::boot_now();
             }
-            self.record(crate::recording::Frame::Event, bytes);
             match event::decode(bytes) {
-                Ok(e) => self.event(&e, now, &mut fx),
+                Ok(e) => self.event(&e, bytes, now, &mut fx),
                 Err(e) => tracing::error!(error = %e, "a record of the ring is unreadable"),
             }
         });
         self.apply(fx);
     }
 
-    fn event(&mut self, e: &Event<'_>, now: u64, fx: &mut Vec<Effect>) {
+    fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, fx: &mut Vec<Effect>) {
         self.counts.events[usize::from(e.kind())] += 1;
         self.counts.event_lag.observe(now.saturating_sub(e.at) as f64 / 1e9);
         let mut line = self.engine.event_line(e);
         self.redact.event_line(&mut line);
         let before = self.engine.jobs_of(e.process);
-        self.engine.event(e, fx);
+        self.engine.event(e, bytes, fx);
         // A fork's child has its jobs only now, a reaped process only before.
         let jobs = if before.is_empty() { self.engine.jobs_of(e.process) } else { before };
         let named: Vec<_> = jobs
@@ -413,12 +410,7 @@ impl Core {
     /// Each second: whatever the probes lost since the last look makes the forest doubtful until the next snapshot.
     fn check(&mut self) {
         self.engine.set_clock(host::boot_to_wall().cast_signed());
-        if let Some(r) = &mut self.recorder
-            && let Err(e) = r.flush()
-        {
-            tracing::error!(error = %e, "the recording is broken off");
-            self.recorder = None;
-        }
+        self.engine.flush();
         let lost = match self.kernel.lost() {
             Ok(n) if n > self.lost => n,
             Ok(_) => return,
@@ -460,15 +452,6 @@ impl Core {
         }
         self.apply(fx);
         Ok(())
-    }
-
-    fn record(&mut self, frame: crate::recording::Frame, payload: &[u8]) {
-        if let Some(r) = &mut self.recorder
-            && let Err(e) = r.write(frame, payload)
-        {
-            tracing::error!(error = %e, "the recording is broken off");
-            self.recorder = None;
-        }
     }
 
     /// The config file again; all of it or nothing. The receivers are tried first, beside the core, and the rest is
@@ -531,9 +514,7 @@ impl Core {
         for (_, alert) in std::mem::take(&mut self.waiting) {
             self.submit(alert);
         }
-        if let Some(r) = self.recorder.take()
-            && let Err(e) = r.finish()
-        {
+        if let Err(e) = self.engine.finish() {
             tracing::error!(error = %e, "the recording could not be finished");
         }
     }

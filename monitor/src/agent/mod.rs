@@ -4,6 +4,7 @@
 mod answer;
 mod cause;
 mod core;
+mod driver;
 mod kill;
 mod look;
 mod scrape;
@@ -18,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use self::core::{Core, Internal, Parts};
+use self::driver::Driver;
 use self::look::Looker;
 use crate::alert::{self, Center};
 use crate::api::{self, Backend, Readiness, Server};
@@ -26,7 +28,7 @@ use crate::contract::Alert;
 use crate::enforce::{Audit, Enforcer};
 use crate::kernel::{self, Kernel};
 use crate::key::Key;
-use crate::policy::{Engine, Settings};
+use crate::policy::Settings;
 use crate::proc::Proc;
 use crate::redact::Redactor;
 use crate::state::{State, StateError, Store};
@@ -105,6 +107,7 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
     let saved = store.load()?;
     let audit = Audit::open(dir).map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
     let audit = Arc::new(audit);
+    let recorder = options.record.as_deref().map(recording::Recorder::create).transpose()?;
 
     // Listening first: a socket or port in use ends the start before anything is loaded.
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
@@ -126,7 +129,7 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
 
     let proc = Proc::default();
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
-    let engine = engine(&config, &boot_id, &kernel, &center, saved, &proc).await;
+    let engine = engine(&config, &boot_id, &kernel, &center, saved, recorder).await;
     let parts = Parts {
         engine,
         looker: Looker::new(proc.clone()),
@@ -153,7 +156,7 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
     signals(stop_tx, reload_tx)?;
     let listening = server.tcp_address().map(|a| a.to_string());
     tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
-    let done = Core::new(parts)?.run(ring, requests, internal, stop, reload).await;
+    let done = Core::new(parts).run(ring, requests, internal, stop, reload).await;
     server.stop().await;
     // All that the core has said is on the disk before the delivery stops.
     let _ = delivery.await;
@@ -183,6 +186,7 @@ fn kernel_options(o: &Options) -> kernel::Options {
     kernel::Options {
         bpffs: o.config.agent.pin.then(|| o.config.agent.bpffs.clone()),
         trace: o.trace_probes,
+        ring_bytes: o.config.agent.ring_bytes,
         ..kernel::Options::default()
     }
 }
@@ -194,34 +198,33 @@ async fn engine(
     kernel: &Kernel,
     center: &Center,
     saved: Option<State>,
-    proc: &Proc,
-) -> Engine {
+    recorder: Option<recording::Recorder>,
+) -> Driver {
     let pid = std::process::id();
     let settings = Settings {
         host: host::hostname(),
         machine_id: host::machine_id(),
         boot_id: boot_id.to_owned(),
-        agent: Key::new(pid, own_start(kernel, proc, pid)),
+        agent: Key::new(pid, own_start(kernel, pid)),
         boot_to_wall_ns: host::boot_to_wall().cast_signed(),
         ..Settings::default()
     };
-    let mut engine = Engine::new(settings, config);
+    let mut engine = Driver::new(settings, config, recorder);
     let now = host::boot_now();
     let mut fx = Vec::new();
     let same_boot = saved.as_ref().is_none_or(|s| s.boot_id == boot_id);
     if let Some(s) = saved.filter(|_| same_boot) {
-        engine.restore_enforcement(s.enforcement);
-        engine.restore_jobs(s.jobs);
+        engine.restore(s);
     }
     engine.restore_alerts(center.restore().await, same_boot, now, &mut fx);
     engine
 }
 
 /// The agent's start in full nanoseconds, or as /proc has it.
-fn own_start(kernel: &Kernel, proc: &Proc, pid: u32) -> u64 {
+fn own_start(kernel: &Kernel, pid: u32) -> u64 {
     match crate::enforce::Lineage::start_of(kernel, pid) {
         Ok(Some(start)) => start,
-        _ => proc.stat(pid).map_or(0, |s| s.start_ticks * 10_000_000),
+        _ => Proc::default().stat(pid).map_or(0, |s| s.start_ticks * 10_000_000),
     }
 }
 

@@ -3,13 +3,20 @@
 //!
 //! Layout: the magic line, then one gzip stream of frames: tag (1 byte), length (4 bytes, little endian), payload.
 
-use std::fs::File;
+mod input;
+mod replay;
+
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
+
+pub use self::input::Input;
+pub use self::replay::{Line, ReplayError, replay};
 
 /// The first bytes of a recording; the digit is the version.
 const MAGIC: &[u8; 16] = b"jobwarden-rec 1\n";
@@ -34,6 +41,7 @@ pub enum RecordingError {
 }
 
 /// Writes a recording.
+#[derive(Debug)]
 pub struct Recorder {
     path: PathBuf,
     out: GzEncoder<BufWriter<File>>,
@@ -43,7 +51,9 @@ impl Recorder {
     /// Creates the file; one that exists is refused, so that no recording is lost by a restart.
     pub fn create(path: &Path) -> Result<Self, RecordingError> {
         let io = |source| RecordingError::Io { path: path.to_owned(), source };
-        let mut file = BufWriter::new(File::create_new(path).map_err(io)?);
+        // It holds command lines as they are, before any masking.
+        let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io)?;
+        let mut file = BufWriter::new(new);
         file.write_all(MAGIC).map_err(io)?;
         Ok(Self { path: path.to_owned(), out: GzEncoder::new(file, Compression::fast()) })
     }

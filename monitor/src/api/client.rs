@@ -39,7 +39,7 @@ impl ClientError {
     pub fn info(&self) -> ErrorInfo {
         let (code, hint) = match self {
             Self::Refused { info, .. } => return info.clone(),
-            Self::Unreachable { socket, source } => match source.kind() {
+            Self::Unreachable { source, .. } => match source.kind() {
                 io::ErrorKind::PermissionDenied => {
                     ("not-permitted", "run it as root, or as a member of the agent's socket_group".to_owned())
                 }

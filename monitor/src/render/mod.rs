@@ -11,6 +11,8 @@ mod kill;
 mod status;
 mod style;
 mod table;
+#[cfg(test)]
+mod tests;
 mod tree;
 mod why;
 mod words;

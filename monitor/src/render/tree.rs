@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::style::{Paint, Style, cut, width};
-use super::words::{age, argv, between, escape, exit, process, wall};
+use super::words::{age, argv, between, count, escape, exit, process, wall};
 use crate::contract::{JobId, LineageKnown, Process, State, Tree};
 use crate::key::Key;
 
@@ -20,13 +20,22 @@ pub struct TreeView<'a> {
 /// The least of a command that is shown before the notes behind it are cut too.
 const COMMAND_MIN: usize = 24;
 
+/// Columns of one level.
+const EDGE: usize = 4;
+/// Levels that are indented; what is deeper has its level as a number instead, or a long chain would be all indentation.
+const LEVELS: usize = 40;
+
 /// One line for each process, parents first.
 #[must_use]
 pub fn tree(view: &TreeView<'_>, style: Style) -> String {
     let shown: Vec<&Process> =
         view.tree.processes.iter().filter(|p| view.kernel_threads || !p.kernel_thread).collect();
     let forest = Forest::new(&shown);
-    let lines = Lines { view, forest: &forest, columns: Columns::new(view, &shown) };
+    let columns = Columns::new(view, &shown);
+    let levels = style
+        .width
+        .map_or(LEVELS, |w| (w.saturating_sub(width(&columns.head()) + COMMAND_MIN) / EDGE).clamp(2, LEVELS));
+    let lines = Lines { view, forest: &forest, columns, levels };
     let mut out = style.paint(Paint::Dim, &lines.columns.head());
     out.push('\n');
     // Not recursive: a chain may be longer than a stack. With each: what its line begins with, whether a sibling follows,
@@ -37,6 +46,7 @@ pub fn tree(view: &TreeView<'_>, style: Style) -> String {
         lines.line(&mut out, p, &bars, depth, style);
         let below = match (depth, sibling) {
             (0, _) => String::new(),
+            (d, _) if d >= levels => bars,
             (_, true) => bars + " |  ",
             (_, false) => bars + "    ",
         };
@@ -133,6 +143,8 @@ struct Lines<'a> {
     view: &'a TreeView<'a>,
     forest: &'a Forest<'a>,
     columns: Columns,
+    /// That are indented.
+    levels: usize,
 }
 
 impl Lines<'_> {
@@ -149,18 +161,19 @@ impl Lines<'_> {
             // Not the edge of lineage: who forked it was not seen.
             (_, LineageKnown::Unknown) => " \\? ",
         };
+        let edge = if depth > self.levels { format!(" ({depth}){edge}") } else { edge.to_owned() };
         let mut command = command(p);
         let notes = self.notes(p);
         if let Some(columns) = style.width {
             let notes_width: usize = notes.iter().map(|(_, n)| width(n) + 1).sum();
-            let room = columns.saturating_sub(width(&front) + width(bars) + width(edge));
+            let room = columns.saturating_sub(width(&front) + width(bars) + width(&edge));
             command = cut(&command, room.saturating_sub(notes_width).max(COMMAND_MIN.min(room)));
         }
         let (letter_paint, text_paint) = paints(p);
         out.push_str(&style.paint(letter_paint, &front));
         out.push_str(&style.paint(Paint::Dim, &format!("{bars}{edge}")));
         out.push_str(&style.paint(text_paint, &command));
-        let mut used = width(&front) + width(bars) + width(edge) + width(&command);
+        let mut used = width(&front) + width(bars) + width(&edge) + width(&command);
         for (paint, note) in notes {
             let note = style.width.map_or_else(|| note.clone(), |w| cut(&note, w.saturating_sub(used + 1)));
             if note.is_empty() {
@@ -194,6 +207,10 @@ impl Lines<'_> {
         }
         if let Some(inside) = p.ns_pid.filter(|n| *n != p.pid) {
             notes.push((Paint::Dim, format!("(pid {inside} inside)")));
+        }
+        if p.elided > 0 {
+            let dead = count(p.elided as usize, "dead ancestor", "dead ancestors");
+            notes.push((Paint::Dim, format!("<{dead} more above it>")));
         }
         let for_ = age(p.state_s);
         let how = |before: &str| p.exit.as_ref().map_or_else(String::new, |e| format!("{before}{}", exit(e)));

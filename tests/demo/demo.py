@@ -356,7 +356,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="no pauses for reading")
     parser.add_argument("jobwarden", help="the program")
     args = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupted)
     demo = Demo(args.jobwarden, pauses=not args.check)
     try:

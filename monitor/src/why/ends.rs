@@ -10,6 +10,8 @@ use crate::proc::{FdLink, Stat};
 
 /// Files of one poll, select or epoll set that are looked at.
 const SET: usize = 256;
+/// Inodes in one question to the kernel (what the iterator's map holds).
+const AT_ONCE: usize = monitor_abi::INODES_MAX as usize;
 /// Holders of one end that are named.
 const HOLDERS: usize = 32;
 /// epoll instances may watch each other (5 deep, in the kernel).
@@ -220,10 +222,15 @@ pub(super) fn attach(
     if inodes.is_empty() {
         return;
     }
-    let mut rows = f.holders.holders(&inodes).unwrap_or_else(|e| {
-        unread.push(format!("the kernel's iterator over open files: {e}"));
-        super::ProcHolders(f.proc.clone()).holders(&inodes).unwrap_or_default()
-    });
+    let asked: std::io::Result<Vec<Vec<FdRow>>> =
+        inodes.chunks(AT_ONCE).map(|i| f.holders.holders(i)).collect();
+    let mut rows = asked.map_or_else(
+        |e| {
+            unread.push(format!("the kernel's iterator over open files: {e}"));
+            super::ProcHolders(f.proc.clone()).holders(&inodes).unwrap_or_default()
+        },
+        |rows| rows.concat(),
+    );
     if me.pid != 1 && !rows.iter().any(|r| r.process.pid == 1) {
         rows.extend(rows_of(f.proc, 1, &inodes));
     }

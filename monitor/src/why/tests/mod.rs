@@ -7,6 +7,7 @@
     reason = "z the zombie, w the worker, c the cause"
 )]
 
+mod odd;
 mod orphans;
 mod zombies;
 
@@ -189,7 +190,7 @@ fn process(pid: u32, lineage_parent: Option<Key>) -> Process {
 
 /// A process that has been reaped.
 fn reaped(key: Key, lineage_parent: Option<Key>, exit: Exit) -> Process {
-    let me = process(std::process::id(), None);
+    let me = process(std::process::id(), lineage_parent);
     let (state, comm) = (State::Gone, "dead".to_owned());
     Process {
         id: key,
@@ -228,7 +229,11 @@ fn sent(signal: u8, sender: &Process, target: &Process, result: SignalResult) ->
 
 fn ask(q: &Question) -> Cause {
     let proc = Proc::default();
-    let cause = explain(q, &proc, &ProcHolders(proc.clone()), &Limits::default());
+    ask_by(q, &proc, &ProcHolders(proc.clone()))
+}
+
+fn ask_by(q: &Question, proc: &Proc, holders: &dyn Holders) -> Cause {
+    let cause = explain(q, proc, holders, &Limits::default());
     assert!(cause.summary.lines().count() <= 3 && !cause.summary.is_empty(), "{}", cause.summary);
     assert!(!cause.remedy.is_empty(), "{cause:?}");
     cause

@@ -172,3 +172,50 @@ fn the_iterator_is_checked_and_its_failure_is_said() {
         |e: &Evidence| matches!(e, Evidence::Note { text } if text.contains("iterator over open files"));
     assert!(c.evidence.iter().any(note), "{c:#?}");
 }
+
+/// 2,000 processes with 25 open files each beside the incident: time by the kernel's iterator, if this user may have
+/// it, and by /proc. Printed, not judged: run it alone, on a quiet machine.
+#[test]
+#[ignore = "a measurement: cargo test -p jobwarden --lib -- --ignored --nocapture why::tests::odd::measured"]
+fn measured() {
+    let mut crowd = Made::new(
+        "\
+r, w = os.pipe()
+for _ in range(2000):
+    if os.fork() == 0:
+        os.close(w)
+        while len(os.listdir('/proc/self/fd')) < 26:
+            os.pipe()
+        os.read(r, 1)
+        os._exit(0)
+say(ok=1)
+time.sleep(3000)
+",
+    );
+    crowd.said();
+    let mut made = Made::new(MIX[0].0);
+    let z = pid(&made.said(), "z");
+    until_zombie(z);
+    until_in(made.child.id(), &["read"]);
+    let w = process(made.child.id(), None);
+    let q = question(process(z, Some(w.id)), vec![w]);
+    let proc = Proc::default();
+    let no_python = Limits { python: Duration::ZERO, ..Limits::default() };
+    let time = |what: &str, holders: &dyn Holders| {
+        let mut took: Vec<Duration> = (0..11)
+            .map(|_| {
+                let began = Instant::now();
+                assert_eq!(explain(&q, &proc, holders, &no_python).verdict, Verdict::ParentBlockedOnPipe);
+                began.elapsed()
+            })
+            .collect();
+        took.sort_unstable();
+        println!("why by {what}: median {:?}, most {:?}", took[5], took[10]);
+    };
+    time("/proc", &ProcHolders(proc.clone()));
+    let options = crate::kernel::Options::default();
+    match crate::kernel::Kernel::start(&options) {
+        Ok(kernel) => time("iter/task_file", &kernel),
+        Err(e) => println!("no kernel side: {e}"),
+    }
+}

@@ -13,7 +13,7 @@ use std::io;
 pub use self::audit::Audit;
 pub use self::order::{AskedBy, EnforceError, Order, Outcome, Reason, What};
 pub use self::rails::Rails;
-pub use self::stages::{DOOM, Enforcer};
+pub use self::stages::{DOOM, Enforcer, preferred};
 use crate::event::Comm;
 use crate::key::Key;
 

@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::time::{Duration, Instant};
 
 use super::{Lineage, Member};
 use crate::config::Match;
@@ -16,6 +17,9 @@ use crate::redact::Redactor;
 
 /// Most ancestors that are looked at: a chain longer than this is a loop or an attack.
 const CHAIN: usize = 4096;
+/// Time for reading argv that only the report needs, in one order. A process that forks all the time holds the lock that
+/// such a reading waits for, and a bomb of some hundred must not buy time by being asked for its names.
+const NAMES: Duration = Duration::from_millis(40);
 /// PF_KTHREAD, include/linux/sched.h.
 const PF_KTHREAD: u32 = 0x0020_0000;
 
@@ -117,6 +121,7 @@ pub(super) struct Judge<'a> {
     pub lineage: &'a dyn Lineage,
     pub redact: &'a Redactor,
     seen: HashMap<Key, Seen>,
+    names_left: Duration,
 }
 
 struct Seen {
@@ -139,7 +144,7 @@ impl<'a> Judge<'a> {
         lineage: &'a dyn Lineage,
         redact: &'a Redactor,
     ) -> Self {
-        Self { rails, proc, lineage, redact, seen: HashMap::new() }
+        Self { rails, proc, lineage, redact, seen: HashMap::new(), names_left: NAMES }
     }
 
     /// Forgets the verdicts, so that a member that has become another program by exec is judged as that. Names stay.
@@ -209,11 +214,15 @@ impl<'a> Judge<'a> {
 
     // /proc may tell of another process here if the pid was reused just now: then this verdict is about a member that is
     // dead, and its signal is not sent, since the pidfd is compared after this.
-    fn look(&self, m: &Member) -> Seen {
-        let needs = self.rails.needs();
+    fn look(&mut self, m: &Member) -> Seen {
+        let mut needs = self.rails.needs();
+        // A program has an executable, which is cheaper to ask for.
+        let kernel_thread = self.proc.exe(m.key.pid).is_err()
+            && self.proc.stat(m.key.pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0);
+        needs.argv |= !self.names_left.is_zero();
+        let begun = Instant::now();
         let own = Own::read(self.proc, m.key.pid, m.uid, m.comm.bytes(), needs);
-        let kernel_thread =
-            own.argv.is_empty() && self.proc.stat(m.key.pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0);
+        self.names_left = self.names_left.saturating_sub(begun.elapsed());
         let kept = self.rails.kept(m, kernel_thread);
         let parents = self.parents(m, needs);
         let protected = with_parents(&own, &parents, &mut |f| self.rails.protects(m, f));
@@ -259,7 +268,8 @@ struct Own {
 impl Own {
     fn read(proc: &Proc, pid: u32, uid: u32, comm: &[u8], needs: Needs) -> Self {
         use std::os::unix::ffi::OsStrExt as _;
-        let argv: Vec<String> = proc.argv(pid).unwrap_or_default().iter().map(|a| text(a)).collect();
+        let argv = if needs.argv { proc.argv(pid).unwrap_or_default() } else { Vec::new() };
+        let argv: Vec<String> = argv.iter().map(|a| text(a)).collect();
         let exe = if needs.exe { proc.exe(pid).ok() } else { None };
         let cgroups = (needs.cgroup || needs.container)
             .then(|| std::fs::read(proc.path(pid, "cgroup")).ok())
@@ -267,7 +277,7 @@ impl Own {
             .map(|b| Cgroups::parse(&b))
             .unwrap_or_default();
         Self {
-            joined: if needs.argv { argv.join(" ") } else { String::new() },
+            joined: argv.join(" "),
             argv,
             exe: exe.map(|e| text(e.as_os_str().as_bytes())),
             comm: text(comm),

@@ -1,10 +1,12 @@
 //! The agent as the job's warden: three requests over its control socket, each on a connection of its own.
 
-use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::sync::oneshot;
 
 use super::options::Options;
 use crate::api::{Class, Client, ExecEnd, ExecEnded, ExecRegistered, ExecRequest, ExecSignal};
@@ -16,12 +18,13 @@ const AGAIN: Duration = Duration::from_millis(100);
 
 /// A job that the agent holds.
 pub(super) struct Agent {
-    socket: PathBuf,
     job: JobId,
+    ends: Sender<Question>,
+    signals: Sender<Question>,
 }
 
 impl Agent {
-    /// Registers the held command. Uses a runtime of this thread only, which is gone on return: the caller may still fork.
+    /// Registers the held command. If that fails, no thread has been made: the caller may still fork.
     pub(super) fn register(o: &Options, pid: u32) -> Result<Self, String> {
         let seconds = |d: Duration| d.as_secs_f64();
         let request = ExecRequest {
@@ -36,10 +39,20 @@ impl Agent {
             number: None,
         };
         let client = Client::new(&o.socket).map_err(|e| e.to_string())?;
-        match client.post::<ExecRegistered>("/v1/exec", &request) {
-            Ok(r) => Ok(Self { socket: o.socket.clone(), job: r.job }),
-            Err(e) => Err(e.to_string()),
-        }
+        let job = client.post::<ExecRegistered>("/v1/exec", &request).map_err(|e| e.to_string())?.job;
+        // The client blocks, so it gets a thread; now, since a bomb may take the last one that the cgroup allows. Two, so that
+        // a signal is passed on while the end is waited for.
+        let ask = || -> Result<Sender<Question>, String> {
+            let client = Client::new(&o.socket).map_err(|e| e.to_string())?;
+            let (tx, rx) = channel();
+            std::thread::Builder::new()
+                .name("jobwarden-ask".into())
+                .spawn(move || asker(&client, &rx))
+                .map_err(|e| e.to_string())?;
+            Ok(tx)
+        };
+        let (ends, signals) = (ask()?, ask()?);
+        Ok(Self { job, ends, signals })
     }
 
     /// Has the agent end the job, or let it go. Answered when that is over.
@@ -52,32 +65,42 @@ impl Agent {
             grace_s: o.grace.as_secs_f64(),
             signal: o.signal,
         };
-        self.ask("/v1/exec/end", end).await
+        ask(&self.ends, "/v1/exec/end", end).await
     }
 
     pub(super) async fn pass(&self, signal: u8) -> Result<usize, String> {
-        self.ask("/v1/exec/signal", ExecSignal { job: self.job, signal }).await
+        ask(&self.signals, "/v1/exec/signal", ExecSignal { job: self.job, signal }).await
     }
+}
 
-    /// Asked from a thread of its own: the client blocks. Nothing is forked any more by now.
-    async fn ask<A>(&self, path: &'static str, question: impl Serialize) -> Result<A, String>
-    where
-        A: DeserializeOwned + Send + 'static,
-    {
-        let question = serde_json::to_value(question).map_err(|e| e.to_string())?;
-        let socket = self.socket.clone();
-        let asked = tokio::task::spawn_blocking(move || {
-            let client = Client::new(&socket).map_err(|e| e.to_string())?;
-            let until = Instant::now() + PATIENCE;
-            loop {
-                match client.post(path, &question) {
-                    Err(e) if e.class() == Class::Unavailable && Instant::now() < until => {
-                        std::thread::sleep(AGAIN);
-                    }
-                    answer => return answer.map_err(|e| e.to_string()),
+async fn ask<A: DeserializeOwned>(
+    asker: &Sender<Question>,
+    path: &'static str,
+    question: impl Serialize,
+) -> Result<A, String> {
+    let question = serde_json::to_value(question).map_err(|e| e.to_string())?;
+    let (tx, rx) = oneshot::channel();
+    let gone = || "the thread that asks the agent is gone".to_owned();
+    asker.send((path, question, tx)).map_err(|_| gone())?;
+    let answer = rx.await.map_err(|_| gone())??;
+    serde_json::from_value(answer).map_err(|e| format!("an answer that is none of ours: {e}"))
+}
+
+type Question = (&'static str, Value, oneshot::Sender<Result<Value, String>>);
+
+/// Answers questions until nobody can put one any more.
+fn asker(client: &Client, questions: &Receiver<Question>) {
+    while let Ok((path, question, answer)) = questions.recv() {
+        let until = Instant::now() + PATIENCE;
+        let said = loop {
+            match client.post::<Value>(path, &question) {
+                Err(e) if e.class() == Class::Unavailable && Instant::now() < until => {
+                    std::thread::sleep(AGAIN);
                 }
+                said => break said.map_err(|e| e.to_string()),
             }
-        });
-        asked.await.map_err(|e| e.to_string())?
+        };
+        // Who asked may have given up.
+        let _ = answer.send(said);
     }
 }

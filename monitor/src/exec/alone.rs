@@ -17,7 +17,7 @@ use super::options::{ExecError, Options};
 use crate::api::ExecEnded;
 use crate::config;
 use crate::contract::JobId;
-use crate::enforce::{AskedBy, Audit, Enforcer, Lineage as _, Order, Rails, Reason, What};
+use crate::enforce::{AskedBy, Audit, Enforcer, Lineage as _, Order, Rails, Reason, What, preferred};
 use crate::host::boot_now;
 use crate::kernel::{self, Kernel};
 use crate::key::Key;
@@ -114,7 +114,9 @@ impl Alone {
         let report = if o.keep_orphans && !timed_out {
             self.enforcer.let_go(&order, &self.rails, "left running (--keep-orphans)")
         } else {
-            self.enforcer.run(&order, &self.rails).await.map(|out| out.report)
+            // In this thread: a bomb may have taken the last one that the cgroup allows.
+            preferred();
+            self.enforcer.run_here(&order, &self.rails).await.map(|out| out.report)
         };
         Ok(ExecEnded { report: Some(report.map_err(|e| e.to_string())?), left_s: None })
     }
@@ -159,7 +161,8 @@ impl Alone {
         }
         let order = Order { signal: SIGKILL, grace: Duration::ZERO, ..self.order(o) };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(self.enforcer.run(&order, &self.rails)).map_err(io::Error::other)?;
+        preferred();
+        runtime.block_on(self.enforcer.run_here(&order, &self.rails)).map_err(io::Error::other)?;
         if let Some(dir) = &self.cgroup {
             crate::enforce::cgroup::remove(dir)?;
         }

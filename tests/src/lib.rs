@@ -5,6 +5,7 @@
 //! starts carries a random token in its environment and its argv; only what carries it is ever signalled.
 
 pub mod agent;
+pub mod alerts;
 pub mod events;
 pub mod ground;
 pub mod metrics;

@@ -1,0 +1,180 @@
+//! What was accepted is delivered: through SIGKILL at any moment while the receiver flaps, and through a full disk.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::io::Read as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use jobwarden::alert::{Center, Clock, SubmitError};
+use jobwarden::contract::AlertState;
+use jobwarden_tests::alerts::{Hook, alert, resolved, webhook};
+use jobwarden_tests::{Ground, eventually, ground, ms, pause, rounds, skip};
+
+/// (id, state) as the notifier said them; a half line at the end is not said.
+fn said(out: &str) -> Vec<(String, AlertState)> {
+    let whole = &out[..out.rfind('\n').map_or(0, |i| i + 1)];
+    let of = |l: &str| {
+        let (id, state) = l.split_once('=')?;
+        let state = if state == "resolved" { AlertState::Resolved } else { AlertState::Firing };
+        Some((id.to_owned(), state))
+    };
+    whole.lines().filter_map(of).collect()
+}
+
+#[test]
+fn sigkill_at_any_moment_loses_no_accepted_alert() -> Result<()> {
+    let ground = Ground::new("sigkill_at_any_moment_loses_no_accepted_alert")?;
+    let hook = Hook::start()?;
+    let state = ground.path("state");
+    std::fs::create_dir(&state)?;
+    let mut accepted: BTreeMap<String, AlertState> = BTreeMap::new();
+    let all_rounds = rounds("JWTEST_KILL_ROUNDS", 50);
+    for round in 0..=all_rounds {
+        let last = round == all_rounds;
+        hook.flap.store(round % 2 == 0 && !last, Ordering::SeqCst);
+        let mut c = ground.command(ground::program("shape-notifier")?);
+        c.arg(&state).arg(&hook.url).arg((round * 1_000_000).to_string());
+        c.args(last.then_some("last")).stdout(Stdio::piped());
+        let mut child = c.spawn()?;
+        let mut stdout = child.stdout.take().context("no stdout")?;
+        let reader = std::thread::spawn(move || {
+            let mut text = String::new();
+            let _ = stdout.read_to_string(&mut text);
+            text
+        });
+        if last {
+            let ended =
+                eventually("the last round", ms(60_000), || child.try_wait()?.context("it still runs"));
+            if ended.is_err() {
+                child.kill()?;
+            }
+            child.wait()?;
+            ensure!(ended?.success(), "the last round failed");
+        } else {
+            // From before the store is open to well into the sending.
+            std::thread::sleep(Duration::from_millis(7 * round % 120));
+            child.kill()?;
+            child.wait()?;
+        }
+        let Ok(text) = reader.join() else { bail!("the reader panicked") };
+        accepted.extend(said(&text).into_iter().filter(|(id, _)| id != "end"));
+    }
+    ensure!(accepted.len() as u64 > all_rounds, "only {} alerts were accepted", accepted.len());
+    let mut heard: BTreeMap<String, Vec<AlertState>> = BTreeMap::new();
+    for (id, state) in hook.told() {
+        heard.entry(id).or_default().push(state);
+    }
+    for id in accepted.keys() {
+        let told = heard.get(id).with_context(|| format!("{id} was accepted and never told"))?;
+        // The last round ended all that still fired.
+        ensure!(told.last() == Some(&AlertState::Resolved), "{id}: its end was not told: {told:?}");
+        let first_end = told.iter().position(|s| *s == AlertState::Resolved).unwrap_or(told.len());
+        let overtaken = told[first_end..].contains(&AlertState::Firing);
+        ensure!(!overtaken, "{id}: its firing was told after its end: {told:?}");
+    }
+    let twice = heard.values().map(|t| t.len().saturating_sub(2)).sum::<usize>();
+    println!("{} alerts accepted in {all_rounds} rounds, {twice} told once more than needed", accepted.len());
+    Ok(())
+}
+
+/// A tmpfs of its own; unmounted when dropped.
+struct Disk<'a>(&'a Path);
+
+impl<'a> Disk<'a> {
+    fn mount(at: &'a Path, bytes: usize) -> Result<Self> {
+        std::fs::create_dir(at)?;
+        let target = CString::new(at.as_os_str().as_bytes())?;
+        let size = CString::new(format!("size={bytes}"))?;
+        let flags = libc::MS_NOSUID | libc::MS_NODEV;
+        // SAFETY: all strings are NUL-terminated and outlive the call.
+        let rc = unsafe {
+            libc::mount(c"jwtest".as_ptr(), target.as_ptr(), c"tmpfs".as_ptr(), flags, size.as_ptr().cast())
+        };
+        ensure!(rc == 0, "mount a tmpfs: {}", std::io::Error::last_os_error());
+        Ok(Self(at))
+    }
+
+    /// Takes all that is free.
+    fn fill(&self) -> Result<()> {
+        use std::io::Write as _;
+        let mut f = std::fs::File::create(self.0.join("ballast"))?;
+        for size in [65_536, 4096, 1] {
+            while f.write_all(&vec![1; size]).is_ok() {}
+        }
+        Ok(())
+    }
+
+    fn free(&self) -> Result<()> {
+        Ok(std::fs::remove_file(self.0.join("ballast"))?)
+    }
+}
+
+impl Drop for Disk<'_> {
+    fn drop(&mut self) {
+        if let Ok(target) = CString::new(self.0.as_os_str().as_bytes()) {
+            // SAFETY: the string is NUL-terminated and outlives the call.
+            unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_costs_no_crash_and_heals() -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        skip!("a_full_disk_is_told_costs_no_crash_and_heals: needs root for a tmpfs");
+    }
+    let ground = Ground::new("a_full_disk_is_told_costs_no_crash_and_heals")?;
+    let at = ground.path("disk");
+    let disk = Disk::mount(&at, 512 << 10)?;
+    let hook = Hook::start()?;
+    let rt = tokio::runtime::Runtime::new()?;
+    let (began, ended) = ("2026-01-01T00:00:00.000Z", "2026-01-01T00:01:00.000Z");
+    rt.block_on(async {
+        let center = Center::start(&webhook(&hook.url)?, &at, Clock::fast(20))?;
+        center.submit(&alert(0, began)).await?;
+        disk.fill()?;
+        // The log has room for a few more before it must grow.
+        let mut refused = 0;
+        for n in 1..200 {
+            match center.submit(&alert(n, began)).await {
+                Ok(()) => {}
+                Err(SubmitError::Storage(text)) => {
+                    ensure!(text.contains("full"), "{text}");
+                    refused += 1;
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        ensure!(refused > 0, "200 alerts went to a full disk");
+        ensure!(center.storage_error().is_some_and(|e| e.contains("full")), "{:?}", center.storage_error());
+        // They are delivered all the same, and not again and again.
+        eventually("all of them", ms(10_000), || {
+            ensure!(center.pending() == 0, "{} wait", center.pending());
+            Ok(())
+        })?;
+        pause(500);
+        ensure!(hook.told().len() == 200, "{} were told", hook.told().len());
+        disk.free()?;
+        eventually("the store", ms(5000), || {
+            let error = center.storage_error();
+            ensure!(error.is_none(), "{error:?}");
+            Ok(())
+        })?;
+        center.submit(&resolved(&alert(7, began), ended)).await?;
+        center.stop(Duration::from_secs(5)).await;
+        let center = Center::start(&webhook(&hook.url)?, &at, Clock::system())?;
+        ensure!(center.restore().await.len() == 199, "what was kept in memory was not written");
+        ensure!(center.history(None).await.len() == 1);
+        eventually("the end", ms(5000), || {
+            ensure!(hook.told().len() == 201, "{} were told", hook.told().len());
+            Ok(())
+        })?;
+        center.stop(Duration::from_secs(5)).await;
+        Ok(())
+    })
+}

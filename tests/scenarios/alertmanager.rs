@@ -1,0 +1,235 @@
+//! Delivery to the real Alertmanager, Debian's, on loopback: what arrives, that it groups, that a silence works, that it
+//! ends, and a cluster of two.
+
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use jobwarden::alert::{Center, Clock};
+use jobwarden::contract::Alert;
+use jobwarden_tests::agent::free_port;
+use jobwarden_tests::alerts::{alert, ask, receivers, resolved};
+use jobwarden_tests::{Ground, eventually, ms, skip};
+use serde_json::Value;
+
+const CONFIG: &str = "\
+route:
+  receiver: nobody
+  group_by: [alertname, job_name]
+  group_wait: 0s
+receivers:
+  - name: nobody
+";
+
+fn program() -> Option<PathBuf> {
+    ["/usr/bin/prometheus-alertmanager", "/usr/bin/alertmanager"]
+        .map(PathBuf::from)
+        .into_iter()
+        .find(|p| p.exists())
+}
+
+/// One running Alertmanager; killed when dropped.
+struct Alertmanager {
+    child: Child,
+    port: u16,
+    cluster: u16,
+}
+
+impl Drop for Alertmanager {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Alertmanager {
+    fn start(ground: &Ground, program: &PathBuf, name: &str, peer: Option<u16>) -> Result<Self> {
+        let dir = ground.path(name);
+        std::fs::create_dir(&dir)?;
+        let config = dir.join("config.yml");
+        std::fs::write(&config, CONFIG)?;
+        let (port, cluster) = (free_port()?, free_port()?);
+        let log = std::fs::File::create(dir.join("log"))?;
+        let mut c = ground.command(program);
+        c.arg(format!("--config.file={}", config.display()))
+            .arg(format!("--storage.path={}", dir.display()))
+            .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+            .arg(format!("--cluster.listen-address=127.0.0.1:{cluster}"))
+            .arg("--cluster.advertise-address=127.0.0.1:".to_owned() + &cluster.to_string())
+            .args(["--cluster.settle-timeout=0s", "--cluster.gossip-interval=50ms"])
+            .args(["--cluster.pushpull-interval=500ms"])
+            .args(peer.map(|p| format!("--cluster.peer=127.0.0.1:{p}")))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let am = Self { child: c.spawn()?, port, cluster };
+        eventually("Alertmanager", ms(20_000), || {
+            let (status, _) = ask(port, "GET", "/-/ready", "")?;
+            ensure!(status == 200, "{status}");
+            Ok(())
+        })
+        .with_context(|| std::fs::read_to_string(dir.join("log")).unwrap_or_default())?;
+        Ok(am)
+    }
+
+    fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    fn alerts(&self, query: &str) -> Result<Vec<Value>> {
+        let (status, body) = ask(self.port, "GET", &format!("/api/v2/alerts{query}"), "")?;
+        ensure!(status == 200, "{status} {body}");
+        Ok(body.as_array().cloned().unwrap_or_default())
+    }
+
+    /// The alert with this id, if it is there.
+    fn alert(&self, id: &str) -> Result<Option<Value>> {
+        Ok(self.alerts("")?.into_iter().find(|a| a["labels"]["alert_id"] == id))
+    }
+}
+
+fn now() -> String {
+    jobwarden::host::rfc3339(jobwarden::host::boot_now() + jobwarden::host::boot_to_wall())
+}
+
+fn center(ground: &Ground, urls: &[String]) -> Result<Center> {
+    let text = format!("[[receiver]]\nname = \"am\"\ntype = \"alertmanager\"\nurls = {urls:?}\n");
+    Ok(Center::start(&receivers(&text)?, &ground.path(""), Clock::system())?)
+}
+
+fn stands(am: &Alertmanager, a: &Alert) -> Result<Value> {
+    eventually("the alert in Alertmanager", ms(5000), || am.alert(&a.id)?.context("it is not there"))
+}
+
+fn goes(am: &Alertmanager, a: &Alert) -> Result<()> {
+    eventually("its end in Alertmanager", ms(5000), || {
+        ensure!(am.alert(&a.id)?.is_none(), "it is still there");
+        Ok(())
+    })
+}
+
+#[test]
+fn an_alert_stands_groups_is_silenced_and_resolves() -> Result<()> {
+    let Some(program) = program() else {
+        skip!(
+            "an_alert_stands_groups_is_silenced_and_resolves: no Alertmanager (apt-get install prometheus-alertmanager)"
+        );
+    };
+    let ground = Ground::new("an_alert_stands_groups_is_silenced_and_resolves")?;
+    let am = Alertmanager::start(&ground, &program, "am", None)?;
+    let rt = tokio::runtime::Runtime::new()?;
+    rt.block_on(async {
+        let center = center(&ground, &[am.url()])?;
+        let all: Vec<Alert> = (1..=3).map(|n| alert(n, &now())).collect();
+        let submitted = Instant::now();
+        center.submit_all(all.clone()).await?;
+        let there = stands(&am, &all[0])?;
+        println!("in Alertmanager {:?} after it was submitted", submitted.elapsed());
+        for (k, v) in &all[0].labels {
+            ensure!(there["labels"][k] == *v, "label {k}: {there}");
+        }
+        ensure!(there["annotations"]["summary"] == "worker 1 does not reap", "{there}");
+        let runbook = there["annotations"]["runbook"].as_str().unwrap_or_default();
+        ensure!(runbook.ends_with("/docs/alerts/zombie.md"), "{there}");
+        ensure!(there["status"]["state"] == "active", "{there}");
+        stands(&am, &all[2])?;
+
+        let (status, groups) = ask(am.port, "GET", "/api/v2/alerts/groups", "")?;
+        let groups = groups.as_array().context("no groups")?;
+        ensure!(status == 200 && groups.len() == 1, "{groups:?}");
+        ensure!(groups[0]["alerts"].as_array().is_some_and(|a| a.len() == 3), "{groups:?}");
+
+        let ends = jobwarden::host::rfc3339(
+            jobwarden::host::boot_now() + jobwarden::host::boot_to_wall() + 3_600_000_000_000,
+        );
+        let silence = serde_json::json!({
+            "matchers": [{ "name": "alert_id", "value": all[1].id, "isRegex": false, "isEqual": true }],
+            "startsAt": now(), "endsAt": ends, "createdBy": "test", "comment": "test",
+        });
+        let (status, said) = ask(am.port, "POST", "/api/v2/silences", &silence.to_string())?;
+        ensure!(status == 200, "{status} {said}");
+        eventually("the silence", ms(5000), || {
+            let a = am.alert(&all[1].id)?.context("it is gone")?;
+            ensure!(a["status"]["state"] == "suppressed", "{a}");
+            Ok(())
+        })?;
+
+        for a in &all {
+            center.submit(&resolved(a, &now())).await?;
+        }
+        let submitted = Instant::now();
+        for a in &all {
+            goes(&am, a)?;
+        }
+        println!("resolved there {:?} after it was submitted", submitted.elapsed());
+        let report = center.notify("am").await.context("no such receiver")?;
+        ensure!(report.delivered, "{report:?}");
+        center.stop(Duration::from_secs(2)).await;
+        Ok(())
+    })
+}
+
+#[test]
+fn both_peers_of_a_cluster_know_and_one_may_be_down() -> Result<()> {
+    let Some(program) = program() else {
+        skip!(
+            "both_peers_of_a_cluster_know_and_one_may_be_down: no Alertmanager (apt-get install prometheus-alertmanager)"
+        );
+    };
+    let ground = Ground::new("both_peers_of_a_cluster_know_and_one_may_be_down")?;
+    let one = Alertmanager::start(&ground, &program, "one", None)?;
+    let two = Alertmanager::start(&ground, &program, "two", Some(one.cluster))?;
+    let rt = tokio::runtime::Runtime::new()?;
+    rt.block_on(async {
+        let center = center(&ground, &[one.url(), two.url()])?;
+        let first = alert(1, &now());
+        center.submit(&first).await?;
+        stands(&one, &first)?;
+        stands(&two, &first)?;
+        drop(one);
+        let second = alert(2, &now());
+        center.submit(&second).await?;
+        stands(&two, &second)?;
+        center.submit(&resolved(&first, &now())).await?;
+        goes(&two, &first)?;
+        eventually("nothing waits", ms(5000), || {
+            ensure!(center.pending() == 0, "{:?}", center.notifications());
+            Ok(())
+        })?;
+        center.stop(Duration::from_secs(2)).await;
+        Ok(())
+    })
+}
+
+/// Alertmanager refuses a batch for one alert: the others arrive, that one is parked with what was said.
+#[test]
+fn a_batch_that_alertmanager_refuses_costs_only_the_bad_one() -> Result<()> {
+    let Some(program) = program() else {
+        skip!(
+            "a_batch_that_alertmanager_refuses_costs_only_the_bad_one: no Alertmanager (apt-get install prometheus-alertmanager)"
+        );
+    };
+    let ground = Ground::new("a_batch_that_alertmanager_refuses_costs_only_the_bad_one")?;
+    let am = Alertmanager::start(&ground, &program, "am", None)?;
+    let rt = tokio::runtime::Runtime::new()?;
+    rt.block_on(async {
+        let center = center(&ground, &[am.url()])?;
+        let mut bad = alert(1, &now());
+        bad.labels.insert("no-label-name".into(), "x".into());
+        let good = alert(2, &now());
+        center.submit_all(vec![bad.clone(), good.clone()]).await?;
+        stands(&am, &good)?;
+        eventually("the refusal", ms(5000), || {
+            let parked = center.notifications().iter().map(|n| n.parked).sum::<u64>();
+            ensure!(parked == 1, "{:?}", center.notifications());
+            Ok(())
+        })?;
+        let left = center.undelivered().await;
+        ensure!(left.len() == 1 && left[0].alert.id == bad.id, "{left:?}");
+        let error = left[0].undelivered[0].error.clone().unwrap_or_default();
+        ensure!(error.contains("400") && error.contains("label"), "{error}");
+        center.stop(Duration::from_secs(2)).await;
+        Ok(())
+    })
+}

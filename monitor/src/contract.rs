@@ -302,6 +302,20 @@ pub struct Alert {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Alerts {
     pub alerts: Vec<Alert>,
+    /// With `--undelivered`: who has not got each of them, by the alert's id.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub undelivered: BTreeMap<String, Vec<Undelivered>>,
+}
+
+/// A receiver that has not got an alert yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Undelivered {
+    pub receiver: String,
+    /// Refused for good; else it is still tried.
+    pub parked: bool,
+    pub attempts: u32,
+    /// What came back last.
+    pub error: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

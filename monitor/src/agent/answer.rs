@@ -147,14 +147,20 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     if q.history || q.undelivered {
         let (center, q) = (core.center.clone(), q.clone());
         tokio::spawn(async move {
+            let mut undelivered: BTreeMap<_, Vec<_>> = BTreeMap::new();
             let alerts = if q.undelivered {
-                center.undelivered().await.into_iter().map(|u| u.alert).collect()
+                let owed = center.undelivered().await.into_iter();
+                owed.map(|u| {
+                    undelivered.entry(u.alert.id.clone()).or_default().extend(u.undelivered);
+                    u.alert
+                })
+                .collect()
             } else {
                 let now =
                     i64::try_from((host::boot_now() + host::boot_to_wall()) / 1_000_000).unwrap_or(i64::MAX);
                 center.history(q.since_s.map(|s| now.saturating_sub((s * 1e3) as i64))).await
             };
-            let _ = reply.send(Ok(Alerts { alerts }));
+            let _ = reply.send(Ok(Alerts { alerts, undelivered }));
         });
         return;
     }
@@ -162,7 +168,7 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     for a in &mut alerts {
         core.redact.alert(a);
     }
-    let _ = reply.send(Ok(Alerts { alerts }));
+    let _ = reply.send(Ok(Alerts { alerts, undelivered: BTreeMap::new() }));
 }
 
 fn why(core: &Core, q: &WhyQuery, reply: Reply<Vec<crate::contract::Cause>>) {

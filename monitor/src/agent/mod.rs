@@ -165,15 +165,33 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
     done
 }
 
-/// Hands alerts over one after the other, in the core's order, and tells the core whether the disk takes them.
+/// How many alerts are written in one transaction when they come faster than the disk.
+const TOGETHER: usize = 256;
+
+/// Hands alerts over in the core's order, those that wait together, and tells the core whether the disk takes them. What it
+/// refused it may take later without another alert, so it is looked at each second.
 async fn deliver(
     center: Center,
     mut alerts: mpsc::UnboundedReceiver<Alert>,
     core: mpsc::UnboundedSender<Internal>,
 ) {
     let mut wrong: Option<String> = None;
-    while let Some(alert) = alerts.recv().await {
-        let now = center.submit(&alert).await.err().map(|e| e.to_string());
+    let mut batch = Vec::new();
+    let mut look = tokio::time::interval(Duration::from_secs(1));
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            n = alerts.recv_many(&mut batch, TOGETHER) => {
+                if n == 0 {
+                    return;
+                }
+                if let Err(e) = center.submit_all(std::mem::take(&mut batch)).await {
+                    tracing::error!(error = %e, "an alert is not on the disk");
+                }
+            }
+            _ = look.tick() => {}
+        }
+        let now = center.storage_error();
         // An alert about storage that cannot be stored is not told again.
         if now != wrong {
             wrong.clone_from(&now);

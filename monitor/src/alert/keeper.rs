@@ -10,8 +10,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::clock::{Clock, Millis, parse_rfc3339, rfc3339};
 use super::queue::{Counts, Filter, Outcome, Queue, Slot, Submitted};
 use super::store::{Change, Store, StoreError};
-use super::{SubmitError, Undelivered, UndeliveredAt};
-use crate::contract::{Alert, AlertState};
+use super::{SubmitError, Undelivered};
+use crate::contract::{self, Alert, AlertState};
 
 /// Commands taken into one transaction.
 const TOGETHER: usize = 256;
@@ -244,7 +244,7 @@ impl Keeper {
     fn submit(&mut self, alert: &Alert, now: Millis) -> Result<(), SubmitError> {
         let unsaved = self.dirty.values().filter(|b| b.is_some()).count();
         if unsaved >= MAX_UNSAVED && self.lock().error.is_some() {
-            return Err(SubmitError::Full { kept: unsaved });
+            return Err(self.refuse(unsaved));
         }
         let alert = trimmed(alert, now);
         let mut submitted = self.queue.submit(&alert, now);
@@ -255,7 +255,7 @@ impl Keeper {
             submitted = self.queue.submit(&alert, now);
         }
         match submitted {
-            Submitted::Full => Err(SubmitError::Full { kept: self.queue.episodes.len() }),
+            Submitted::Full => Err(self.refuse(self.queue.episodes.len())),
             Submitted::Nothing => Ok(()),
             Submitted::Changed(seq) | Submitted::Same(seq) => {
                 let body = serde_json::to_string(&alert).map_err(|e| SubmitError::Json(e.to_string()))?;
@@ -263,6 +263,12 @@ impl Keeper {
                 Ok(())
             }
         }
+    }
+
+    /// What is not kept is not delivered to anybody, and counts so.
+    fn refuse(&mut self, kept: usize) -> SubmitError {
+        self.count_dropped(&vec![1; self.queue.filters().len()]);
+        SubmitError::Full { kept }
     }
 
     fn forget(&mut self, seq: u64) {
@@ -356,7 +362,7 @@ impl Keeper {
     fn undelivered(&mut self) -> Vec<Undelivered> {
         let mut owed = Vec::new();
         for (&seq, e) in &self.queue.episodes {
-            let at = |(f, s, parked): (&Filter, &Slot, bool)| UndeliveredAt {
+            let at = |(f, s, parked): (&Filter, &Slot, bool)| contract::Undelivered {
                 receiver: f.name.clone(),
                 parked,
                 attempts: s.attempts,

@@ -33,7 +33,7 @@ pub use self::send::{Fate, Reason, TargetError};
 pub use self::store::StoreError;
 use self::worker::{Stats, Worker};
 use crate::config::{Config, Receiver};
-use crate::contract::{Alert, AlertKind, AlertState, Severity};
+use crate::contract::{self, Alert, AlertKind, AlertState, Severity};
 use crate::metrics::Notifications;
 
 /// Commands that may wait for the thread; who has more to say waits.
@@ -67,22 +67,11 @@ pub enum SubmitError {
     Stopped,
 }
 
-/// An alert that somebody did not get yet, in JSON with the alert's own keys.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// An alert that somebody did not get yet.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Undelivered {
-    #[serde(flatten)]
     pub alert: Alert,
-    pub undelivered: Vec<UndeliveredAt>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UndeliveredAt {
-    pub receiver: String,
-    /// Refused for good; else it is still tried.
-    pub parked: bool,
-    pub attempts: u32,
-    /// What came back last.
-    pub error: Option<String>,
+    pub undelivered: Vec<contract::Undelivered>,
 }
 
 /// What a test alert brought back.

@@ -1,5 +1,6 @@
 //! `alerts`.
 
+use std::fmt::Write as _;
 use std::time::SystemTime;
 
 use super::style::{Paint, Style};
@@ -27,7 +28,17 @@ pub fn alerts(alerts: &Alerts, none: &str, now: SystemTime, style: Style) -> Str
             (Paint::Plain, summary(a)),
         ]);
     }
-    t.render(style)
+    let mut out = t.render(style);
+    for (id, who) in &alerts.undelivered {
+        for u in who {
+            let state = if u.parked { "refused it for good" } else { "has not got it yet" };
+            let error = u.error.as_ref().map(|e| format!(": {}", escape(e))).unwrap_or_default();
+            // Writing to a String cannot fail.
+            let _ =
+                writeln!(out, "{}: {} {state} ({} attempts){error}", escape(id), escape(&u.receiver), u.attempts);
+        }
+    }
+    out
 }
 
 fn summary(a: &Alert) -> String {

@@ -7,7 +7,7 @@ use super::*;
 use crate::contract::{
     Alert, AlertKind, AlertState, Alerts, Cause, Container, EventLine, Evidence, Exit, Job, JobId, JobState,
     Jobs, KillReport, LineageKnown, Process, Ref, Severity, SignalBy, SignalOutcome, Signalled,
-    SignalledOutcome, Spared, State, Tree, Verdict,
+    SignalledOutcome, Spared, State, Tree, Undelivered, Verdict,
 };
 use crate::key::Key;
 
@@ -230,11 +230,13 @@ fn no_text_lets_a_hostile_process_write_to_the_terminal() {
         ("list".into(), serde_json::json!([EVIL])),
     ]);
     let line = EventLine { at: EVIL.into(), kind: EVIL.into(), process: Some(evil), more };
+    let told = Undelivered { receiver: EVIL.into(), parked: true, attempts: 3, error: Some(EVIL.into()) };
+    let undelivered = BTreeMap::from([(EVIL.to_owned(), vec![told])]);
     let plain = Style::default();
     for text in [
         draw(vec![p], plain),
         why(&cause, plain),
-        alerts(&Alerts { alerts: vec![alert] }, "none", now(), plain),
+        alerts(&Alerts { alerts: vec![alert], undelivered }, "none", now(), plain),
         kill(&report, false, plain),
         event(&line, plain),
     ] {

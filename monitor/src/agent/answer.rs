@@ -184,16 +184,14 @@ fn why(core: &Core, q: &WhyQuery, reply: Reply<Vec<crate::contract::Cause>>) {
             .alert_subject(id)
             .map(|k| vec![(k, Some(id.clone()))])
             .ok_or_else(|| ApiError::not_found("alert", id)),
-        (Some(t), container) => resolve(core, t).and_then(|found| {
-            let _ = container;
-            let keys: Vec<_> = found
+        (Some(t), _) => resolve(core, t).map(|found| {
+            found
                 .into_iter()
                 .map(|t| match t {
                     Target::Process(k) => (k, None),
                     Target::Job(id) => (id.root, None),
                 })
-                .collect();
-            Ok(keys)
+                .collect()
         }),
     };
     match keys {

@@ -205,7 +205,7 @@ impl Core {
         ring.drain(&mut |bytes| {
             // Reading the clock costs more than handling a record.
             n += 1;
-            if n % 64 == 0 {
+            if n.is_multiple_of(64) {
                 now = host::boot_now();
             }
             match event::decode(bytes) {

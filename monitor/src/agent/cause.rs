@@ -29,8 +29,8 @@ impl Holders for Kernel {
         Ok(Self::holders(self, inodes)?.into_iter().map(row).collect())
     }
 
-    fn key_of(&self, pid: u32) -> io::Result<Option<Key>> {
-        Ok(Lineage::start_of(self, pid)?.map(|start| Key::new(pid, start)))
+    fn keys(&self) -> io::Result<Vec<Key>> {
+        Self::keys(self)
     }
 
     fn lineage_parent(&self, process: Key) -> io::Result<Option<Key>> {

@@ -316,6 +316,11 @@ fn member(r: &TaskRow) -> Member {
 }
 
 impl Kernel {
+    /// All processes that the iterator returns, zombies too.
+    pub fn keys(&self) -> io::Result<Vec<Key>> {
+        Ok(self.rows()?.iter().map(|r| r.key.into()).collect())
+    }
+
     fn program(&self, name: &'static str) -> io::Result<std::os::fd::BorrowedFd<'_>> {
         self.programs.get(name).map(std::os::fd::AsFd::as_fd).ok_or_else(|| {
             let why = self.off.iter().find(|(n, _)| *n == name).map_or("it was not loaded", |(_, w)| w);

@@ -1,6 +1,7 @@
 //! Who is who: pids of this moment to keys, names, lineage and relations, from what the forest, the kernel's maps and
 //! /proc know.
 
+use std::cell::OnceCell;
 use std::time::Instant;
 
 use super::{Holders, Limits, Question};
@@ -21,13 +22,14 @@ pub(super) struct Family<'a> {
     pub limits: &'a Limits,
     /// Of this reader's time namespace, ticks.
     tick_offset: i64,
+    keys: OnceCell<Vec<Key>>,
     began: Instant,
 }
 
 impl<'a> Family<'a> {
     pub(super) fn new(q: &'a Question, proc: &'a Proc, holders: &'a dyn Holders, limits: &'a Limits) -> Self {
         let tick_offset = tick_offset(proc);
-        Self { q, proc, holders, limits, tick_offset, began: Instant::now() }
+        Self { q, proc, holders, limits, tick_offset, keys: OnceCell::new(), began: Instant::now() }
     }
 
     /// Whether the time for looking around is over.
@@ -50,9 +52,9 @@ impl<'a> Family<'a> {
         if let Some(p) = self.known(stat) {
             return p.id;
         }
-        let asked = self.holders.key_of(stat.pid).ok().flatten();
-        // The pid may have become another process's since the stat was read: then the ticks are all there is.
-        asked.filter(|k| self.same(*k, stat)).unwrap_or_else(|| {
+        // The pid may be another process's than when they were read: then the ticks are all there is.
+        let all = self.keys.get_or_init(|| self.holders.keys().unwrap_or_default());
+        all.iter().copied().find(|k| self.same(*k, stat)).unwrap_or_else(|| {
             let ticks = (stat.start_ticks as i64 - self.tick_offset).max(0) as u64;
             Key::new(stat.pid, ticks * super::holders::NS_PER_TICK)
         })

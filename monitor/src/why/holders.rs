@@ -23,9 +23,10 @@ pub trait Holders: Send + Sync {
     /// returns (PID 1 may be missing: the caller looks at it by itself).
     fn holders(&self, inodes: &[u64]) -> io::Result<Vec<FdRow>>;
 
-    /// The full-nanosecond key of the process that has this pid now; None if there is none or it cannot be told.
-    fn key_of(&self, _pid: u32) -> io::Result<Option<Key>> {
-        Ok(None)
+    /// The full-nanosecond keys of all processes, zombies included; asked once for an `explain`. None: only /proc's
+    /// ticks are to be had.
+    fn keys(&self) -> io::Result<Vec<Key>> {
+        Ok(Vec::new())
     }
 
     /// The lineage parent, of a dead process too, as long as the kernel's maps remember it.
@@ -45,10 +46,6 @@ impl Holders for ProcHolders {
             rows.extend(rows_of(&self.0, pid, inodes));
         }
         Ok(rows)
-    }
-
-    fn key_of(&self, pid: u32) -> io::Result<Option<Key>> {
-        Ok(Some(key_by_ticks(&self.0, pid)?))
     }
 }
 

@@ -31,7 +31,7 @@ pub(crate) struct Args {
 
 /// For everything but the VMs.
 const LIMIT: Duration = Duration::from_mins(15);
-const LIMIT_ALL: Duration = Duration::from_mins(40);
+const LIMIT_ALL: Duration = Duration::from_mins(25);
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
     needs::check(&needs::for_agent())?;

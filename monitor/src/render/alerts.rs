@@ -34,8 +34,13 @@ pub fn alerts(alerts: &Alerts, none: &str, now: SystemTime, style: Style) -> Str
             let state = if u.parked { "refused it for good" } else { "has not got it yet" };
             let error = u.error.as_ref().map(|e| format!(": {}", escape(e))).unwrap_or_default();
             // Writing to a String cannot fail.
-            let _ =
-                writeln!(out, "{}: {} {state} ({} attempts){error}", escape(id), escape(&u.receiver), u.attempts);
+            let _ = writeln!(
+                out,
+                "{}: {} {state} ({} attempts){error}",
+                escape(id),
+                escape(&u.receiver),
+                u.attempts
+            );
         }
     }
     out

@@ -1,5 +1,7 @@
 //! The fuzzers' corpus, run in the ordinary tests: what once made a parser stumble never does again.
 
+#![expect(clippy::unwrap_used, reason = "a test: what cannot be read fails it")]
+
 use std::path::PathBuf;
 
 fn each(target: &str, f: fn(&[u8])) {

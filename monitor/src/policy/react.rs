@@ -65,7 +65,9 @@ impl Engine {
                     self.ask_facts(i, fx);
                 }
             }
-            Change::State { node, from, to, since, at } => self.moved(node, from, to, since, at, now, fx),
+            Change::State { node, from, to, since, at } => {
+                self.moved(node, (from, to), (since, at), now, fx);
+            }
             Change::Orphan(i) => self.orphaned(i, now),
             Change::Parent { node, from } => {
                 if self.forest.node(node).state == State::Zombie {
@@ -82,7 +84,15 @@ impl Engine {
         }
     }
 
-    fn moved(&mut self, i: Idx, from: State, to: State, since: u64, at: u64, now: u64, fx: &mut Vec<Effect>) {
+    /// From a state that it was in `since`, to another `at` that time.
+    fn moved(
+        &mut self,
+        i: Idx,
+        (from, to): (State, State),
+        (since, at): (u64, u64),
+        now: u64,
+        fx: &mut Vec<Effect>,
+    ) {
         let lived = |s| matches!(s, State::Running | State::LeaderExited);
         if from == State::Zombie {
             self.zombies.remove(&(since, i));

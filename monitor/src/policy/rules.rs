@@ -276,17 +276,12 @@ impl Engine {
 /// Links the facts of a line of ancestors, nearest first, and hands the first to `f`.
 fn chain(own: &[Own], read: bool, f: impl FnOnce(&matcher::Facts<'_>) -> bool) -> bool {
     fn go(own: &[Own], read: bool, f: &mut dyn FnMut(Option<&matcher::Facts<'_>>)) {
-        match own.split_last() {
-            None => f(None),
-            Some(_) => {
-                let (first, rest) = (&own[0], &own[1..]);
-                go(rest, read, &mut |parent| {
-                    // Shortens the lifetimes to that of this call.
-                    let parent = parent.copied();
-                    f(Some(&first.facts(parent.as_ref(), read)));
-                });
-            }
-        }
+        let Some((first, rest)) = own.split_first() else { return f(None) };
+        go(rest, read, &mut |parent| {
+            // Shortens the lifetimes to that of this call.
+            let parent = parent.copied();
+            f(Some(&first.facts(parent.as_ref(), read)));
+        });
     }
     let mut f = Some(f);
     let mut result = false;

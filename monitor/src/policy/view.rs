@@ -12,6 +12,9 @@ use crate::forest::{Flags, Idx, Node};
 use crate::key::Key;
 use crate::metrics::{self, JobNumbers, StoreNumbers};
 
+const JOB_STATES: [JobState; 5] =
+    [JobState::Running, JobState::Lingering, JobState::Expired, JobState::Killing, JobState::Done];
+
 impl Engine {
     pub(super) fn view_tree(&self, q: &TreeQuery, now: u64) -> Result<Tree, Refused> {
         let mut shown: Vec<Idx> = match &q.of {
@@ -24,7 +27,7 @@ impl Engine {
                 && (!q.orphans || n.orphan())
                 && q.uid.is_none_or(|u| n.uid == u)
         };
-        let whole = HashSet::<Idx>::from_iter(shown.iter().copied());
+        let whole: HashSet<Idx> = shown.iter().copied().collect();
         let mut keep: HashSet<Idx> = HashSet::new();
         for &i in shown.iter().filter(|&&i| wanted(self.forest.node(i))) {
             // It and the way to it: as soon as one of the way is kept, so is the rest.
@@ -197,10 +200,8 @@ impl Engine {
             n.orphans += self.orphans_in(g, true) as u64;
             *n.states.entry(metrics::job_state_label(self.state_of(j))).or_default() += 1;
         }
-        const STATES: [JobState; 5] =
-            [JobState::Running, JobState::Lingering, JobState::Expired, JobState::Killing, JobState::Done];
         for n in jobs.values_mut() {
-            for s in STATES {
+            for s in JOB_STATES {
                 n.states.entry(metrics::job_state_label(s)).or_default();
             }
         }

@@ -15,11 +15,16 @@ use serde::de::DeserializeOwned;
 use crate::{Ground, Metrics, eventually, ground, loudly, ms};
 
 /// What a command gave.
-#[derive(Debug)]
 pub struct Output {
     pub status: ExitStatus,
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
+}
+
+impl std::fmt::Debug for Output {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}\n--- stdout:\n{}--- stderr:\n{}---", self.status, self.out(), self.err())
+    }
 }
 
 impl Output {

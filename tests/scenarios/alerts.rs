@@ -60,6 +60,7 @@ fn zombie_alert_names_the_parent() -> Result<()> {
     assert_eq!(alert.id.len(), 16);
     assert!(alert.summary.contains(&s.pid().to_string()), "{}", alert.summary);
     assert!(agent.metrics()?.one("jobwarden_alerts", &["kind=\"zombie\"", "state=\"firing\""])? >= 1.0);
+    assert!(agent.metrics()?.one("jobwarden_unreaping_parents", &[])? >= 1.0);
     let why: Cause = agent.json(&["why", &alert.id])?;
     assert_eq!(why.alert.as_deref(), Some(alert.id.as_str()));
     s.step()?;

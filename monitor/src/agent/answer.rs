@@ -126,7 +126,9 @@ fn tree(core: &Core, q: &AskedTree) -> Result<Tree, ApiError> {
     let mut tree = core.engine.tree(&query, host::boot_now()).map_err(refused)?;
     for p in &mut tree.processes {
         core.redact.process(p);
-        p.kernel_state = core.looker.kernel_state(p.id);
+        if let Some((letter, comm)) = core.looker.shown(p.id) {
+            (p.kernel_state, p.comm) = (Some(letter), comm);
+        }
         if let Some(path) = &p.cgroup {
             p.container = crate::container::container(path);
         }

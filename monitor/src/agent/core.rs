@@ -2,7 +2,7 @@
 //! or passes on what the engine wants done. Everything slow (reading a process's memory, killing, explaining, sending)
 //! runs beside it and comes back as an [`Internal`] message, so the ring is always read in time.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use crate::enforce::{Audit, Enforcer, Reason};
 use crate::event::{self, Event};
 use crate::forest::Facts;
 use crate::host;
-use crate::kernel::{Kernel, Ring};
+use crate::kernel::{DRAIN_MAX, Kernel, Ring};
 use crate::key::Key;
 use crate::metrics::Counts;
 use crate::policy::{AlertChange, Effect, Gauges, Observation};
@@ -32,6 +32,8 @@ use crate::state::{State, Store};
 const CHECK: Duration = Duration::from_secs(1);
 /// How long a new alert waits for its cause before it is sent without.
 const CAUSE_WAIT: Duration = Duration::from_millis(700);
+/// What a look shows may ask for another one at once; the rest waits for the next turn.
+const LOOKS_A_TURN: usize = 8;
 /// Keys whose facts are read by one blocking task: one process that blocks its readers holds up only so many.
 const FACTS_BATCH: usize = 64;
 /// Resyncs back off up to this while records go on being lost.
@@ -89,6 +91,9 @@ pub(super) struct Core {
     store: Store,
     state_dirty: bool,
     facts_wanted: Vec<Key>,
+    looks_wanted: Vec<Key>,
+    /// Time of the last record that was read.
+    read_to: u64,
     /// Lost records of all kinds, as last read.
     lost: u64,
     resync_at: Option<Instant>,
@@ -141,6 +146,8 @@ impl Core {
             store: p.store,
             state_dirty: false,
             facts_wanted: Vec::new(),
+            looks_wanted: Vec::new(),
+            read_to: 0,
             lost: 0,
             resync_at: None,
             resync_after: Duration::ZERO,
@@ -157,13 +164,13 @@ impl Core {
         mut reload: mpsc::Receiver<()>,
     ) -> Result<(), AgentError> {
         self.resync("start")?;
+        self.settle(&mut ring);
         let mut check = tokio::time::interval(CHECK);
         check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let wake = self
-                .engine
-                .next_wake()
-                .map(|at| Instant::now() + Duration::from_nanos(at.saturating_sub(host::boot_now())));
+            let wake = if self.looks_wanted.is_empty() { self.engine.next_wake() } else { Some(0) };
+            let wake =
+                wake.map(|at| Instant::now() + Duration::from_nanos(at.saturating_sub(host::boot_now())));
             tokio::select! {
                 r = stop.changed() => {
                     if r.is_err() || *stop.borrow() { break }
@@ -188,21 +195,21 @@ impl Core {
                 _ = check.tick() => self.check(),
                 Some(()) = reload.recv() => self.reload(None, None),
             }
-            self.settle();
+            self.settle(&mut ring);
         }
         self.drain(&mut ring);
-        self.settle();
+        self.settle(&mut ring);
         self.stop();
         Ok(())
     }
 
     /// Reads what is in the ring, up to a bound of its own. A job's registration is saved and labelled before its exec
     /// record is let go: after a SIGKILL in between, the record comes again.
-    fn drain(&mut self, ring: &mut Ring) {
+    fn drain(&mut self, ring: &mut Ring) -> usize {
         let mut fx = Vec::new();
         let mut now = host::boot_now();
         let mut n = 0_u32;
-        ring.drain(&mut |bytes| {
+        let read = ring.drain(&mut |bytes| {
             // Reading the clock costs more than handling a record.
             n += 1;
             if n.is_multiple_of(64) {
@@ -214,9 +221,11 @@ impl Core {
             }
         });
         self.apply(fx);
+        read
     }
 
     fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, fx: &mut Vec<Effect>) {
+        self.read_to = e.at;
         self.counts.events[usize::from(e.kind())] += 1;
         self.counts.event_lag.observe(now.saturating_sub(e.at) as f64 / 1e9);
         let mut line = self.engine.event_line(e);
@@ -231,7 +240,7 @@ impl Core {
             .collect();
         let refs: Vec<JobRef<'_>> = named.iter().map(|(id, n)| (*id, n.as_str())).collect();
         self.feed.publish(e.at, &refs, line);
-        if fx.iter().any(|f| matches!(f, Effect::Job { .. } | Effect::JobEnded(_))) {
+        if fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. })) {
             let taken = std::mem::take(fx);
             self.apply(taken);
         }
@@ -243,17 +252,11 @@ impl Core {
         self.apply(fx);
     }
 
-    /// Does what the engine wants done. Looks are answered on the spot, which may lead to further effects.
+    /// Does what the engine wants done. Looks and facts are only collected; [`Self::settle`] sees to them.
     pub(super) fn apply(&mut self, fx: Vec<Effect>) {
-        let mut queue = VecDeque::from(fx);
-        let mut more = Vec::new();
-        while let Some(f) = queue.pop_front() {
+        for f in fx {
             match f {
-                Effect::Look(key) => {
-                    let at = host::boot_now();
-                    let seen = self.looker.look(key);
-                    self.engine.observe(Observation::Look { key, at, seen }, host::boot_now(), &mut more);
-                }
+                Effect::Look(key) => self.looks_wanted.push(key),
                 Effect::ReadFacts(key) => self.facts_wanted.push(key),
                 Effect::Job { job, label } => {
                     self.state_dirty = true;
@@ -261,7 +264,11 @@ impl Core {
                         tracing::error!(job = %job.id, error = %e, "the job could not be entered into the kernel");
                         self.label_error = Some(e.to_string());
                     }
-                    tracing::info!(job = %job.id, name = %job.name, "job");
+                    if label {
+                        tracing::info!(job = %job.id, name = %job.name, "job");
+                        // Before its record in the ring is let go: after a SIGKILL in between, the record comes again.
+                        self.save();
+                    }
                 }
                 Effect::JobEnded(job) => {
                     self.state_dirty = true;
@@ -276,10 +283,9 @@ impl Core {
                 Effect::Kill(order) => super::kill::policy(self, *order),
                 Effect::Enforcement(_) => self.state_dirty = true,
             }
-            queue.extend(more.drain(..));
-            if self.state_dirty {
-                self.save();
-            }
+        }
+        if self.state_dirty {
+            self.save();
         }
     }
 
@@ -392,8 +398,28 @@ impl Core {
         self.apply(fx);
     }
 
+    /// Looks at /proc for the engine. What happened before the look is handed over before what it saw: where the ring lags, a
+    /// process that /proc has no more may still have children in it, and would be forgotten with its lineage.
+    fn look(&mut self, ring: &mut Ring) {
+        let wanted = std::mem::take(&mut self.looks_wanted);
+        let seen: Vec<_> = wanted.into_iter().map(|k| (k, host::boot_now(), self.looker.look(k))).collect();
+        let until = host::boot_now();
+        while self.drain(ring) == DRAIN_MAX && self.read_to < until {}
+        let mut fx = Vec::new();
+        for (key, at, seen) in seen {
+            self.engine.observe(Observation::Look { key, at, seen }, host::boot_now(), &mut fx);
+        }
+        self.apply(fx);
+    }
+
     /// After each turn: what was only collected is sent off.
-    fn settle(&mut self) {
+    fn settle(&mut self, ring: &mut Ring) {
+        for _ in 0..LOOKS_A_TURN {
+            if self.looks_wanted.is_empty() {
+                break;
+            }
+            self.look(ring);
+        }
         if self.facts_wanted.is_empty() {
             return;
         }

@@ -66,9 +66,9 @@ impl Looker {
         })
     }
 
-    /// The letter of /proc/PID/stat at this moment, for views.
-    pub(super) fn kernel_state(&self, key: Key) -> Option<String> {
+    /// The letter of /proc/PID/stat at this moment, and the name (no event tells of a prctl), for views.
+    pub(super) fn shown(&self, key: Key) -> Option<(String, String)> {
         let stat = self.proc.stat(key.pid).ok()?;
-        (stat.start_ticks == self.ticks(key)).then(|| text(&[stat.state]))
+        (stat.start_ticks == self.ticks(key)).then(|| (text(&[stat.state]), text(stat.comm.bytes())))
     }
 }

@@ -13,11 +13,13 @@ fn main() {
     }
     say("before", pid());
     let tag = args.last().cloned().unwrap_or_default();
+    // /proc/self/exe is the leader's, and gone with it.
+    let path = own_path();
     std::thread::spawn(move || {
         // SAFETY: no effects.
         say("thread", unsafe { libc::gettid() });
         step();
-        exec(&own_path(), &["exec-thread", "after", &tag]);
+        exec(&path, &["exec-thread", "after", &tag]);
     });
     if args.iter().any(|a| a == "leader-gone") {
         // SAFETY: ends the leader alone; the other thread owns what it uses.

@@ -281,11 +281,15 @@ fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegister
     let start = crate::enforce::Lineage::start_of(&*core.kernel, e.pid)
         .map_err(|err| ApiError::failed(format!("the start of process {}: {err}", e.pid)))?
         .ok_or_else(|| ApiError::not_found("process", e.pid))?;
+    // Of the kernel, not of the engine: the client's own fork may still be in the ring. It is connected, so it lives.
+    let supervisor = crate::enforce::Lineage::start_of(&*core.kernel, peer.pid)
+        .map_err(|err| ApiError::failed(format!("the start of process {}: {err}", peer.pid)))?
+        .map(|start| Key::new(peer.pid, start));
     let ns = |s: f64| Duration::try_from_secs_f64(s.max(0.0)).map_or(u64::MAX, |d| d.as_nanos() as u64);
     let job = ExecJob {
         root: Key::new(e.pid, start),
         name: e.name,
-        supervisor: core.engine.current(peer.pid),
+        supervisor,
         number: e.number,
         policy: JobPolicy {
             timeout_ns: e.timeout_s.map(ns),

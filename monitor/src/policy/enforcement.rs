@@ -201,6 +201,10 @@ impl Engine {
             let live = self.forest.groups.get(g).is_some_and(|x| x.all.live > 0);
             if live && self.jobs.get(g).is_some_and(|j| j.killing.is_none()) {
                 self.order(g, Reason::Exec, What::Whole, fx);
+                // As the watcher of an `exec` without an agent does it: nobody waits for a grace any more.
+                if let Some(Effect::Kill(k)) = fx.last_mut() {
+                    k.grace_ns = 0;
+                }
             }
         }
     }

@@ -19,9 +19,16 @@ pub fn event(e: &EventLine, style: Style) -> String {
             let _ = write!(out, " {}", argv(&p.argv));
         }
     }
+    let parent = e.more.get("parent").and_then(|p| p.get("id"));
     for (k, v) in &e.more {
-        // The words of a line are known to who reads them; what says nothing is left out.
-        if !v.is_null() && v != &Value::Bool(false) && !(e.kind == "exec" && k == "argv") {
+        // JSON has it all; here what says nothing, or says it again, is left out.
+        let again = match k.as_str() {
+            "argv" | "filename" | "uid" => e.kind == "exec",
+            "job" => true,
+            "lineage_parent" => Some(v) == parent,
+            _ => false,
+        };
+        if !again && !v.is_null() && v != &Value::Bool(false) {
             let _ = write!(out, " {}={}", style.paint(Paint::Dim, &escape(k)), value(v));
         }
     }

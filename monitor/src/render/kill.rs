@@ -16,6 +16,10 @@ pub fn kill(r: &KillReport, dry_run: bool, style: Style) -> String {
             SignalledOutcome::DryRun => (Paint::Plain, "would get"),
             SignalledOutcome::Ended => (Paint::Good, "ended by"),
             SignalledOutcome::AlreadyGone => (Paint::Dim, "gone before"),
+            // Of a stage before the last: whoever is left is told below.
+            SignalledOutcome::Survived if r.survivors.iter().all(|p| p.id != s.process.id) => {
+                (Paint::Odd, "outlived")
+            }
             SignalledOutcome::Survived => (Paint::Bad, "survived"),
             SignalledOutcome::Spared => (Paint::Odd, "spared from"),
         };

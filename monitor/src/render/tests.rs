@@ -297,7 +297,7 @@ fn why_says_it_in_three_lines_and_ends_with_a_command() {
             Evidence::Holder {
                 process: reference(413, "helper"),
                 fd: 2,
-                mode: "write".into(),
+                mode: "w".into(),
                 inode: "pipe:[71622]".into(),
                 relation: "an orphan of the zombie".into(),
             },
@@ -311,7 +311,7 @@ fn why_says_it_in_three_lines_and_ends_with_a_command() {
   parent-blocked-on-pipe: 410 (python3) reads a pipe that 413 (helper) holds open
 
   - 410 (python3) is blocked in read of fd 4, pipe:[71622]
-    - 413 helper holds pipe:[71622] open for write as fd 2; an orphan of the zombie
+    - 413 helper holds pipe:[71622] open for writing as fd 2; an orphan of the zombie
 
   remedy:
     jobwarden kill 413:413

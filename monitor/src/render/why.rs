@@ -23,14 +23,18 @@ pub fn why(c: &Cause, style: Style) -> String {
     if !c.evidence.is_empty() {
         out.push('\n');
     }
-    let mut base = 0;
+    let (mut base, mut last) = (0, None);
     for e in &c.evidence {
-        let (deeper, text) = evidence(e);
+        let (rank, text) = evidence(e);
+        // A step further in at most: what it would hang on may be missing.
+        let deeper = rank.min(last.map_or(0, |l: usize| l + 1));
+        last = Some(deeper);
         let indent = "  ".repeat(1 + base + deeper);
         let _ = writeln!(out, "{}{text}", style.paint(Paint::Dim, &format!("{indent}- ")));
         // What follows is about the one that is waited for.
         if matches!(e, Evidence::WaitsFor { .. }) {
             base += 1;
+            last = None;
         }
     }
     if !c.remedy.is_empty() {
@@ -98,7 +102,12 @@ fn evidence(e: &Evidence) -> (usize, String) {
                 "{} holds {} open for {} as fd {fd}; {}",
                 with_argv(p),
                 escape(inode),
-                escape(mode),
+                match mode.as_str() {
+                    "r" => "reading".to_owned(),
+                    "w" => "writing".to_owned(),
+                    "rw" => "reading and writing".to_owned(),
+                    m => escape(m),
+                },
                 escape(relation)
             ),
         ),

@@ -10,7 +10,8 @@ use jobwarden::alert::{Center, Clock};
 use jobwarden::contract::Alert;
 use jobwarden_tests::agent::free_port;
 use jobwarden_tests::alerts::{alert, ask, receivers, resolved};
-use jobwarden_tests::{Ground, eventually, ms, skip};
+use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, ms, skip};
+use rustix::process::Signal;
 use serde_json::Value;
 
 const CONFIG: &str = "\
@@ -232,4 +233,71 @@ fn a_batch_that_alertmanager_refuses_costs_only_the_bad_one() -> Result<()> {
         center.stop(Duration::from_secs(2)).await;
         Ok(())
     })
+}
+
+/// What Alertmanager has about the incident's worker.
+fn incident(am: &Alertmanager, worker: u32) -> Result<Value> {
+    let about = format!("{worker}:");
+    let all = am.alerts("")?;
+    let found = all.iter().find(|a| {
+        let of = |k: &str| a["annotations"][k].as_str().unwrap_or_default();
+        a["labels"]["alertname"] == "JobwardenZombie" && of("tree").contains(&about)
+    });
+    found.cloned().with_context(|| format!("nothing about {worker} among {all:?}"))
+}
+
+/// The incident, end to end: from the dead command to the pager with its cause, and from the cure to its end there; the
+/// second time the agent is killed between the two.
+#[test]
+fn the_incident_pages_with_its_cause_and_ends_when_cured() -> Result<()> {
+    let ground = ground!("the_incident_pages_with_its_cause_and_ends_when_cured");
+    let Some(program) = program() else {
+        skip!(
+            "the_incident_pages_with_its_cause_and_ends_when_cured: no Alertmanager (apt-get install prometheus-alertmanager)"
+        );
+    };
+    let am = Alertmanager::start(&ground, &program, "am", None)?;
+    let config = format!(
+        "[zombies]\nafter = \"1s\"\n[[receiver]]\nname = \"am\"\ntype = \"alertmanager\"\nurl = \"{}\"\n",
+        am.url()
+    );
+    let mut agent = Agent::start(&ground, &config)?;
+    for killed in [false, true] {
+        let mut worker = Shape::start(&ground, "incident", &[])?;
+        let holder: i32 = worker.fact("holder")?;
+        worker.fact::<u32>("command")?;
+        let dead = Instant::now();
+        let there = eventually("the page", ms(6000), || {
+            let a = incident(&am, worker.pid())?;
+            let cause = a["annotations"]["cause"].as_str().unwrap_or_default();
+            ensure!(cause.contains("pipe"), "its cause is {cause:?}");
+            Ok(a)
+        })?;
+        let took = dead.elapsed();
+        ensure!(took <= ms(2000), "it stood there after {took:?}, its timeout is 1 s");
+        for k in ["summary", "remedy", "runbook"] {
+            ensure!(there["annotations"][k].as_str().is_some_and(|v| !v.is_empty()), "no {k}: {there}");
+        }
+        if killed {
+            agent.crash()?;
+            ground.signal(holder, Signal::KILL)?;
+            worker.fact::<i32>("status")?;
+            agent = Agent::start(&ground, &config)?;
+        } else {
+            ground.signal(holder, Signal::KILL)?;
+        }
+        let cured = Instant::now();
+        eventually("its end", ms(10_000), || {
+            let a = incident(&am, worker.pid());
+            ensure!(a.is_err(), "{a:?}");
+            Ok(())
+        })?;
+        let ended = cured.elapsed();
+        ensure!(ended <= ms(5000), "it ended there {ended:?} after the cure");
+        println!(
+            "agent killed: {killed}; paged {took:?} after the death (timeout 1 s), ended {ended:?} after the cure"
+        );
+        worker.finish()?;
+    }
+    agent.stop()
 }

@@ -242,8 +242,9 @@ impl Keeper {
     }
 
     fn submit(&mut self, alert: &Alert, now: Millis) -> Result<(), SubmitError> {
-        let unsaved = self.dirty.values().filter(|b| b.is_some()).count();
-        if unsaved >= MAX_UNSAVED && self.lock().error.is_some() {
+        let failing = self.lock().error.is_some();
+        let unsaved = if failing { self.dirty.values().filter(|b| b.is_some()).count() } else { 0 };
+        if unsaved >= MAX_UNSAVED {
             return Err(self.refuse(unsaved));
         }
         let alert = trimmed(alert, now);

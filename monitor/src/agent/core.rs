@@ -163,6 +163,8 @@ impl Core {
         mut stop: watch::Receiver<bool>,
         mut reload: mpsc::Receiver<()>,
     ) -> Result<(), AgentError> {
+        // Pinned maps: what was written while the agent was down is older than the snapshot.
+        while self.drain(&mut ring) > 0 {}
         self.resync("start")?;
         self.settle(&mut ring);
         let mut check = tokio::time::interval(CHECK);
@@ -463,6 +465,10 @@ impl Core {
         *self.counts.resyncs.entry(reason).or_default() += 1;
         // The ring is not read meanwhile, so no event is handed over between T0 and the merge.
         let taken = self.kernel.snapshot().map_err(AgentError::Snapshot)?;
+        if reason == "start" {
+            // What pinned maps lost before this agent's time is mended by this snapshot.
+            self.lost = taken.lost_before;
+        }
         let now = host::boot_now();
         let mut fx = Vec::new();
         let merge = self.engine.snapshot(taken.snapshot, now, &mut fx);

@@ -12,6 +12,7 @@ mod life;
 mod ring;
 mod signal;
 mod task;
+mod trace;
 
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;

@@ -4,11 +4,13 @@
 mod bench;
 mod cargo;
 mod demo;
+mod ebpf;
 mod needs;
 mod package;
 mod report;
 mod root;
 mod run;
+mod sources;
 mod test;
 mod vm;
 
@@ -38,6 +40,8 @@ enum Command {
     Load(bench::load::Args),
     /// A .deb and a tarball under target/package
     Package(package::Args),
+    /// Build the probe object that is kept in the repository (fetches rust-src and bpf-linker when absent)
+    Ebpf(ebpf::Args),
     /// Boot other kernels in QEMU and run the tests, or a given program, inside
     Vm(vm::Args),
 }
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Load(args) => bench::load::run(&args),
         Command::Package(args) => package::run(&args),
+        Command::Ebpf(args) => ebpf::run(&args),
         Command::Vm(args) => vm::run(&args),
     };
     match done {

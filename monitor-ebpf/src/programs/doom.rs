@@ -71,7 +71,7 @@ pub(crate) fn strike(key: ProcKey, job: u64) {
 
 /// `sys_enter(struct pt_regs *regs, long id)`: each system call of each process on the host, so it does little.
 #[btf_tracepoint(function = "sys_enter")]
-pub fn sys_enter(_: BtfTracePointContext) -> i32 {
+pub(crate) fn sys_enter(_: BtfTracePointContext) -> i32 {
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
     // The kernel's own protection of init does not hold against a probe's signal.
     if tgid == 1 {

@@ -15,7 +15,7 @@ const EEXIST: i32 = -17;
 
 /// Arguments by the `EDIT_*` indices of the ABI; gives `EDIT_CHANGED`, `EDIT_UNCHANGED`, `EDIT_MISSING` or -errno.
 #[raw_tracepoint(tracepoint = "sys_enter")]
-pub fn edit(ctx: RawTracePointContext) -> i32 {
+pub(crate) fn edit(ctx: RawTracePointContext) -> i32 {
     let key = ProcKey { start: ctx.arg(abi::EDIT_START), tgid: ctx.arg(abi::EDIT_TGID), pad: 0 };
     let parent =
         ProcKey { start: ctx.arg(abi::EDIT_PARENT_START), tgid: ctx.arg(abi::EDIT_PARENT_TGID), pad: 0 };

@@ -29,7 +29,6 @@ struct What {
     task: Ptr,
     old_tid: u32,
     filename: Ptr,
-    filename_len: usize,
     argv: Ptr,
     argv_len: usize,
 }
@@ -37,7 +36,7 @@ struct What {
 /// `sched_process_exec(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm)`: the exec has succeeded and
 /// `current` has its new memory.
 #[btf_tracepoint(function = "sched_process_exec")]
-pub fn exec(ctx: BtfTracePointContext) -> i32 {
+pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
     let task: Ptr = ctx.arg(0);
     let old_tid: u32 = ctx.arg(1);
     let bprm: Ptr = ctx.arg(2);
@@ -70,7 +69,7 @@ pub fn exec(ctx: BtfTracePointContext) -> i32 {
         argv_len = ARGV_MAX;
         flags |= EXEC_ARGV_CUT;
     }
-    let what = What { flags, task, old_tid, filename, filename_len, argv, argv_len };
+    let what = What { flags, task, old_tid, filename, argv, argv_len };
     if filename_len < SMALL.0 && argv_len <= SMALL.1 {
         send::<{ SMALL.0 }, { SMALL.1 }, { SMALL.0 + SMALL.1 }>(&what);
     } else if filename_len < MEDIUM.0 && argv_len <= MEDIUM.1 {

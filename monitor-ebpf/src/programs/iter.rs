@@ -12,7 +12,7 @@ use super::{INODES, LINEAGE, frozen};
 
 /// `struct bpf_iter_meta`.
 #[repr(C)]
-struct Meta {
+pub(crate) struct Meta {
     seq: *mut c_void,
     session: u64,
     number: u64,
@@ -20,14 +20,14 @@ struct Meta {
 
 /// `struct bpf_iter__task`.
 #[repr(C)]
-struct TaskCtx {
+pub(crate) struct TaskCtx {
     meta: *const Meta,
     task: Ptr,
 }
 
 /// `struct bpf_iter__task_file`.
 #[repr(C)]
-struct FileCtx {
+pub(crate) struct FileCtx {
     meta: *const Meta,
     task: Ptr,
     fd: u32,
@@ -52,7 +52,7 @@ const NO_LINEAGE: Lineage =
 
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task")]
-pub extern "C" fn tasks(ctx: *mut TaskCtx) -> i32 {
+pub(crate) extern "C" fn tasks(ctx: *mut TaskCtx) -> i32 {
     // SAFETY: the kernel's context; its pointers are read once each and compared.
     unsafe {
         let task = (&raw const (*ctx).task).read_volatile();
@@ -91,7 +91,7 @@ pub extern "C" fn tasks(ctx: *mut TaskCtx) -> i32 {
 
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
-pub extern "C" fn files(ctx: *mut FileCtx) -> i32 {
+pub(crate) extern "C" fn files(ctx: *mut FileCtx) -> i32 {
     // SAFETY: as above.
     unsafe {
         let file = (&raw const (*ctx).file).read_volatile();

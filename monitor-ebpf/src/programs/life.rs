@@ -16,7 +16,7 @@ const EEXIST: i32 = -17;
 /// `sched_process_fork(struct task_struct *parent, struct task_struct *child)`: after `copy_process` succeeded, before
 /// the child first runs.
 #[btf_tracepoint(function = "sched_process_fork")]
-pub fn fork(ctx: BtfTracePointContext) -> i32 {
+pub(crate) fn fork(ctx: BtfTracePointContext) -> i32 {
     let forker: Ptr = ctx.arg(0);
     let child: Ptr = ctx.arg(1);
     // SAFETY: arguments of the tracepoint.
@@ -94,7 +94,7 @@ fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
 /// `sched_process_exit(struct task_struct *p[, bool group_dead])`: for each thread, before files are closed, children
 /// are given away and the task becomes a zombie. `signal->live` has been counted down.
 #[btf_tracepoint(function = "sched_process_exit")]
-pub fn exit(ctx: BtfTracePointContext) -> i32 {
+pub(crate) fn exit(ctx: BtfTracePointContext) -> i32 {
     let task: Ptr = ctx.arg(0);
     // SAFETY: an argument of the tracepoint; a task's group leader is a task.
     unsafe {
@@ -143,7 +143,7 @@ fn first_death(key: &ProcKey) -> bool {
 
 /// `sched_process_free(struct task_struct *p)`: an RCU grace period after somebody, or the kernel, reaped it.
 #[btf_tracepoint(function = "sched_process_free")]
-pub fn free(ctx: BtfTracePointContext) -> i32 {
+pub(crate) fn free(ctx: BtfTracePointContext) -> i32 {
     let task: Ptr = ctx.arg(0);
     // SAFETY: an argument of the tracepoint.
     unsafe {

@@ -14,7 +14,7 @@ use super::{CONTROL, frozen, ring};
 /// `signal_generate(int sig, struct kernel_siginfo *info, struct task_struct *task, int group, int result)`, in any
 /// context, interrupts too.
 #[btf_tracepoint(function = "signal_generate")]
-pub fn signal(ctx: BtfTracePointContext) -> i32 {
+pub(crate) fn signal(ctx: BtfTracePointContext) -> i32 {
     let number: u32 = ctx.arg(0);
     let wanted = match CONTROL.get(0) {
         // SAFETY: volatile, the agent may change it meanwhile.

@@ -1,7 +1,13 @@
-//! `jobwarden doctor`.
+//! `jobwarden doctor`: what the host offers, then the probes themselves, loaded for a moment where that is allowed.
 
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use jobwarden::kernel::{Finding, Grade, Kernel, Offer, Options};
+use serde::Serialize;
+
+use super::Outcome;
 use super::output::Context;
-use super::{Failure, Outcome};
 
 /// What this kernel and this host offer, and what is off and why
 #[derive(Debug, clap::Args)]
@@ -17,9 +23,72 @@ pub(super) fn object_hash() -> &'static str {
     jobwarden::kernel::object_hash()
 }
 
+#[derive(Serialize)]
+struct Report {
+    /// Whether the agent can run here.
+    ok: bool,
+    findings: Vec<Finding>,
+    offer: Offer,
+}
+
 impl Args {
-    pub(super) fn run(self, _context: &Context) -> Outcome {
+    pub(super) fn run(self, context: &Context) -> Outcome {
         let Self {} = self;
-        Err(Failure::failed("failed", "this build has no probes"))
+        let offer = Offer::read();
+        let mut findings = offer.findings();
+        if findings.iter().all(|f| f.grade != Grade::Fatal) {
+            findings.extend(probes());
+        }
+        let ok = findings.iter().all(|f| f.grade != Grade::Fatal);
+        let report = Report { ok, findings, offer };
+        context.show(&report, |_| text(&report))?;
+        Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
+}
+
+/// Loads and attaches the probes, beside an agent that may be running, and lets go of them at once.
+fn probes() -> Vec<Finding> {
+    let fatal = |found: String| {
+        vec![Finding { what: "probes", grade: Grade::Fatal, found, then: "the agent cannot run here".into() }]
+    };
+    let stats = match Kernel::start(&Options::default()) {
+        Err(e) => return fatal(e.to_string()),
+        Ok(kernel) => match kernel.probes() {
+            Err(e) => return fatal(e.to_string()),
+            Ok(stats) => stats,
+        },
+    };
+    let finding = |p: jobwarden::kernel::ProbeStat| match p.off {
+        None => Finding {
+            what: "probe",
+            grade: Grade::Ok,
+            found: format!("{}: {}", p.name, if p.attached { "loads and attaches" } else { "loads" }),
+            then: String::new(),
+        },
+        Some(why) => Finding {
+            what: "probe",
+            grade: Grade::Off,
+            found: format!("{}: {why}", p.name),
+            then: "what it tells is missing".into(),
+        },
+    };
+    stats.into_iter().map(finding).collect()
+}
+
+fn text(report: &Report) -> String {
+    let mut out = String::new();
+    for f in &report.findings {
+        let mark = match f.grade {
+            Grade::Ok => "ok   ",
+            Grade::Off => "off  ",
+            Grade::Fatal => "FAIL ",
+        };
+        let _ = write!(out, "{mark}{}: {}", f.what, f.found);
+        if !f.then.is_empty() {
+            let _ = write!(out, "; {}", f.then);
+        }
+        out.push('\n');
+    }
+    out.push_str(if report.ok { "The agent can run here.\n" } else { "The agent cannot run here.\n" });
+    out
 }

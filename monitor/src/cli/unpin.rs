@@ -1,6 +1,10 @@
 //! `jobwarden unpin`.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
+
+use jobwarden::config;
+use serde::Serialize;
 
 use super::output::Context;
 use super::{Failure, Outcome};
@@ -16,9 +20,21 @@ pub(crate) struct Args {
     bpffs: Option<PathBuf>,
 }
 
+#[derive(Serialize)]
+struct Removed {
+    bpffs: PathBuf,
+    removed: usize,
+}
+
 impl Args {
-    pub(super) fn run(self, _context: &Context) -> Outcome {
-        let _ = self.bpffs;
-        Err(Failure::failed("failed", "this build has no probes"))
+    pub(super) fn run(self, context: &Context) -> Outcome {
+        let root = self.bpffs.unwrap_or_else(|| {
+            config::load(None, &config::environment(), &config::Overrides::default())
+                .map_or_else(|_| config::DEFAULT_BPFFS.into(), |c| c.agent.bpffs)
+        });
+        let removed =
+            jobwarden::kernel::unpin(&root).map_err(|e| Failure::failed("failed", e.to_string()))?;
+        context.show(&Removed { bpffs: root, removed }, |_| format!("{removed} pins removed\n"))?;
+        Ok(ExitCode::SUCCESS)
     }
 }

@@ -76,7 +76,7 @@ impl Kernel {
         }
     }
 
-    fn jobs(&self) -> io::Result<HashMap<u64, Job>> {
+    pub(super) fn jobs(&self) -> io::Result<HashMap<u64, Job>> {
         let mut all = HashMap::new();
         for id in self.maps.jobs.keys(super::JOBS_MAX * 2)? {
             if let Some(j) = self.maps.jobs.get(&id)? {
@@ -122,10 +122,11 @@ impl Kernel {
                         let known = row.known != 0
                             && (by_key.contains_key(&lineage)
                                 || lineage == root
-                                || self.maps.dead.get(&lineage.into())?.is_some());
+                                || self.lineage_of(lineage)?.is_some());
                         if known { lineage } else { row.parent.into() }
                     }
-                    None => match self.maps.dead.get(&at.into())? {
+                    // Dead; until it is freed its entry is still among the living's.
+                    None => match self.lineage_of(at)? {
                         Some(l) => l.parent.into(),
                         None => break false,
                     },
@@ -184,21 +185,29 @@ impl Kernel {
     }
 
     /// Attaches `sys_enter` while a doom is in force, and only then.
-    fn attach_while_doomed(&self) -> io::Result<()> {
+    pub(super) fn attach_while_doomed(&self) -> io::Result<()> {
         let now = self.now();
         let doomed = self.jobs()?.values().any(|j| j.doom_until > now);
         let mut link = super::lock(&self.doom);
-        if doomed && link.is_none() {
-            *link = Some(sys::attach_tp_btf(self.program(SYS_ENTER)?)?);
-        } else if !doomed {
-            *link = None;
+        if doomed == link.is_some() {
+            return Ok(());
         }
-        Ok(())
+        *link = if doomed { Some(sys::attach_tp_btf(self.program(SYS_ENTER)?)?) } else { None };
+        self.pins.as_ref().map_or(Ok(()), |p| p.keep_doom(link.as_ref()))
     }
 
     /// Whether `sys_enter` is attached: each system call on the host pays for it.
     pub fn doom_attached(&self) -> bool {
         super::lock(&self.doom).is_some()
+    }
+
+    /// Ends every doom, as a clean stop does.
+    pub fn clear_dooms(&self) -> io::Result<()> {
+        let now = self.now();
+        for (id, _) in self.jobs()?.into_iter().filter(|(_, j)| j.doom_until > now) {
+            self.set_doom(id, 0)?;
+        }
+        self.attach_while_doomed()
     }
 
     fn set_doom(&self, job: u64, until: u64) -> io::Result<()> {
@@ -321,7 +330,7 @@ impl Kernel {
         Ok(self.rows()?.iter().map(|r| r.key.into()).collect())
     }
 
-    fn program(&self, name: &'static str) -> io::Result<std::os::fd::BorrowedFd<'_>> {
+    pub(super) fn program(&self, name: &'static str) -> io::Result<std::os::fd::BorrowedFd<'_>> {
         self.programs.get(name).map(std::os::fd::AsFd::as_fd).ok_or_else(|| {
             let why = self.off.iter().find(|(n, _)| *n == name).map_or("it was not loaded", |(_, w)| w);
             io::Error::new(io::ErrorKind::Unsupported, format!("the program {name} is off: {why}"))

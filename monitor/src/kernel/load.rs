@@ -61,26 +61,45 @@ fn lineage_entries() -> u32 {
     limit("/proc/sys/kernel/pid_max").min(limit("/proc/sys/kernel/threads-max")).clamp(1024, LINEAGE_MAX)
 }
 
+/// Capacities: bytes of the ring, entries of the lineage map and of that of the dead.
+pub(super) fn sizes(options: &Options) -> [u32; 3] {
+    let lineage = options.lineage_entries.unwrap_or_else(lineage_entries);
+    [options.ring_bytes, lineage, options.dead_entries.unwrap_or(DEAD_MAX)]
+}
+
+/// Before 5.11 map memory counts against this limit. It may not be ours to raise; then the load says so. Later it is
+/// left alone, since children inherit it.
+fn raise_memory_limit() {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    if super::offer::version(&release).is_some_and(|v| v < (5, 11)) {
+        let _ = rustix::process::setrlimit(
+            rustix::process::Resource::Memlock,
+            rustix::process::Rlimit { current: None, maximum: None },
+        );
+    }
+}
+
 /// Loads the object into the kernel.
-pub(super) fn load(options: &Options, layout: &Layout) -> Result<Loaded, KernelError> {
-    // Before 5.11 map memory counts against this limit. It may not be ours to raise; then the load says so.
-    let _ = rustix::process::setrlimit(
-        rustix::process::Resource::Memlock,
-        rustix::process::Rlimit { current: None, maximum: None },
-    );
+pub(super) fn load(options: &Options, layout: &Layout, sizes: [u32; 3]) -> Result<Loaded, KernelError> {
+    raise_memory_limit();
+    let [ring, lineage, dead] = sizes;
     let (offsets, features) = (Global(layout.offsets), Global(layout.features));
     let mut settings = EbpfLoader::new();
     settings
         .override_global("OFFSETS", &offsets, true)
         .override_global("FEATURES", &features, true)
-        .map_max_entries("EVENTS", options.ring_bytes)
-        .map_max_entries("LINEAGE", options.lineage_entries.unwrap_or_else(lineage_entries))
-        .map_max_entries("DEAD", options.dead_entries.unwrap_or(DEAD_MAX))
+        .map_max_entries("EVENTS", ring)
+        .map_max_entries("LINEAGE", lineage)
+        .map_max_entries("DEAD", dead)
         .verifier_log_level(VerifierLogLevel::VERBOSE | VerifierLogLevel::STATS);
     let mut ebpf = settings.load(OBJECT).map_err(object_error)?;
     let btf = Btf::from_sys_fs().map_err(|e| KernelError::Object(e.to_string()))?;
     let mut loaded = Loaded { maps: Vec::new(), programs: Vec::new(), off: Vec::new() };
     for probe in PROBES {
+        // Writers of lines are loaded only to be read: they are the largest programs by far.
+        if probe.is_tracer() && !options.trace {
+            continue;
+        }
         if let Some(field) = layout.lacks(probe) {
             loaded.off.push((probe.name, format!("this kernel has no field {field}")));
             continue;

@@ -4,6 +4,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd as _, OwnedFd};
 
+use aya::maps::MapData;
 use monitor_abi::{Control, Counter, Job, KINDS, KillCounter, Lineage, ProcKey};
 
 use super::error::KernelError;
@@ -16,8 +17,20 @@ pub(super) struct Table<K, V> {
 }
 
 impl<K: Plain, V: Plain> Table<K, V> {
-    fn new(fd: OwnedFd) -> Self {
-        Self { fd, types: PhantomData }
+    /// Compares the sizes first: a map from a pin may be anybody's, and the kernel writes as much as its value has.
+    fn new(name: &str, fd: OwnedFd) -> Result<Self, KernelError> {
+        let info = sys::dup(fd.as_fd()).map_err(aya::maps::MapError::IoError).and_then(MapData::from_fd);
+        let info =
+            info.and_then(|m| m.info()).map_err(|e| KernelError::Object(format!("map {name}: {e}")))?;
+        let (key, value) = (info.key_size() as usize, info.value_size() as usize);
+        if (key, value) == (size_of::<K>(), size_of::<V>()) {
+            return Ok(Self { fd, types: PhantomData });
+        }
+        Err(KernelError::Object(format!(
+            "the map {name} has keys of {key} and values of {value} bytes, not {} and {}; `jobwarden unpin` removes old pins",
+            size_of::<K>(),
+            size_of::<V>()
+        )))
     }
 
     pub(super) fn get(&self, key: &K) -> io::Result<Option<V>> {
@@ -26,7 +39,16 @@ impl<K: Plain, V: Plain> Table<K, V> {
     }
 
     pub(super) fn put(&self, key: &K, value: &V) -> io::Result<()> {
-        sys::map_update(self.fd.as_fd(), key, value)
+        sys::map_update(self.fd.as_fd(), key, value, false)
+    }
+
+    /// False if there is an entry already; it stays.
+    pub(super) fn put_new(&self, key: &K, value: &V) -> io::Result<bool> {
+        match sys::map_update(self.fd.as_fd(), key, value, true) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     pub(super) fn delete(&self, key: &K) -> io::Result<bool> {
@@ -70,26 +92,27 @@ pub(super) struct Maps {
 }
 
 impl Maps {
-    /// Takes the descriptors out of `fds`; what is left there is not the agent's.
-    pub(super) fn new(fds: &mut Vec<(&'static str, OwnedFd)>) -> Result<Self, KernelError> {
-        let mut take = |name: &str| {
-            let at = fds.iter().position(|(n, _)| *n == name);
-            at.map(|i| fds.swap_remove(i).1).ok_or_else(|| {
+    /// Opens each once more.
+    pub(super) fn new(fds: &[(&'static str, OwnedFd)]) -> Result<Self, KernelError> {
+        let take = |name: &str| {
+            let fd = fds.iter().find(|(n, _)| *n == name).map(|(_, fd)| sys::dup(fd.as_fd()));
+            fd.ok_or_else(|| {
                 KernelError::Object(format!("it has no map {name}; rebuild it: cargo xtask ebpf"))
-            })
+            })?
+            .map_err(KernelError::io(format!("keep the map {name}")))
         };
         let cpus = aya::util::nr_cpus().map_err(|(file, source)| KernelError::Io {
             what: format!("read the number of possible CPUs from {file}"),
             source,
         })?;
         Ok(Self {
-            counters: Table::new(take("COUNTERS")?),
-            kills: Table::new(take("KILLS")?),
-            lineage: Table::new(take("LINEAGE")?),
-            dead: Table::new(take("DEAD")?),
-            jobs: Table::new(take("JOBS")?),
-            control: Table::new(take("CONTROL")?),
-            inodes: Table::new(take("INODES")?),
+            counters: Table::new("COUNTERS", take("COUNTERS")?)?,
+            kills: Table::new("KILLS", take("KILLS")?)?,
+            lineage: Table::new("LINEAGE", take("LINEAGE")?)?,
+            dead: Table::new("DEAD", take("DEAD")?)?,
+            jobs: Table::new("JOBS", take("JOBS")?)?,
+            control: Table::new("CONTROL", take("CONTROL")?)?,
+            inodes: Table::new("INODES", take("INODES")?)?,
             cpus,
         })
     }

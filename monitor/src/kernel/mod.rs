@@ -8,11 +8,15 @@ mod error;
 mod lineage;
 mod load;
 mod maps;
+mod offer;
 mod offsets;
+mod pin;
 mod ring;
 mod snapshot;
 mod stats;
 mod sys;
+mod takeover;
+mod trace;
 
 #[cfg(test)]
 mod tests;
@@ -28,9 +32,13 @@ use monitor_abi::{Control, FdRow};
 
 pub use self::error::KernelError;
 use self::lineage::Edit;
+use self::load::Loaded;
 pub use self::load::object_hash;
 use self::maps::Maps;
-use self::offsets::{FILES, Kind, Layout, PROBES};
+pub use self::offer::{Finding, Grade, Offer, bpffs, is_bpffs};
+use self::offsets::{FILES, Kind, Layout, PROBES, SYS_ENTER};
+pub use self::pin::unpin;
+use self::pin::{Pins, Set};
 pub use self::ring::{DRAIN_MAX, Ring};
 pub use self::snapshot::Taken;
 pub use self::stats::{Fill, ProbeStat};
@@ -101,6 +109,9 @@ pub struct Kernel {
     editing: Mutex<()>,
     /// One run of `iter/task_file` at a time: they share the set of inodes.
     looking: Mutex<()>,
+    /// Held for the agent's whole life.
+    pins: Option<Pins>,
+    pinned: bool,
     lineage_max: u32,
     dead_max: u32,
     ticks_per_second: u64,
@@ -113,53 +124,69 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Kernel {
-    /// Loads and attaches everything; records are written from here on. Minimum kernel: 5.10 with BTF.
+    /// Loads and attaches everything, or opens what an earlier agent pinned; records are written from here on. Minimum
+    /// kernel: 5.10 with BTF.
     pub fn start(options: &Options) -> Result<Self, KernelError> {
         in_initial_pid_namespace()?;
         let layout = Layout::read()?;
-        let mut loaded = load::load(options, &layout)?;
-        let events =
-            loaded.maps.iter().position(|(n, _)| *n == "EVENTS").map(|i| loaded.maps.swap_remove(i).1);
+        let sizes = load::sizes(options);
+        let pins = options.bpffs.as_deref();
+        let pins = pins.map(|root| Pins::lock(root, options, &layout, sizes)).transpose()?;
+        let found = pins.as_ref().map(Pins::open).transpose()?.flatten();
+        let pinned = found.is_some();
+        let (mut set, off) = if let Some(set) = found {
+            let off = left_out(&set, &layout);
+            (set, off)
+        } else {
+            let Loaded { maps, programs, off } = load::load(options, &layout, sizes)?;
+            (Set { maps, programs, links: Vec::new() }, off)
+        };
+        // Opened once more for the reader; the pins want every map.
+        let events = set.maps.iter().find(|(n, _)| *n == "EVENTS").map(|(_, fd)| sys::dup(fd.as_fd()));
         let events = events.ok_or_else(|| KernelError::Object("it has no map EVENTS".into()))?;
+        let events = events.map_err(KernelError::io("keep the map EVENTS"))?;
         let gauge = ring::Gauge::new(&events).map_err(KernelError::io("map the ring's positions"))?;
         let ring = ring::open(events).map_err(|e| KernelError::Object(e.to_string()))?;
-        let maps = Maps::new(&mut loaded.maps)?;
+        let maps = Maps::new(&set.maps)?;
         let control = Control { signal_mask: options.signal_mask, trace: options.trace.into(), pad: 0 };
         maps.control.put(&0, &control).map_err(KernelError::io("write the control map"))?;
+        if !pinned {
+            set.links = attach(&set.programs)?;
+            if let Some(p) = &pins {
+                p.keep(&set)?;
+            }
+        }
+        let mut links: BTreeMap<_, _> = set.links.into_iter().collect();
+        let doom = links.remove(SYS_ENTER);
         let lineage_max =
             stats::max_entries(&maps.lineage.fd).map_err(KernelError::io("ask for a map's size"))?;
         let dead_max = stats::max_entries(&maps.dead.fd).map_err(KernelError::io("ask for a map's size"))?;
-        let mut me = Self {
+        let me = Self {
             maps,
-            programs: loaded.programs.into_iter().collect(),
-            links: BTreeMap::new(),
-            off: loaded.off,
+            programs: set.programs.into_iter().collect(),
+            links,
+            off,
             ring: Mutex::new(Some(ring)),
             gauge,
-            doom: Mutex::new(None),
+            doom: Mutex::new(doom),
             editing: Mutex::new(()),
             looking: Mutex::new(()),
+            pins,
+            pinned,
             lineage_max,
             dead_max,
             ticks_per_second: rustix::param::clock_ticks_per_second().max(1),
             time_offset_ns: time_namespace_offset(),
         };
-        me.attach()?;
+        me.take_over_all()?;
+        me.attach_while_doomed().map_err(KernelError::io("see to the dooms that were in force"))?;
         Ok(me)
     }
 
-    fn attach(&mut self) -> Result<(), KernelError> {
-        for probe in PROBES.iter().filter(|p| !p.on_demand) {
-            let Some(program) = self.programs.get(probe.name) else { continue };
-            let (to, link) = match probe.kind {
-                Kind::Tracepoint(tp) => (tp, sys::attach_tp_btf(program.as_fd())),
-                Kind::Iterator(iter) => (iter, sys::attach_iter(program.as_fd())),
-                Kind::ByHand => continue,
-            };
-            let link = link.map_err(|source| KernelError::Attach { program: probe.name, to, source })?;
-            self.links.insert(probe.name, link);
-        }
-        Ok(())
+    /// Whether an earlier agent's pins were opened: records from before this start are in the ring.
+    #[must_use]
+    pub fn from_pins(&self) -> bool {
+        self.pinned
     }
 
     /// The reader's end of the ring, once; within a tokio runtime.
@@ -212,6 +239,37 @@ impl Kernel {
         }
         Ok(sys::rows_of(&self.read_iter(FILES)?))
     }
+}
+
+/// Attaches what is not attached on demand only.
+fn attach(programs: &[(&'static str, OwnedFd)]) -> Result<Vec<(&'static str, OwnedFd)>, KernelError> {
+    let mut links = Vec::new();
+    for probe in PROBES.iter().filter(|p| !p.on_demand) {
+        let Some((_, program)) = programs.iter().find(|(n, _)| *n == probe.name) else { continue };
+        let (to, link) = match probe.kind {
+            Kind::Tracepoint(tp) => (tp, sys::attach_tp_btf(program.as_fd())),
+            Kind::Iterator(iter) => (iter, sys::attach_iter(program.as_fd())),
+            Kind::ByHand => continue,
+        };
+        let link = link.map_err(|source| KernelError::Attach { program: probe.name, to, source })?;
+        links.push((probe.name, link));
+    }
+    Ok(links)
+}
+
+/// What a pinned set does without, and why.
+fn left_out(set: &Set, layout: &Layout) -> Vec<(&'static str, String)> {
+    PROBES
+        .iter()
+        .filter(|p| !p.is_tracer() && set.programs.iter().all(|(n, _)| *n != p.name))
+        .map(|p| {
+            let why = layout.lacks(p).map_or_else(
+                || "the kernel refused it when this set of pins was made".to_owned(),
+                |field| format!("this kernel has no field {field}"),
+            );
+            (p.name, why)
+        })
+        .collect()
 }
 
 /// `PROC_PID_INIT_INO` in `include/linux/proc_ns.h`.

@@ -103,8 +103,19 @@ pub(super) struct Probe {
     pub(super) needs: &'static [&'static str],
 }
 
+impl Probe {
+    pub(super) fn is_tracer(&self) -> bool {
+        self.name.starts_with("trace_")
+    }
+}
+
 const fn probe(name: &'static str, kind: Kind) -> Probe {
     Probe { name, kind, essential: true, on_demand: false, needs: &[] }
+}
+
+/// A program that only writes lines, while somebody reads them.
+const fn tracer(name: &'static str, tracepoint: &'static str) -> Probe {
+    Probe { essential: false, on_demand: true, ..probe(name, Kind::Tracepoint(tracepoint)) }
 }
 
 pub(super) const FORK: &str = "fork";
@@ -132,10 +143,14 @@ pub(super) const PROBES: &[Probe] = &[
         ..probe(FILES, Kind::Iterator("task_file"))
     },
     probe(EDIT, Kind::ByHand),
+    tracer("trace_fork", "sched_process_fork"),
+    tracer("trace_exec", "sched_process_exec"),
+    tracer("trace_exit", "sched_process_exit"),
+    tracer("trace_free", "sched_process_free"),
 ];
 
 /// Fields that only a probe which can be done without needs.
-fn optional(field: &str) -> bool {
+pub(super) fn optional(field: &str) -> bool {
     PROBES.iter().any(|p| !p.essential && p.needs.contains(&field))
 }
 

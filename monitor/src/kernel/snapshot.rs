@@ -185,7 +185,7 @@ impl Kernel {
                 if key.pid == 0 || !have.insert(key) {
                     break;
                 }
-                let Some(l) = self.maps.dead.get(&key.into())? else { break };
+                let Some(l) = self.lineage_of(key)? else { break };
                 rows.push(Row {
                     key,
                     parent: None,

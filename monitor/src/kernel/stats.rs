@@ -78,6 +78,7 @@ impl Kernel {
     pub fn probes(&self) -> io::Result<Vec<ProbeStat>> {
         PROBES
             .iter()
+            .filter(|p| !p.is_tracer())
             .map(|p| {
                 let info = self.programs.get(p.name).map(|fd| sys::prog_info(fd.as_fd())).transpose()?;
                 let info = info.unwrap_or_default();

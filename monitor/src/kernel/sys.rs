@@ -1,8 +1,6 @@
 //! bpf(2), as far as aya does not reach: objects opened from pins, iterators read more than once, programs run by hand,
 //! a program's recursion misses. Nothing here knows what the maps mean. All of it is in Linux 5.10.
 
-#![expect(dead_code, reason = "pins use the rest")]
-
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -101,8 +99,16 @@ pub(super) fn map_lookup<K: Plain>(map: BorrowedFd<'_>, key: &K, value: &mut [u8
     }
 }
 
-pub(super) fn map_update<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+/// Writes an entry; with `new_only` an entry that is there already stays, and `AlreadyExists` is the error.
+pub(super) fn map_update<K: Plain, V: Plain>(
+    map: BorrowedFd<'_>,
+    key: &K,
+    value: &V,
+    new_only: bool,
+) -> io::Result<()> {
+    const BPF_NOEXIST: u64 = 1;
     let mut a = map_attr(map, std::ptr::from_ref(key).cast(), std::ptr::from_ref(value).cast_mut().cast());
+    a.flags = if new_only { BPF_NOEXIST } else { 0 };
     // SAFETY: key and value are of the map's types; the kernel only reads them.
     unsafe { bpf(Cmd::MapUpdate, &mut a) }.map(drop)
 }

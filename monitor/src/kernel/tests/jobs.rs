@@ -1,0 +1,335 @@
+//! Jobs in the kernel's maps: labelling, inheritance, sparing, doom. Only processes that the test started are touched.
+
+use std::collections::HashSet;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::process::Stdio;
+
+use super::*;
+
+fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + limit;
+    while !done() {
+        assert!(Instant::now() < end, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A shell that does as its stdin says, and dies with its test.
+struct Shell {
+    child: Child,
+    out: BufReader<std::process::ChildStdout>,
+}
+
+impl Shell {
+    fn new() -> Self {
+        let mut child = Child::spawn(
+            Command::new("/bin/sh").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()),
+        );
+        let out = BufReader::new(child.0.stdout.take().unwrap());
+        Self { child, out }
+    }
+    /// Runs a line that prints one line.
+    fn ask(&mut self, line: &str) -> String {
+        writeln!(self.child.0.stdin.as_mut().unwrap(), "{line}").unwrap();
+        let mut answer = String::new();
+        self.out.read_line(&mut answer).unwrap();
+        answer.trim().to_owned()
+    }
+    /// Runs `command` in the background; its pid. It ends by itself within a minute.
+    fn background(&mut self, command: &str) -> u32 {
+        self.ask(&format!("{command} >/dev/null </dev/null & echo $!")).parse().unwrap()
+    }
+    fn key(&self, kernel: &Kernel) -> Key {
+        let pid = self.child.0.id();
+        Key::new(pid, kernel.start_of(pid).unwrap().unwrap())
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        // What it started in the background goes with it.
+        let _ = self.child.0.stdin.as_mut().map(|s| writeln!(s, "kill -9 $(jobs -p) 2>/dev/null; exit"));
+    }
+}
+
+fn pids(kernel: &Kernel, job: u64) -> HashSet<u32> {
+    kernel.members(job).unwrap().into_iter().filter(|m| !m.dead).map(|m| m.key.pid).collect()
+}
+
+#[tokio::test]
+async fn members_by_lineage() {
+    // Started before the probes, as most that is labelled is.
+    let mut shell = Shell::new();
+    let before = shell.background("sleep 60");
+    let Some(kernel) = start("members_by_lineage", &Options::default()) else { return };
+    let root = shell.key(&kernel);
+    let (outer, inner) = (kernel.now(), kernel.now() + 1);
+    kernel.label(outer, 0, root).unwrap();
+    assert_eq!(pids(&kernel, outer), HashSet::from([root.pid, before]));
+    // Forked later: a member by the fork probe, in a session of its own too.
+    let later = shell.background("setsid sleep 60");
+    // Its parent is gone at once.
+    let orphan: u32 = shell.ask("(sleep 60 >/dev/null </dev/null & echo $!)").parse().unwrap();
+    wait_for("the orphan's adoption", Duration::from_secs(10), || {
+        crate::proc::Proc::default().stat(orphan).is_ok_and(|s| s.ppid != root.pid)
+    });
+    let all = HashSet::from([root.pid, before, later, orphan]);
+    assert_eq!(pids(&kernel, outer), all);
+    // An inner job: its members are the outer one's too.
+    let start = kernel.start_of(later).unwrap().unwrap();
+    kernel.label(inner, outer, Key::new(later, start)).unwrap();
+    assert_eq!(pids(&kernel, inner), HashSet::from([later]));
+    assert_eq!(pids(&kernel, outer), all);
+    kernel.forget(inner).unwrap();
+    assert_eq!(pids(&kernel, inner), HashSet::new());
+    assert_eq!(pids(&kernel, outer), all);
+    assert_eq!(kernel.job_numbers().unwrap(), [(outer, 0)]);
+    // SAFETY: started above, and of this test.
+    unsafe { libc::kill(orphan as i32, libc::SIGKILL) };
+}
+
+#[tokio::test]
+async fn a_job_around_a_job() {
+    let Some(kernel) = start("a_job_around_a_job", &Options::default()) else { return };
+    let mut shell = Shell::new();
+    let root = shell.key(&kernel);
+    let child = shell.background("sleep 60");
+    let key = Key::new(child, kernel.start_of(child).unwrap().unwrap());
+    let (inner, outer) = (kernel.now(), kernel.now() + 1);
+    kernel.label(inner, 0, key).unwrap();
+    kernel.label(outer, 0, root).unwrap();
+    assert_eq!(pids(&kernel, inner), HashSet::from([child]));
+    assert_eq!(pids(&kernel, outer), HashSet::from([root.pid, child]));
+    let jobs: HashSet<_> = kernel.job_numbers().unwrap().into_iter().collect();
+    assert_eq!(jobs, HashSet::from([(inner, outer), (outer, 0)]));
+}
+
+#[tokio::test]
+async fn lineage_through_the_dead() {
+    let Some(kernel) = start("lineage_through_the_dead", &Options::default()) else { return };
+    let mut shell = Shell::new();
+    let root = shell.key(&kernel);
+    let orphan: u32 = shell.ask("(sleep 60 >/dev/null </dev/null & echo $!)").parse().unwrap();
+    let key = Key::new(orphan, kernel.start_of(orphan).unwrap().unwrap());
+    let middle = kernel.lineage_parent(key).unwrap().unwrap();
+    assert_ne!(middle, root);
+    assert_eq!(kernel.lineage_parent(middle).unwrap(), Some(root));
+    // Whether the middle is freed yet or not, and whoever adopted the orphan.
+    let job = kernel.now();
+    kernel.label(job, 0, root).unwrap();
+    assert_eq!(pids(&kernel, job), HashSet::from([root.pid, orphan]));
+    // SAFETY: started above, and of this test.
+    unsafe { libc::kill(orphan as i32, libc::SIGKILL) };
+}
+
+#[tokio::test]
+async fn the_spare_flag_is_inherited() {
+    let Some(kernel) = start("the_spare_flag_is_inherited", &Options::default()) else { return };
+    let mut shell = Shell::new();
+    let root = shell.key(&kernel);
+    let job = kernel.now();
+    kernel.label(job, 0, root).unwrap();
+    kernel.spare(root).unwrap();
+    let child = shell.background("sleep 60");
+    let spared = |pid| kernel.members(job).unwrap().iter().any(|m| m.key.pid == pid && m.spared);
+    assert!(spared(root.pid) && spared(child));
+    kernel.unspare(root).unwrap();
+    assert!(!spared(root.pid) && spared(child));
+}
+
+#[tokio::test]
+async fn who_holds_a_pipe() {
+    let Some(kernel) = start("who_holds_a_pipe", &Options::default()) else { return };
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    let inode = rustix::fs::fstat(&reader).unwrap().st_ino;
+    let mut child = Child::spawn(Command::new("/bin/sleep").arg("60").stderr(writer));
+    let rows = kernel.holders(&[inode]).unwrap();
+    let of = |pid: u32| {
+        rows.iter().filter(|r| r.key.tgid == pid).map(|r| (r.fd, r.mode & 3)).collect::<HashSet<_>>()
+    };
+    assert_eq!(of(child.0.id()), HashSet::from([(2, 2)]));
+    assert!(of(std::process::id()).contains(&(reader.as_raw_fd() as u32, 1)));
+    assert!(rows.iter().all(|r| r.inode == inode));
+    child.end();
+    let after = kernel.holders(&[inode]).unwrap();
+    assert!(after.iter().all(|r| r.key.tgid != child.0.id()));
+}
+
+/// Chains in which each process forks its successor and exits, until it is killed or `seconds` are over.
+fn start_chains(n: u32, seconds: i64) -> (i32, std::os::fd::OwnedFd) {
+    let (go_read, go) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    let (read_fd, write_fd) = (go_read.as_raw_fd(), go.as_raw_fd());
+    // SAFETY: the children call nothing but system calls.
+    unsafe {
+        let root = libc::fork();
+        if root != 0 {
+            return (root, go);
+        }
+        libc::close(write_fd);
+        let mut byte = 0_u8;
+        libc::read(read_fd, std::ptr::from_mut(&mut byte).cast(), 1);
+        let now = || {
+            let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+            libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut t);
+            t.tv_sec
+        };
+        let end = now() + seconds;
+        for _ in 0..n {
+            if libc::fork() == 0 {
+                while now() < end {
+                    match libc::fork() {
+                        0 => {}
+                        _ => libc::_exit(0),
+                    }
+                }
+                libc::_exit(0);
+            }
+        }
+        libc::_exit(0);
+    }
+}
+
+#[tokio::test]
+async fn doom_ends_chains_and_nobody_else() {
+    let Some(kernel) = start("doom_ends_chains_and_nobody_else", &Options::default()) else { return };
+    let (root, go) = start_chains(5, 60);
+    let (stranger, _stays) = start_chains(0, 60);
+    let key = Key::new(root as u32, kernel.start_of(root as u32).unwrap().unwrap());
+    let job = kernel.now();
+    kernel.label(job, 0, key).unwrap();
+    // Written rather than closed: the stranger was forked with a copy of the writing end.
+    rustix::io::write(&go, b"g").unwrap();
+    wait_for("the chains", Duration::from_secs(20), || {
+        let members = kernel.members(job).unwrap();
+        members.iter().any(|m| m.key.start > key.start && !m.dead)
+    });
+    assert!(!kernel.doom_attached());
+    kernel.doom(job, kernel.now() + 60_000_000_000).unwrap();
+    assert!(kernel.doom_attached());
+    wait_for("the chains' end", Duration::from_secs(30), || pids(&kernel, job).is_empty());
+    let kills = kernel.kills().unwrap();
+    assert!(kills.ok >= 5, "{kills:?}");
+    assert_eq!((kills.busy, kills.perm, kills.other), (0, 0, 0));
+    kernel.undoom(job).unwrap();
+    assert!(!kernel.doom_attached());
+    // SAFETY: both were forked above; the stranger is still in its read.
+    unsafe {
+        assert_eq!(libc::kill(stranger, 0), 0);
+        assert_eq!(libc::waitpid(stranger, std::ptr::null_mut(), libc::WNOHANG), 0);
+        libc::kill(stranger, libc::SIGKILL);
+        libc::waitpid(stranger, std::ptr::null_mut(), 0);
+        libc::waitpid(root, std::ptr::null_mut(), 0);
+    }
+}
+
+#[tokio::test]
+async fn doom_passes_over_the_spared_and_expires() {
+    let Some(kernel) = start("doom_passes_over_the_spared_and_expires", &Options::default()) else { return };
+    let mut shell = Shell::new();
+    let root = shell.key(&kernel);
+    let (outer, inner) = (kernel.now(), kernel.now() + 1);
+    kernel.label(outer, 0, root).unwrap();
+    kernel.spare(root).unwrap();
+    kernel.doom(outer, kernel.now() + 60_000_000_000).unwrap();
+    // It enters system calls, and is still there; so is what it forks.
+    assert_eq!(shell.ask("echo $(echo alive)"), "alive");
+    kernel.undoom(outer).unwrap();
+    kernel.unspare(root).unwrap();
+    // A doom that has expired kills nobody.
+    kernel.doom(outer, kernel.now() - 1).unwrap();
+    assert!(!kernel.doom_attached());
+    assert_eq!(shell.ask("echo alive"), "alive");
+    // The doom of the outer job takes the inner one's members.
+    kernel.label(inner, outer, root).unwrap();
+    kernel.doom(outer, kernel.now() + 60_000_000_000).unwrap();
+    let _ = writeln!(shell.child.0.stdin.as_mut().unwrap(), "echo dead");
+    wait_for("the shell's end", Duration::from_secs(30), || pids(&kernel, inner).is_empty());
+    kernel.undoom(outer).unwrap();
+    assert!(kernel.doom(outer + 7, 1).is_err());
+    kernel.undoom(outer + 7).unwrap();
+}
+
+/// A bpffs of the test's own, unmounted when it ends.
+struct OwnBpffs(tempfile::TempDir);
+
+impl OwnBpffs {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+    fn options(&self) -> Options {
+        Options { bpffs: Some(self.0.path().to_owned()), ..Options::default() }
+    }
+}
+
+impl Drop for OwnBpffs {
+    fn drop(&mut self) {
+        let _ = unpin(self.0.path());
+        let path = std::ffi::CString::new(self.0.path().as_os_str().as_encoded_bytes()).unwrap();
+        // SAFETY: mounted by this test.
+        unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+    }
+}
+
+#[tokio::test]
+async fn pins_go_on_while_the_agent_is_down() {
+    let bpffs = OwnBpffs::new();
+    let Some(first) = start("pins_go_on_while_the_agent_is_down", &bpffs.options()) else { return };
+    assert!(!first.from_pins());
+    assert!(matches!(Kernel::start(&bpffs.options()), Err(KernelError::Locked { .. })));
+    assert!(matches!(unpin(bpffs.0.path()), Err(KernelError::Locked { .. })));
+    let mut shell = Shell::new();
+    let root = shell.key(&first);
+    let job = first.now();
+    first.label(job, 0, root).unwrap();
+    drop(first);
+    // Nobody reads; the fork probe still hands the job down, and the records wait in the ring.
+    let child = shell.background("sleep 60");
+    let second = Kernel::start(&bpffs.options()).unwrap();
+    assert!(second.from_pins());
+    assert_eq!(pids(&second, job), HashSet::from([root.pid, child]));
+    let mut ring = second.take_ring().unwrap();
+    let mut forked = false;
+    ring.drain(&mut |b| {
+        let e = decode(b).unwrap();
+        forked |= e.process.pid == child && matches!(e.body, Body::Fork { job: j, .. } if j == job);
+    });
+    assert!(forked);
+    drop((second, ring));
+    // Another layout: beside, copied, and the old one gone.
+    let other = Options { dead_entries: Some(1024), ..bpffs.options() };
+    let third = Kernel::start(&other).unwrap();
+    assert!(!third.from_pins());
+    assert_eq!(pids(&third, job), HashSet::from([root.pid, child]));
+    assert_eq!(
+        third.lineage_parent(Key::new(child, third.start_of(child).unwrap().unwrap())).unwrap(),
+        Some(root)
+    );
+    assert_eq!(std::fs::read_dir(bpffs.0.path().join("jobwarden")).unwrap().count(), 1);
+    drop(third);
+    assert!(unpin(bpffs.0.path()).unwrap() > 20);
+    assert_eq!(unpin(bpffs.0.path()).unwrap(), 0);
+}
+
+#[tokio::test]
+async fn foreign_pins_are_told_and_left() {
+    let bpffs = OwnBpffs::new();
+    let Some(first) = start("foreign_pins_are_told_and_left", &bpffs.options()) else { return };
+    drop(first);
+    let folder = bpffs.0.path().join("jobwarden");
+    let set = std::fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
+    // Not whole.
+    std::fs::rename(set.join("link_fork"), set.join("kept")).unwrap();
+    let told = Kernel::start(&bpffs.options()).map(drop).unwrap_err().to_string();
+    assert!(told.contains("not whole") && told.contains("jobwarden unpin"), "{told}");
+    std::fs::rename(set.join("kept"), set.join("link_fork")).unwrap();
+    // A map of other sizes in the place of one.
+    std::fs::remove_file(set.join("map_JOBS")).unwrap();
+    std::fs::rename(set.join("map_INODES"), set.join("map_JOBS")).unwrap();
+    assert!(Kernel::start(&bpffs.options()).is_err());
+    // A set that was cut off while it was made is not taken for one.
+    assert!(unpin(bpffs.0.path()).unwrap() > 0);
+    std::fs::create_dir_all(folder.join("unfinished-v2-0")).unwrap();
+    assert!(!Kernel::start(&bpffs.options()).unwrap().from_pins());
+    assert!(!folder.join("unfinished-v2-0").exists());
+}

@@ -59,6 +59,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         );
     }
     install_peers();
+    let _tracefs = watch::Tracefs::mounted();
     let scale = if args.short { SHORT } else { FULL };
     let binary = cargo::jobwarden(if args.short { "dev" } else { "release" })?;
     let rows = rows::all(&binary, scale);

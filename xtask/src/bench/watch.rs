@@ -170,6 +170,28 @@ fn terminate(child: &mut Child) {
     let _ = child.wait();
 }
 
+/// tracefs, without which the peers find no tracepoint: mounted where it is not, unmounted when dropped.
+pub(super) struct Tracefs(bool);
+
+const TRACEFS: &str = "/sys/kernel/tracing";
+
+impl Tracefs {
+    pub(super) fn mounted() -> Self {
+        let there = Path::new(TRACEFS).join("events").exists();
+        let mount = || Command::new("mount").args(["-t", "tracefs", "tracefs", TRACEFS]).status();
+        Self(!there && mount().is_ok_and(|s| s.success()))
+    }
+}
+
+impl Drop for Tracefs {
+    fn drop(&mut self) {
+        if self.0 {
+            // A peer that still holds it open is being stopped; then it stays, which harms nobody.
+            let _ = Command::new("umount").arg(TRACEFS).status();
+        }
+    }
+}
+
 /// Debian's libbpf-tools are in /usr/sbin.
 pub(super) fn located(program: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";

@@ -133,7 +133,9 @@ impl Forest {
         let parent = row.parent.and_then(|k| self.named(k, now));
         let old = self.node(i).parent;
         if !self.node(i).flags.has(Flags::LINEAGE) {
-            let sure = row.lineage.filter(|l| !l.mended || row.parent != Some(l.parent));
+            // Pid 0 (an entry mended for PID 1 or kthreadd has it) is no process.
+            let named = row.lineage.filter(|l| l.parent.pid != 0);
+            let sure = named.filter(|l| !l.mended || row.parent != Some(l.parent));
             if let Some(l) = sure {
                 // Older than the snapshot, in no row and never heard of: it is dead, and only its key is known.
                 let dead = self.find(l.parent).is_none() && l.parent.start < t0;

@@ -33,7 +33,9 @@ pub fn jobs(jobs: &Jobs, now: SystemTime, style: Style) -> String {
 }
 
 fn left(j: &Job, now: SystemTime) -> (Paint, String) {
-    let Some(over) = j.deadline.as_deref().and_then(|d| between(d, now)) else {
+    // One that is over has no time left to speak of.
+    let deadline = j.deadline.as_deref().filter(|_| j.state != JobState::Done);
+    let Some(over) = deadline.and_then(|d| between(d, now)) else {
         return (Paint::Dim, "-".into());
     };
     if over > 0.0 { (Paint::Bad, format!("-{}", age(over))) } else { (Paint::Plain, age(-over)) }

@@ -148,7 +148,9 @@ impl Family<'_> {
             told.lines.push(format!("{name}{by} was not sent to {who}."));
             told.evidence.push(note(format!("{name} was not seen to be sent to {who}")));
         }
-        let siblings = self.q.family.iter().filter(|p| p.id != me.id && Some(p.id) != parent.map(|p| p.id));
+        // Those above it sent the signal, or were not meant by it.
+        let above = self.ancestors(me.id);
+        let siblings = self.q.family.iter().filter(|p| p.id != me.id && !above.contains(&p.id));
         let siblings = siblings.filter(|p| !me.jobs.is_empty() && p.jobs.iter().any(|j| me.jobs.contains(j)));
         let (with, without): (Vec<_>, Vec<_>) = siblings.partition(|p| got(p));
         for p in with.into_iter().take(OTHERS) {
@@ -179,6 +181,7 @@ impl Family<'_> {
         let mut unread = Vec::new();
         super::ends::attach(self, stat, self.q.subject.id, &mut refs, &mut unread);
         let mut asked: Vec<u32> = Vec::new();
+        let mut waiters: Vec<Waiter> = Vec::new();
         for end in &ends {
             for h in &end.holders {
                 if asked.contains(&h.who.pid) || asked.len() == WAITERS || self.late() {
@@ -186,46 +189,55 @@ impl Family<'_> {
                 }
                 asked.push(h.who.pid);
                 if let Ok(look) = self.look(h.who.pid, self.q.subject.id) {
-                    self.waiter(stat, &ends, &look, told);
+                    waiters.extend(self.waiter(stat, &ends, &look));
                 }
             }
+        }
+        // Who reads this one file is stuck; who watches a set may be a log collector at its work.
+        waiters.sort_by_key(|w| !w.direct);
+        for w in waiters {
+            told.lines.push(w.line);
+            told.evidence.extend(w.evidence);
         }
         told.evidence.extend(unread.into_iter().map(|u| note(format!("could not be read: {u}"))));
     }
 
-    fn waiter(&self, orphan: &Stat, ends: &[End], look: &Look, told: &mut Told) {
-        for t in &look.threads {
-            let Doing::Files { ends: waits, .. } = &t.doing else { continue };
+    fn waiter(&self, orphan: &Stat, ends: &[End], look: &Look) -> Option<Waiter> {
+        look.threads.iter().find_map(|t| {
+            let Doing::Files { ends: waits, direct } = &t.doing else { return None };
             let on_it = |w: &&End| w.holders.iter().any(|h| h.who.pid == orphan.pid);
-            let Some(w) = verdict::pipes(waits).find(on_it) else { continue };
-            let held = w.holders.iter().find(|h| h.who.pid == orphan.pid);
-            let fd = held.map_or(0, |h| h.fd);
-            if told.lines.len() < 3 {
-                let call = t.syscall.as_deref().unwrap_or("a system call");
-                let who = short(&look.who);
-                told.lines.push(format!("{who} waits for it in {call} on fd {} ({}).", w.fd, w.link));
-            }
-            told.evidence.push(Evidence::Blocked {
-                process: Some(look.who.clone()),
-                thread: t.tid,
-                syscall: t.syscall.clone().unwrap_or_default(),
-                fd: Some(w.fd),
-                inode: Some(w.link.to_string()),
-            });
-            let mode = held.map_or("rw", |h| h.mode).to_owned();
-            told.evidence.push(Evidence::Holder {
-                process: self.name_of(orphan),
-                fd,
-                mode,
-                inode: ends
-                    .iter()
-                    .find(|e| e.fd == fd)
-                    .map_or_else(|| w.link.to_string(), |e| e.link.to_string()),
-                relation: "this orphan".into(),
-            });
-            return;
-        }
+            let w = verdict::pipes(waits).find(on_it)?;
+            let held = w.holders.iter().find(|h| h.who.pid == orphan.pid)?;
+            let call = t.syscall.clone().unwrap_or_default();
+            let line = format!("{} waits for it in {call} on fd {} ({}).", short(&look.who), w.fd, w.link);
+            let mine = ends.iter().find(|e| e.fd == held.fd).map_or(&w.link, |e| &e.link);
+            let evidence = [
+                Evidence::Blocked {
+                    process: Some(look.who.clone()),
+                    thread: t.tid,
+                    syscall: call,
+                    fd: Some(w.fd),
+                    inode: Some(w.link.to_string()),
+                },
+                Evidence::Holder {
+                    process: self.name_of(orphan),
+                    fd: held.fd,
+                    mode: held.mode.to_owned(),
+                    inode: mine.to_string(),
+                    relation: "this orphan".into(),
+                },
+            ];
+            Some(Waiter { direct: *direct, line, evidence })
+        })
     }
+}
+
+/// Somebody who waits for the orphan to close its end.
+struct Waiter {
+    /// For this file only.
+    direct: bool,
+    line: String,
+    evidence: [Evidence; 2],
 }
 
 fn defies(s: &Status, signal: u8) -> &'static str {

@@ -35,8 +35,11 @@ const WAIT: &str = "time.sleep(300)";
 fn the_signal_went_to_the_parent_only() {
     let (made, child, parent) = orphaned("        pass", WAIT);
     let me = process(std::process::id(), None);
-    let sibling = process(made.child.id(), None);
-    let mut q = question(child.clone(), vec![parent.clone(), sibling]);
+    let top = process(made.child.id(), None);
+    // Another member that is there, though no child of the dead one.
+    let sibling = process(made.child.id(), Some(Key::new(3, 3)));
+    let sibling = Process { id: Key { start: sibling.id.start + 1, ..sibling.id }, ..sibling };
+    let mut q = question(child.clone(), vec![parent.clone(), top, sibling]);
     let root = q.family[1].id;
     in_job(&mut q, root);
     q.signals.push(sent(15, &me, &parent, SignalResult::Delivered));

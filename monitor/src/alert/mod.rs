@@ -108,9 +108,11 @@ struct Running {
     task: JoinHandle<()>,
 }
 
-/// Whether each receiver of `cfg` can be used here: its certificates and secrets are there. Opens no connection.
-pub fn check(cfg: &Config) -> Result<(), TargetError> {
-    cfg.receivers.iter().try_for_each(|r| Target::new(r).map(drop))
+/// Why receivers of `cfg` cannot be used here: certificates or secrets are missing. [`Center::start`] would refuse the first
+/// of them. Opens no connection.
+#[must_use]
+pub fn check(cfg: &Config) -> Vec<TargetError> {
+    cfg.receivers.iter().filter_map(|r| Target::new(r).err()).collect()
 }
 
 impl Center {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use jobwarden::alert;
 use jobwarden::config::{self, Overrides};
 use jobwarden::render::escape;
 use serde_json::json;
@@ -35,8 +36,11 @@ impl Args {
         }
         let path = self.config.unwrap_or_else(|| config::DEFAULT_PATH.into());
         let there = path.exists();
+        // The file may be meant for another host, so this is no mistake of it.
+        let here: Vec<String> = alert::check(&c).iter().map(ToString::to_string).collect();
         let mut value = json!({
             "valid": true,
+            "warnings": here,
             "config": there.then_some(&path),
             "jobs": c.jobs.len(),
             "receivers": c.receivers.len(),
@@ -46,7 +50,9 @@ impl Args {
         }
         context.show(&value, |_| {
             let what = if there { escape(&path.to_string_lossy()) } else { "no file, the defaults".into() };
-            format!("valid: {what}: {} job rules, {} receivers\n", c.jobs.len(), c.receivers.len())
+            let warning = |w| format!("warning: {}; the agent would not start here\n", escape(w));
+            let warnings: String = here.iter().map(|w| warning(w)).collect();
+            format!("valid: {what}: {} job rules, {} receivers\n{warnings}", c.jobs.len(), c.receivers.len())
         })?;
         Ok(ExitCode::SUCCESS)
     }

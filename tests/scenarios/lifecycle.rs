@@ -416,7 +416,7 @@ fn a_chain_of_forkers_keeps_its_root() -> Result<()> {
     let p = agent.process_when(last, "in the job of a root 200 generations away", |p| p.job.is_some())?;
     assert_eq!(p.job.map(|j| j.root.pid), Some(root));
     // At most 64 dead ancestors a chain: the root and the nearest.
-    eventually("few of the dead are kept", ms(10_000), || {
+    eventually("few of the dead are kept", ms(30_000), || {
         let tree = agent.tree()?;
         let kept = tree.processes.iter().filter(|q| q.jobs == p.jobs && q.state == State::Gone).count();
         // Until its adopter reaps it, a dead one is a zombie.

@@ -248,7 +248,7 @@ impl<'g> Agent<'g> {
     fn end(&mut self) -> Result<()> {
         let Some((mut child, fd)) = self.child.take() else { return Ok(()) };
         let sent = pidfd_send_signal(&fd, Signal::TERM);
-        let ended = eventually("end of the agent", ms(5000), || child.try_wait()?.context("it still runs"));
+        let ended = eventually("end of the agent", ms(10_000), || child.try_wait()?.context("it still runs"));
         if ended.is_err() {
             child.kill()?;
             child.wait()?;

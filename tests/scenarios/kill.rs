@@ -79,9 +79,14 @@ fn a_thousand_that_ignore_sigterm() -> Result<()> {
 #[test]
 fn twenty_chains_that_fork_and_exit() -> Result<()> {
     let ground = ground!("twenty_chains_that_fork_and_exit");
+    let Some(limit) = Limit::new(&ground, 500) else {
+        skip!(
+            "twenty_chains_that_fork_and_exit: no pids controller here, and the dead would use up the host's pids"
+        );
+    };
     let agent = Agent::start(&ground, &rule(&ground, "chains", "bomb chains", ""))?;
     let beside = control(&ground)?;
-    let mut s = Shape::start(&ground, "bomb", &["chains", "20", "20"])?;
+    let mut s = bomb(&ground, &limit, &["chains", "20", "20"])?;
     s.fact::<u32>("started")?;
     let target = job(&agent, s.pid())?;
     pause(300);
@@ -119,21 +124,26 @@ impl Drop for Limit {
     }
 }
 
+/// A bomb that is within the limit from its first instruction.
+fn bomb(ground: &Ground, limit: &Limit, args: &[&str]) -> Result<Shape> {
+    use std::os::unix::process::CommandExt as _;
+    let mut c = ground.command(jobwarden_tests::ground::program("shape-bomb")?);
+    c.args(args).arg(&ground.tag);
+    let procs = limit.0.join("cgroup.procs");
+    // SAFETY: the child has one thread; open, write and close are all that happens.
+    unsafe { c.pre_exec(move || std::fs::write(&procs, "0")) };
+    Shape::spawn("bomb", c)
+}
+
 #[test]
 fn a_fork_bomb() -> Result<()> {
-    use std::os::unix::process::CommandExt as _;
     let ground = ground!("a_fork_bomb");
     let Some(limit) = Limit::new(&ground, 300) else {
         skip!("a_fork_bomb: no pids controller here, and without a limit no bomb is thrown");
     };
     let agent = Agent::start(&ground, &rule(&ground, "bomb", "bomb tree", ""))?;
     let beside = control(&ground)?;
-    let mut c = ground.command(jobwarden_tests::ground::program("shape-bomb")?);
-    c.args(["tree", "300", "20", &ground.tag]);
-    let procs = limit.0.join("cgroup.procs");
-    // SAFETY: the child has one thread; open, write and close are all that happens.
-    unsafe { c.pre_exec(move || std::fs::write(&procs, "0")) };
-    let mut s = Shape::spawn("bomb", c)?;
+    let mut s = bomb(&ground, &limit, &["tree", "300", "20"])?;
     s.fact::<u32>("started")?;
     let target = job(&agent, s.pid())?;
     pause(300);

@@ -1,10 +1,10 @@
 //! Processes that multiply as fast as they can, until SECONDS after the start: `chains N SECONDS` keeps N chains in which
-//! each process forks one successor and exits; `tree LIMIT SECONDS` forks wherever it may, and is to be run under a
+//! each process forks one successor and exits; `tree LIMIT SECONDS` forks wherever it may. Both are to be run under a
 //! `pids` limit. LIMIT bounds the generations besides.
 
 use std::time::Duration;
 
-use jobwarden_tests::shape::{bounded, disposition, fork, nap, number, quit, say, setsid};
+use jobwarden_tests::shape::{bounded, disposition, fork, nap, number, prctl, quit, say, setsid};
 
 fn now() -> Duration {
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -46,7 +46,11 @@ fn main() {
     bounded();
     let until = now() + Duration::from_secs(number(3, 5));
     disposition(libc::SIGTERM, libc::SIG_IGN);
+    // Who adopts the dead of the chains reaps them at once, or they use up the host's pids.
     disposition(libc::SIGCHLD, libc::SIG_IGN);
+    if !prctl(libc::PR_SET_CHILD_SUBREAPER, 1) {
+        return;
+    }
     let n = number(2, 20);
     if std::env::args().nth(1).as_deref() == Some("chains") {
         for _ in 0..n {

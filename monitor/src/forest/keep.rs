@@ -41,6 +41,9 @@ impl Forest {
             if n.state != State::Gone {
                 continue;
             }
+            // Nobody can reap it any more; the policy has taken note of who could.
+            self.link_parent(i, NONE);
+            let n = self.node(i);
             if n.lchild == NONE && n.pchild == NONE && n.held == 0 {
                 self.remove(i);
             } else if n.lchild != NONE {

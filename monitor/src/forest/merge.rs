@@ -119,8 +119,8 @@ impl Forest {
                 }
             }
             corrected = true;
-        } else if from == State::LeaderExited && to == State::Running {
-            // The exec of another thread was not heard of.
+        } else if from == State::LeaderExited && to == State::Running && self.node(i).since < t0 {
+            // The exec of another thread was not heard of. (A leader that exited since T0 may be younger than the row.)
             self.set_state(i, to, now);
             corrected = true;
         }

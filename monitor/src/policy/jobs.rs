@@ -178,14 +178,13 @@ impl Engine {
             members: Vec::new(),
         };
         let g = self.forest.add_group(outer);
-        self.enroll(g, outer, root);
-        let mut job = Job::new(record.clone());
-        job.root = Some(root);
+        let job = Job { root: Some(root), ..Job::new(record.clone()) };
         self.forest.hold(root);
         if let Some(s) = record.supervisor {
             *self.supervisors.entry(s).or_default() += 1;
         }
         self.jobs.insert(g, job);
+        self.enroll(g, outer, root);
         fx.push(Effect::Job { job: Box::new(record.clone()), label: b.number.is_none() });
         self.set_deadline(g);
         self.watch_orphans(g, now);

@@ -8,6 +8,8 @@ use crate::forest::{Flags, Idx};
 
 /// After the exit, ms; then each second.
 const STEPS: [u64; 5] = [1, 4, 16, 64, 250];
+/// Parts of a second over which refused looks are spread.
+const SPREAD: u32 = 256;
 /// Looks that may come at once.
 const BURST: u64 = 512;
 
@@ -62,20 +64,22 @@ impl Engine {
         if !own && child.is_none() {
             return self.forest.node_mut(i).flags.clear(Flags::LOOKING);
         }
-        if own && self.looks.take(now) {
-            fx.push(Effect::Look(key));
-        }
-        if let Some(c) = child
-            && self.looks.take(now)
-        {
-            fx.push(Effect::Look(self.forest.node(c).key));
+        let whom = [own.then_some(key), child.map(|c| self.forest.node(c).key)];
+        let mut spread = 0;
+        for k in whom.into_iter().flatten() {
+            if self.looks.take(now) {
+                fx.push(Effect::Look(k));
+            } else {
+                // Those who got no turn do not all come back at the same moment.
+                spread = u64::from(i % SPREAD) * SECOND / u64::from(SPREAD);
+            }
         }
         let wait = match STEPS.get(step + 1) {
             Some(next) => (next - STEPS[step]) * MS,
             None => SECOND,
         };
         self.forest.node_mut(i).step = (step + 1).min(STEPS.len()) as u8;
-        self.timers.set(now + wait, Timer::Look(i, generation));
+        self.timers.set(now + wait + spread, Timer::Look(i, generation));
     }
 
     /// A process that is known by name only, or whose parent is not known.

@@ -54,8 +54,8 @@ impl Engine {
         if n.parent == NONE {
             return;
         }
-        let (parent, since) = (self.forest.node(n.parent).key, n.since);
-        self.plan(parent, (since + PENDING.min(self.zombie_after(i))).max(now));
+        let parent = self.forest.node(n.parent).key;
+        self.plan(parent, (self.waits_since(i) + PENDING.min(self.zombie_after(i))).max(now));
     }
 
     fn plan(&mut self, parent: Key, at: u64) {

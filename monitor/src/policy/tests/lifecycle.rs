@@ -276,7 +276,7 @@ fn looks_are_bounded_under_a_flood_of_exits() {
     w.drain();
     w.pass(900_000_000);
     assert!(w.looks as u64 <= 512 + LOOKS_PER_S, "{}", w.looks);
-    w.pass(60 * S);
+    w.pass(20 * S);
     let zombies = w.e.gauges(w.sim.now).processes["zombie"];
     assert_eq!(zombies, 20_000, "all have had their turn");
 }

@@ -1,8 +1,15 @@
 //! The engine against a small kernel. Each file is about one part of the design.
 
+mod jobs;
+mod kills;
 mod lifecycle;
+mod orphans;
+mod random;
+mod restart;
+mod rules;
 
 mod sim;
+mod zombies;
 
 use std::collections::BTreeMap;
 use std::path::Path;

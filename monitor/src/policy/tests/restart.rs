@@ -1,0 +1,206 @@
+use super::*;
+use crate::enforce::Reason;
+
+const RULE: &str = "[enforcement]\nenabled = true\n[[job]]\nname = \"w\"\nmatch = { argv = \"^worker\" }\n\
+                    timeout = \"10s\"\non_timeout = \"kill\"\ngrace = \"3s\"\norphan_after = \"2s\"";
+
+/// Another agent takes over: what is saved is given back, the forest is read anew.
+fn restart(w: &mut World, pinned: bool, down: u64) {
+    w.drain();
+    let jobs = w.e.job_records();
+    let jobs: Vec<JobRecord> = serde_json::from_str(&serde_json::to_string(&jobs).unwrap()).unwrap();
+    let alerts = w.e.alerts(false);
+    let enforcement = w.e.enforcement_state();
+    w.e = Engine::new(settings(), &config(RULE));
+    w.sim.pass(down);
+    w.sim.ring.clear();
+    w.out.clear();
+    let mut fx = Vec::new();
+    w.e.restore_enforcement(enforcement);
+    w.e.restore_jobs(jobs);
+    w.e.restore_alerts(alerts, true, w.sim.now, &mut fx);
+    assert!(fx.is_empty());
+    let s = w.sim.snapshot(pinned);
+    w.merge(s);
+    w.e.ready(w.sim.now, &mut fx);
+    w.answer(fx);
+}
+
+/// Gives the simulated kernel the job's number for all its members, as labelling does.
+fn label(w: &mut World) {
+    for r in w.e.job_records() {
+        for k in w.e.members(r.id) {
+            if let Some(p) = w.sim.procs.get_mut(&k.pid) {
+                p.job = r.number;
+            }
+        }
+    }
+}
+
+#[test]
+fn jobs_and_orphans_made_while_it_was_down() {
+    let mut w = World::new(RULE);
+    let worker = w.sim.spawn(1, "worker");
+    let cmd = w.sim.spawn(worker, "cmd");
+    w.drain();
+    label(&mut w);
+    let id = w.e.jobs()[0].id;
+    // While it is down: a grandchild is born, and its parent dies.
+    let grand = w.sim.fork(cmd);
+    w.sim.end(cmd, 0);
+    w.sim.ring.clear();
+    restart(&mut w, true, S);
+    assert_eq!(w.e.jobs()[0].id, id);
+    assert_eq!(w.e.jobs_of(w.sim.key(grand)), [id]);
+    let p = w.process(w.sim.key(grand)).unwrap();
+    assert!(p.orphan && p.adopter.is_some_and(|a| a.pid == 1));
+    assert_eq!(p.lineage_parent.map(|k| k.pid), Some(cmd), "the kernel's map knew it");
+    assert!(!w.out.iter().any(|f| matches!(f, Effect::Job { label: true, .. })), "the kernel has the job");
+    w.pass(3 * S);
+    assert_eq!(w.firing(), [AlertKind::Orphan]);
+}
+
+#[test]
+fn without_pins_members_keep_their_membership() {
+    let mut w = World::new(RULE);
+    let worker = w.sim.spawn(1, "worker");
+    let cmd = w.sim.spawn(worker, "cmd");
+    w.drain();
+    let id = w.e.jobs()[0].id;
+    let born = w.sim.fork(1);
+    w.sim.ring.clear();
+    restart(&mut w, false, S);
+    assert_eq!(w.e.jobs_of(w.sim.key(cmd)), [id]);
+    assert_eq!(w.e.jobs_of(w.sim.key(worker)), [id]);
+    assert!(w.e.jobs_of(w.sim.key(born)).is_empty());
+    assert_eq!(w.e.jobs().len(), 1);
+    assert!(w.out.iter().any(|f| matches!(f, Effect::Job { label: true, .. })), "the kernel must be told");
+}
+
+#[test]
+fn what_expired_meanwhile_has_one_more_grace() {
+    let mut w = World::new(RULE);
+    w.sim.spawn(1, "worker");
+    w.drain();
+    label(&mut w);
+    restart(&mut w, true, 60 * S);
+    assert_eq!(w.firing(), [AlertKind::JobTimeout]);
+    w.pass(2_900_000_000);
+    assert!(w.kills().is_empty());
+    w.pass(S);
+    let kills = w.kills();
+    assert!(matches!(kills.as_slice(), [k] if k.reason == Reason::Timeout), "{kills:?}");
+}
+
+#[test]
+fn alerts_go_on_or_end() {
+    let mut w = World::new(&format!("{RULE}\nzombie_after = \"2s\""));
+    let worker = w.sim.spawn(1, "worker");
+    let z = w.sim.fork(worker);
+    let other = w.sim.spawn(1, "other");
+    let z2 = w.sim.fork(other);
+    w.sim.die(z, 0);
+    w.sim.die(z2, 0);
+    w.pass(31 * S);
+    label(&mut w);
+    let before = w.e.alerts(false);
+    assert_eq!(before.iter().filter(|a| a.kind == AlertKind::Zombie).count(), 2);
+    w.sim.reap(z2);
+    w.sim.ring.clear();
+    restart(&mut w, true, S);
+    let told = w.told();
+    let [(AlertChange::Resolved, a)] = told.as_slice() else { panic!("{told:?}") };
+    assert!(a.subject.as_ref().unwrap().pid == other && a.summary.contains("down"), "{}", a.summary);
+    let after = w.e.alerts(false);
+    for a in before.iter().filter(|a| a.subject.as_ref().unwrap().pid == worker) {
+        let same = after.iter().find(|b| b.id == a.id).unwrap();
+        assert_eq!((&same.since, &same.labels, same.state), (&a.since, &a.labels, AlertState::Firing));
+    }
+    w.sim.reap(z);
+    w.pass(S);
+    assert!(w.told().iter().any(|(c, a)| *c == AlertChange::Resolved && a.kind == AlertKind::Zombie));
+}
+
+#[test]
+fn another_boot_ends_all_and_the_fuse_stays() {
+    let mut w = World::new(RULE);
+    let mut fx = Vec::new();
+    w.e.events_lost(3, w.sim.now, &mut fx);
+    let alerts = w.e.alerts(false);
+    let mut e = Engine::new(settings(), &config(RULE));
+    e.restore_enforcement(EnforcementState { fuse_open: true, ..EnforcementState::default() });
+    let mut fx = Vec::new();
+    e.restore_alerts(alerts, false, S, &mut fx);
+    let [Effect::Alert { change: AlertChange::Resolved, alert }] = fx.as_slice() else { panic!("{fx:?}") };
+    assert!(alert.summary.contains("booted"), "{}", alert.summary);
+    fx.clear();
+    e.ready(2 * S, &mut fx);
+    assert!(!e.enforcing(2 * S));
+    assert_eq!(e.alerts(false)[0].kind, AlertKind::EnforcementStopped);
+}
+
+#[test]
+fn losses_are_told_and_end() {
+    let mut w = World::new("");
+    let mut fx = Vec::new();
+    w.e.events_lost(3, w.sim.now, &mut fx);
+    w.answer(fx);
+    w.pass(200 * S);
+    w.e.events_lost(2, w.sim.now, &mut Vec::new());
+    assert_eq!(w.e.alerts(false)[0].count, 5);
+    w.pass(299 * S);
+    assert_eq!(w.firing(), [AlertKind::EventsLost]);
+    w.pass(2 * S);
+    assert_eq!(w.firing(), []);
+}
+
+#[test]
+fn a_job_whose_last_known_member_died_is_not_over_while_records_are_lost() {
+    let mut w = World::new(RULE);
+    let worker = w.sim.spawn(1, "worker");
+    w.drain();
+    label(&mut w);
+    // Its child's fork record is lost.
+    let child = w.sim.fork(worker);
+    w.sim.ring.clear();
+    w.sim.end(worker, 0);
+    w.drain();
+    let mut fx = Vec::new();
+    w.e.events_lost(1, w.sim.now, &mut fx);
+    w.answer(fx);
+    w.pass(5 * S);
+    assert!(!w.out.iter().any(|f| matches!(f, Effect::JobEnded(_))));
+    let s = w.sim.snapshot(true);
+    w.merge(s);
+    w.pass(2 * S);
+    assert_eq!(w.e.jobs()[0].processes, 1);
+    assert_eq!(w.e.jobs_of(w.sim.key(child)).len(), 1);
+    assert!(!w.out.iter().any(|f| matches!(f, Effect::JobEnded(_))));
+}
+
+#[test]
+fn conditions_of_the_edge() {
+    let mut w = World::new("");
+    let mut fx = Vec::new();
+    w.e.condition(AlertKind::StorageFailed, Some("disk full".into()), w.sim.now, &mut fx);
+    assert_eq!((w.firing(), w.e.alerts(false)[0].summary.as_str()), (vec![AlertKind::StorageFailed], "disk full"));
+    w.e.condition(AlertKind::StorageFailed, None, w.sim.now, &mut fx);
+    assert_eq!(w.firing(), []);
+    assert_eq!(fx.len(), 2);
+}
+
+#[test]
+fn a_full_forest_says_so() {
+    let mut w = World::unsynced("");
+    let limits = Limits { processes: 10, ..Limits::default() };
+    w.e = Engine::new(Settings { limits, ..settings() }, &config(""));
+    w.sync();
+    let all: Vec<u32> = (0..20).map(|_| w.sim.fork(1)).collect();
+    w.drain();
+    assert_eq!(w.firing(), [AlertKind::Capacity]);
+    let stores = w.e.gauges(w.sim.now).stores;
+    assert_eq!((stores[0].entries, stores[0].max, stores[0].evictions), (10, 10, 11));
+    all.into_iter().for_each(|p| w.sim.end(p, 0));
+    w.pass(11 * S);
+    assert_eq!(w.firing(), []);
+}

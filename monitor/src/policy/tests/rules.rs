@@ -1,0 +1,92 @@
+use super::*;
+
+fn names(w: &World) -> Vec<String> {
+    w.e.jobs().into_iter().map(|j| j.name).collect()
+}
+
+#[test]
+fn first_match_wins_and_the_same_rule_starts_no_second() {
+    let mut w = World::new(
+        "[[job]]\nname = \"one\"\nmatch = { argv = \"^make\" }\n[[job]]\nname = \"two\"\nmatch = { comm = \"^(make|cc)$\" }",
+    );
+    let make = w.sim.spawn(1, "make all");
+    let sub = w.sim.spawn(make, "make sub");
+    let cc = w.sim.spawn(sub, "cc -c x.c");
+    w.drain();
+    assert_eq!(names(&w), ["one", "two"]);
+    let jobs = w.e.jobs_of(w.sim.key(cc));
+    assert_eq!(jobs.iter().map(|j| j.ordinal).collect::<Vec<_>>(), [2, 1], "another rule nests");
+    assert_eq!(w.e.jobs_of(w.sim.key(sub)).len(), 1);
+}
+
+#[test]
+fn of_those_who_run_only_the_topmost_is_a_root() {
+    let mut w = World::unsynced("[[job]]\nname = \"w\"\nmatch = { argv = \"worker\" }");
+    let top = w.sim.spawn(1, "worker");
+    let mid = w.sim.fork(top);
+    let low = w.sim.spawn(mid, "other");
+    let again = w.sim.spawn(low, "worker x");
+    w.sim.ring.clear();
+    w.sync();
+    assert_eq!(names(&w), ["w"]);
+    assert_eq!(w.e.jobs()[0].root, w.sim.key(top));
+    assert_eq!(w.e.jobs_of(w.sim.key(again)).len(), 1);
+    let label = w.out.iter().filter(|f| matches!(f, Effect::Job { label: true, .. })).count();
+    assert_eq!(label, 1);
+    assert!(w.e.job_records()[0].existing);
+}
+
+#[test]
+fn facts_are_asked_for_only_when_a_rule_has_come_that_far() {
+    let mut w = World::new(
+        "[[job]]\nname = \"c\"\nmatch = { comm = \"^job$\", cgroup = \"/docker/\", user = \"1000\" }",
+    );
+    let cgroup = Some(format!("/docker/{}", "a".repeat(64)));
+    let no = w.sim.fork(1);
+    let yes = w.sim.fork(1);
+    w.facts.insert(yes, Facts { cgroup: cgroup.clone(), pid_ns: Some(5), ns_pid: Some(2), ..Facts::default() });
+    w.sim.exec(no, "/bin/other");
+    w.drain();
+    assert_eq!(w.e.process(w.sim.key(no), 0).unwrap().cgroup, None, "never asked");
+    w.sim.exec(yes, "/bin/job");
+    let sibling = w.sim.spawn(1, "/bin/job");
+    w.drain();
+    assert_eq!(w.e.jobs().len(), 1);
+    let p = w.process(w.sim.key(yes)).unwrap();
+    assert_eq!((p.container.unwrap().id.len(), p.cgroup, p.pid_ns, p.ns_pid), (64, cgroup, Some(5), Some(2)));
+    assert!(w.e.jobs_of(w.sim.key(sibling)).is_empty());
+}
+
+#[test]
+fn parent_is_who_forked_it_even_when_dead() {
+    let mut w = World::new("[[job]]\nname = \"p\"\nmatch = { comm = \"^kid$\", parent = { exe = \"/bin/top$\" } }");
+    let top = w.sim.spawn(1, "/bin/top");
+    w.facts.insert(top, Facts { exe: Some(b"/usr/bin/top".to_vec()), ..Facts::default() });
+    let kid = w.sim.fork(top);
+    w.sim.exec(kid, "kid");
+    let stranger = w.sim.spawn(1, "kid");
+    w.drain();
+    assert_eq!(w.e.jobs().len(), 1);
+    assert_eq!(w.e.jobs()[0].root, w.sim.key(kid));
+    assert!(w.e.jobs_of(w.sim.key(stranger)).is_empty());
+}
+
+#[test]
+fn a_new_config_keeps_jobs_and_takes_new_rules() {
+    let mut w = World::new("[[job]]\nname = \"a\"\nmatch = { argv = \"^a\" }\ntimeout = \"10s\"");
+    w.sim.spawn(1, "a");
+    w.sim.spawn(1, "b");
+    w.pass(11 * S);
+    assert_eq!(w.firing(), [AlertKind::JobTimeout]);
+    let mut fx = Vec::new();
+    let new = "[[job]]\nname = \"b\"\nmatch = { argv = \"^b\" }\n\
+               [[job]]\nname = \"a\"\nmatch = { argv = \"^a\" }\ntimeout = \"1h\"";
+    w.e.reload(&config(new), w.sim.now, &mut fx);
+    w.answer(fx);
+    assert_eq!(names(&w), ["a", "b"]);
+    assert_eq!(w.firing(), [], "the deadline has moved");
+    let records = w.e.job_records();
+    assert_eq!((records[0].id.ordinal, records[0].expired), (1, false), "its ID stays");
+    assert_eq!(records[0].deadline, Some(records[0].started + 3600 * S));
+    assert!(records[1].existing);
+}

@@ -58,10 +58,12 @@ impl Forest {
             n.flags.clear(Flags::NAMED);
             (n.uid, n.comm) = (b.uid, b.comm);
         }
-        if n.flags.has(Flags::LINEAGE) {
+        let inferred = n.flags.has(Flags::INFERRED);
+        if n.flags.has(Flags::LINEAGE) && !inferred {
             return;
         }
         n.flags.set(Flags::LINEAGE);
+        n.flags.clear(Flags::INFERRED);
         if b.kernel_thread {
             n.flags.set(Flags::KERNEL);
         }
@@ -71,7 +73,7 @@ impl Forest {
         if !self.node(i).argv.is_known() {
             self.inherit(i, lineage);
         }
-        if self.node(i).group == NONE {
+        if self.node(i).group == NONE || inferred {
             let g = b.group.unwrap_or(self.node(lineage).group);
             self.set_group(i, g);
         }
@@ -138,6 +140,13 @@ impl Forest {
             State::LeaderExited => self.set_state(i, State::Running, at),
             // Said before it died, heard after.
             _ => return,
+        }
+        if self.tombstones.is_some() {
+            if self.execed.len() < self.max_tombstones {
+                self.execed.insert(key);
+            } else {
+                self.overrun = true;
+            }
         }
         let n = self.node_mut(i);
         (n.uid, n.comm) = (uid, comm);

@@ -73,13 +73,19 @@ impl Forest {
         }
         if !self.adopts(parent) && self.node(i).lineage == NONE && !self.descends(parent, i) {
             self.link_lineage(i, parent);
-            self.node_mut(i).flags.set(Flags::LINEAGE);
+            self.inferred(i);
             if self.node(i).group == NONE {
                 let g = self.node(parent).group;
                 self.set_group(i, g);
             }
         }
         self.changes.push(Change::Parent { node: i, from: NONE });
+    }
+
+    pub(super) fn inferred(&mut self, i: Idx) {
+        let n = self.node_mut(i);
+        n.flags.set(Flags::LINEAGE);
+        n.flags.set(Flags::INFERRED);
     }
 
     pub(crate) fn adopts(&self, i: Idx) -> bool {

@@ -22,15 +22,16 @@ impl Forest {
     /// From here on reaps leave tombstones, until `merge`.
     pub(crate) fn snapshot_started(&mut self) {
         self.tombstones = Some(HashSet::default());
+        self.execed = HashSet::default();
         self.overrun = false;
     }
 
     pub(crate) fn tombstones(&self) -> usize {
-        self.tombstones.as_ref().map_or(0, HashSet::len)
+        self.tombstones.as_ref().map_or(0, HashSet::len) + self.execed.len()
     }
 
     pub(crate) fn max_tombstones(&self) -> usize {
-        self.max_tombstones
+        2 * self.max_tombstones
     }
 
     /// `group` tells the group of a job's number. Missing ones are named in `missing`: /proc decides about them.
@@ -43,6 +44,7 @@ impl Forest {
     ) -> Merge {
         let mut m = Merge { rows: s.rows.len(), overrun: self.overrun, ..Merge::default() };
         let dead = self.tombstones.take().unwrap_or_default();
+        let execed = std::mem::take(&mut self.execed);
         let rows = || s.rows.iter().filter(|r| !dead.contains(&r.key));
         m.tombstoned = s.rows.len() - rows().count();
         // First all nodes, then the links between them: rows come in no order.
@@ -58,7 +60,7 @@ impl Forest {
         }
         for row in rows() {
             if let Some(i) = self.find(row.key) {
-                m.corrected += usize::from(self.row(i, row, s.t0, group, now));
+                m.corrected += usize::from(self.row(i, row, s.t0, execed.contains(&row.key), group, now));
             }
         }
         self.inherit_groups(s);
@@ -74,12 +76,13 @@ impl Forest {
         m
     }
 
-    /// One row; whether it corrected what was believed of a known process.
-    fn row(&mut self, i: Idx, row: &Row, t0: u64, group: &dyn Fn(u64) -> Option<Idx>, now: u64) -> bool {
+    /// One row; whether it corrected what was believed of a known process. `execed`: since T0, so what the row says of
+    /// its program may be older.
+    fn row(&mut self, i: Idx, row: &Row, t0: u64, execed: bool, group: &dyn Fn(u64) -> Option<Idx>, now: u64) -> bool {
         let new = self.node(i).flags.has(Flags::NAMED);
         let n = self.node_mut(i);
         n.flags.clear(Flags::NAMED);
-        if rank(n.state) < rank(State::Exiting) || new {
+        if (rank(n.state) < rank(State::Exiting) && !execed) || new {
             n.comm = row.comm;
             n.uid = row.uid.unwrap_or(n.uid);
         }
@@ -89,10 +92,10 @@ impl Forest {
         if row.adopts {
             n.flags.set(Flags::ADOPTS);
         }
-        if let Some(argv) = &row.argv {
+        if let Some(argv) = row.argv.as_ref().filter(|_| !execed) {
             self.set_str(i, |n| &mut n.argv, argv.strip_suffix(&[0]).unwrap_or(argv));
         }
-        if let Some(exe) = &row.exe {
+        if let Some(exe) = row.exe.as_ref().filter(|_| !execed) {
             self.set_str(i, |n| &mut n.exe, exe);
         }
         let mut corrected = self.row_parents(i, row, t0, now);
@@ -104,7 +107,9 @@ impl Forest {
             corrected = true;
         }
         let (from, to) = (self.node(i).state, state(row.state));
-        if rank(to) > rank(from) {
+        // The one way back, the exec of another thread, may have been taken since the row was read.
+        let back = to == State::LeaderExited && execed;
+        if rank(to) > rank(from) && !back {
             let n = self.node_mut(i);
             if rank(to) >= rank(State::Exiting) && row.state != RowState::Gone && row.status != 0 {
                 n.status = row.status;
@@ -132,7 +137,8 @@ impl Forest {
     fn row_parents(&mut self, i: Idx, row: &Row, t0: u64, now: u64) -> bool {
         let parent = row.parent.and_then(|k| self.named(k, now));
         let old = self.node(i).parent;
-        if !self.node(i).flags.has(Flags::LINEAGE) {
+        let flags = self.node(i).flags;
+        if !flags.has(Flags::LINEAGE) || flags.has(Flags::INFERRED) {
             // Pid 0 (an entry mended for PID 1 or kthreadd has it) is no process.
             let named = row.lineage.filter(|l| l.parent.pid != 0);
             let sure = named.filter(|l| !l.mended || row.parent != Some(l.parent));
@@ -143,11 +149,15 @@ impl Forest {
                     && !self.descends(li, i)
                 {
                     self.link_lineage(i, li);
-                    self.node_mut(i).flags.set(Flags::LINEAGE);
+                    let n = self.node_mut(i);
+                    n.flags.set(Flags::LINEAGE);
+                    n.flags.clear(Flags::INFERRED);
                     if dead {
                         self.gone(li, now);
                     }
                 }
+            } else if flags.has(Flags::LINEAGE) {
+                // As inferred before.
             } else if row.parent.is_none() {
                 self.node_mut(i).flags.set(Flags::LINEAGE);
             } else if let Some(p) = parent
@@ -155,7 +165,7 @@ impl Forest {
                 && !self.descends(p, i)
             {
                 self.link_lineage(i, p);
-                self.node_mut(i).flags.set(Flags::LINEAGE);
+                self.inferred(i);
             }
         }
         let Some(p) = parent.filter(|&p| p != i && p != old) else { return false };

@@ -80,6 +80,8 @@ pub(crate) struct Forest {
     queue: Vec<Idx>,
     /// Reaped since the snapshot under way began; None: no snapshot is under way.
     tombstones: Option<HashSet<Key, Fast>>,
+    /// Execed since it began: their rows may be older than that.
+    execed: HashSet<Key, Fast>,
     max_nodes: usize,
     max_tombstones: usize,
     overrun: bool,
@@ -105,6 +107,7 @@ impl Forest {
             changes: Vec::new(),
             queue: Vec::new(),
             tombstones: None,
+            execed: HashSet::default(),
             max_nodes,
             max_tombstones,
             overrun: false,

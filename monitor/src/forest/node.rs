@@ -44,6 +44,9 @@ impl Flags {
     /// A rule waits for its facts.
     pub(crate) const MATCHING: Self = Self(1 << 14);
 
+    /// Its lineage was told by its parent, not by the kernel: a CLONE_PARENT child's is corrected when the kernel speaks.
+    pub(crate) const INFERRED: Self = Self(1 << 15);
+
     pub(crate) const fn has(self, f: Self) -> bool {
         self.0 & f.0 != 0
     }

@@ -248,13 +248,21 @@ impl Forest {
             Sender::Timer | Sender::Kernel => None,
         };
         let sender_comm = sender.map(|s| self.node(s).comm).unwrap_or_default();
-        self.remember(Signal { at, sender: by, sender_comm, target, signal, result, ..Signal::default() });
+        self.remember(Signal {
+            at,
+            sender: by,
+            sender_comm,
+            target,
+            number: signal,
+            result,
+            ..Signal::default()
+        });
     }
 
     /// A SIGKILL from one of our probes; only one that went out counts as a signal.
     pub(crate) fn probe_kill(&mut self, target: Key, result: i32, at: u64) {
         if result == 0 {
-            self.remember(Signal { at, probe: true, target, signal: 9, ..Signal::default() });
+            self.remember(Signal { at, probe: true, target, number: 9, ..Signal::default() });
         }
     }
 

@@ -78,7 +78,15 @@ impl Forest {
 
     /// One row; whether it corrected what was believed of a known process. `execed`: since T0, so what the row says of
     /// its program may be older.
-    fn row(&mut self, i: Idx, row: &Row, t0: u64, execed: bool, group: &dyn Fn(u64) -> Option<Idx>, now: u64) -> bool {
+    fn row(
+        &mut self,
+        i: Idx,
+        row: &Row,
+        t0: u64,
+        execed: bool,
+        group: &dyn Fn(u64) -> Option<Idx>,
+        now: u64,
+    ) -> bool {
         let new = self.node(i).flags.has(Flags::NAMED);
         let n = self.node_mut(i);
         n.flags.clear(Flags::NAMED);

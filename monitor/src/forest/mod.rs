@@ -32,14 +32,7 @@ use crate::key::Key;
 pub(crate) enum Change {
     /// A process that was not known.
     Born(Idx),
-    State {
-        node: Idx,
-        from: State,
-        to: State,
-        /// Since when it was in `from`.
-        since: u64,
-        at: u64,
-    },
+    State(Moved),
     /// Its parent died.
     Orphan(Idx),
     /// Another parent than before.
@@ -50,6 +43,17 @@ pub(crate) enum Change {
     Exec(Idx),
     /// It is known by name only, or its parent is not known: /proc must be asked.
     Ask(Idx),
+}
+
+/// From one state to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Moved {
+    pub(crate) node: Idx,
+    pub(crate) from: State,
+    pub(crate) to: State,
+    /// Since when it was in `from`.
+    pub(crate) since: u64,
+    pub(crate) at: u64,
 }
 
 /// Who sent the signal that killed a process, and its pid namespace if that is not the host's.
@@ -266,7 +270,7 @@ impl Forest {
                 n.since = at;
             }
         });
-        self.changes.push(Change::State { node: i, from, to, since, at });
+        self.changes.push(Change::State(Moved { node: i, from, to, since, at }));
     }
 
     /// Makes `i` a member of `g` (NONE: of none) instead of where it is now.
@@ -343,10 +347,10 @@ impl Forest {
             if next != NONE {
                 self.nodes[next as usize].lprev = prev;
             }
-            if prev != NONE {
-                self.nodes[prev as usize].lnext = next;
-            } else {
+            if prev == NONE {
                 self.nodes[old as usize].lchild = next;
+            } else {
+                self.nodes[prev as usize].lnext = next;
             }
             self.may_go(old);
         }
@@ -368,10 +372,10 @@ impl Forest {
             if next != NONE {
                 self.nodes[next as usize].pprev = prev;
             }
-            if prev != NONE {
-                self.nodes[prev as usize].pnext = next;
-            } else {
+            if prev == NONE {
                 self.nodes[old as usize].pchild = next;
+            } else {
+                self.nodes[prev as usize].pnext = next;
             }
             self.may_go(old);
         }

@@ -16,7 +16,7 @@ pub(crate) struct Signal {
     pub(crate) sender_comm: Comm,
     pub(crate) target: Key,
     pub(crate) target_comm: Comm,
-    pub(crate) signal: u8,
+    pub(crate) number: u8,
     pub(crate) result: SignalResult,
     /// The one before it to the same target; 0 = none.
     pub(super) prev: u32,
@@ -80,7 +80,7 @@ impl Signals {
             let s = self.get(n).filter(|s| s.target == target)?;
             // An overflow or lost info still delivers a plain signal.
             let arrived = !matches!(s.result, SignalResult::Ignored | SignalResult::AlreadyPending);
-            if s.signal == number && arrived {
+            if s.number == number && arrived {
                 return Some(s);
             }
             n = s.prev;
@@ -110,7 +110,7 @@ impl Default for Signal {
             sender_comm: Comm::default(),
             target: Key::default(),
             target_comm: Comm::default(),
-            signal: 0,
+            number: 0,
             result: SignalResult::Delivered,
             prev: 0,
         }
@@ -123,18 +123,18 @@ mod tests {
 
     #[test]
     fn the_killer_is_the_last_that_arrived_and_old_ones_fall_out() {
-        let mut s = Signals::new(3);
-        let t = Key::new(1, 1);
-        let sig = |at, signal, result| Signal { at, signal, result, target: t, ..Signal::default() };
-        let a = s.push(sig(1, 15, SignalResult::Delivered), 0);
-        let b = s.push(sig(2, 15, SignalResult::Ignored), a);
-        assert_eq!(s.last(b, t, 15).map(|s| s.at), Some(1));
-        assert_eq!(s.last(b, t, 9), None);
-        assert_eq!(s.last(b, Key::new(1, 2), 15), None);
-        let c = s.push(sig(3, 2, SignalResult::Delivered), b);
-        let d = s.push(sig(4, 2, SignalResult::Delivered), c);
-        assert_eq!(s.last(d, t, 15), None);
-        assert_eq!((s.len(), s.evicted), (3, 1));
-        assert_eq!(s.last(d, t, 2).map(|s| s.at), Some(4));
+        let mut log = Signals::new(3);
+        let target = Key::new(1, 1);
+        let sig = |at, number, result| Signal { at, target, number, result, ..Signal::default() };
+        let n = log.push(sig(1, 15, SignalResult::Delivered), 0);
+        let n = log.push(sig(2, 15, SignalResult::Ignored), n);
+        assert_eq!(log.last(n, target, 15).map(|s| s.at), Some(1));
+        assert_eq!(log.last(n, target, 9), None);
+        assert_eq!(log.last(n, Key::new(1, 2), 15), None);
+        let n = log.push(sig(3, 2, SignalResult::Delivered), n);
+        let n = log.push(sig(4, 2, SignalResult::Delivered), n);
+        assert_eq!(log.last(n, target, 15), None);
+        assert_eq!((log.len(), log.evicted), (3, 1));
+        assert_eq!(log.last(n, target, 2).map(|s| s.at), Some(4));
     }
 }

@@ -114,12 +114,12 @@ impl Engine {
             h.update(part.as_bytes());
             h.update([0]);
         }
-        h.finalize()[..8].iter().map(|b| format!("{b:02x}")).collect()
+        h.finalize()[..8].iter().fold(String::new(), |id, b| id + &format!("{b:02x}"))
     }
 
     /// The reason holds (again). Pending alerts may become firing, firing ones stay so.
-    pub(super) fn raise(&mut self, name: Name, r: Raise, now: u64, fx: &mut Vec<Effect>) {
-        if !self.alerts.table.contains_key(&name) && !self.enter(name, &r, now, fx) {
+    pub(super) fn raise(&mut self, name: Name, r: &Raise, now: u64, fx: &mut Vec<Effect>) {
+        if !self.alerts.table.contains_key(&name) && !self.enter(name, r, now, fx) {
             return;
         }
         let subject = r.subject.and_then(|i| self.describe(i, now));
@@ -137,7 +137,7 @@ impl Engine {
         match e.alert.state {
             AlertState::Firing => self.update(name, now, fx),
             _ if r.firing => {
-                let labels = self.labels(&self.alerts.table[&name].alert, &r);
+                let labels = self.labels(&self.alerts.table[&name].alert, r);
                 let Some(e) = self.alerts.table.get_mut(&name) else { return };
                 e.alert.state = AlertState::Firing;
                 e.alert.labels = labels;
@@ -335,7 +335,7 @@ impl Engine {
                 AlertKind::EnforcementStopped => self.fuse_alert(now, fx),
                 AlertKind::StorageFailed | AlertKind::Capacity => {
                     let r = Raise { summary: a.summary.clone(), ..Raise::host(now) };
-                    self.raise((a.kind, About::Host), r, now, fx);
+                    self.raise((a.kind, About::Host), &r, now, fx);
                 }
             }
         }

@@ -159,7 +159,7 @@ impl Engine {
     fn seen(&self, s: &Signal) -> SignalSeen {
         SignalSeen {
             at: s.at,
-            signal: s.signal,
+            signal: s.number,
             by: self.by(s),
             sender: s.sender_key().map(|k| self.ref_of_key(k, s.sender_comm)),
             target: self.ref_of_key(s.target, s.target_comm),

@@ -100,7 +100,7 @@ impl Engine {
         let text = summary::timeout(self, g, deadline, kill, now);
         let raise = Raise { since: deadline, summary: text, ..self.about_job(g, now) };
         let Some(number) = self.number(g) else { return };
-        self.raise((AlertKind::JobTimeout, About::Job(number)), raise, now, fx);
+        self.raise((AlertKind::JobTimeout, About::Job(number)), &raise, now, fx);
     }
 
     fn number(&self, g: Idx) -> Option<u64> {
@@ -170,7 +170,7 @@ impl Engine {
         if self.enforcement.state.fuse_open {
             let text = summary::fuse(self.enforcement.max_per_minute);
             let raise = Raise { summary: text, ..Raise::host(now) };
-            self.raise((AlertKind::EnforcementStopped, About::Host), raise, now, fx);
+            self.raise((AlertKind::EnforcementStopped, About::Host), &raise, now, fx);
         }
     }
 
@@ -241,7 +241,7 @@ impl Engine {
             let text = summary::kill_failed(self, g, &format!("{text} ({} kill)", reason.as_str()));
             let mut raise = Raise { summary: text, ..self.about_job(g, now) };
             (raise.count, raise.severity) = (count, None);
-            self.raise(name, raise, now, fx);
+            self.raise(name, &raise, now, fx);
         } else {
             let text = summary::job_over(self, g, "who survived was ended");
             self.clear(name, text, now, fx);
@@ -268,7 +268,7 @@ impl Engine {
                 let text = summary::kill_failed(self, g, "that was before jobwarden's restart");
                 let Some(number) = self.number(g) else { return };
                 let raise = Raise { summary: text, severity: None, ..self.about_job(g, now) };
-                self.raise((kind, About::Job(number)), raise, now, fx);
+                self.raise((kind, About::Job(number)), &raise, now, fx);
             }
             _ => {}
         }

@@ -139,6 +139,7 @@ impl Engine {
     }
 
     /// Merges a snapshot by key. May be called without `snapshot_started` when no event was handed over meanwhile.
+    #[expect(clippy::needless_pass_by_value, reason = "a snapshot is merged once")]
     pub fn snapshot(&mut self, s: Snapshot, now: u64, fx: &mut Vec<Effect>) -> Merge {
         let now = self.later(now);
         self.merge(&s, now, fx)

@@ -87,7 +87,7 @@ impl Engine {
             since,
             summary: summary::orphans(self, g, oldest, orphans.len(), kill.as_deref(), now),
         };
-        self.raise(name, raise, now, fx);
+        self.raise(name, &raise, now, fx);
     }
 
     /// Ends those who have been orphans for long enough, and what descends from them. Says in words what is done or why
@@ -162,14 +162,14 @@ impl Engine {
     /// The session of an orphan whose end is asked for.
     pub(super) fn session_seen(&mut self, key: Key, seen: Seen, now: u64) {
         let Some(i) = self.forest.find(key) else { return };
-        let n = self.forest.node(i);
-        let g = n.group;
-        if g == NONE || !n.flags.has(Flags::ORPHAN) {
+        let node = self.forest.node(i);
+        let g = node.group;
+        if g == NONE || !node.flags.has(Flags::ORPHAN) {
             return;
         }
-        let Seen::Present(l) = seen else { return };
-        let Some(j) = self.jobs.get_mut(g) else { return };
-        if j.record.policy.kill_on_orphan && j.sessions.insert(key, l.session).is_none() {
+        let Seen::Present(look) = seen else { return };
+        let Some(job) = self.jobs.get_mut(g) else { return };
+        if job.record.policy.kill_on_orphan && job.sessions.insert(key, look.session).is_none() {
             let due = n_due(self, i, g);
             self.plan_orphans(g, due.max(now));
         }

@@ -8,7 +8,7 @@ use super::{Effect, Engine, LOSS_OVER, Observation, SECOND, nanos, rules, summar
 use crate::config::Config;
 use crate::contract::{AlertKind, State};
 use crate::event::{Body, Event};
-use crate::forest::{Change, Facts, Flags, Idx, Merge, NONE, Snapshot, apply::Born};
+use crate::forest::{Change, Facts, Flags, Idx, Merge, Moved, NONE, Snapshot, apply::Born};
 
 /// A store that was full has room again when it is filled to less than this, in percent.
 const ROOM: usize = 90;
@@ -65,9 +65,7 @@ impl Engine {
                     self.ask_facts(i, fx);
                 }
             }
-            Change::State { node, from, to, since, at } => {
-                self.moved(node, (from, to), (since, at), now, fx);
-            }
+            Change::State(m) => self.moved(m, now, fx),
             Change::Orphan(i) => self.orphaned(i, now),
             Change::Parent { node, from } => {
                 if self.forest.node(node).state == State::Zombie {
@@ -84,15 +82,8 @@ impl Engine {
         }
     }
 
-    /// From a state that it was in `since`, to another `at` that time.
-    fn moved(
-        &mut self,
-        i: Idx,
-        (from, to): (State, State),
-        (since, at): (u64, u64),
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
+    fn moved(&mut self, m: Moved, now: u64, fx: &mut Vec<Effect>) {
+        let Moved { node: i, from, to, since, at } = m;
         let lived = |s| matches!(s, State::Running | State::LeaderExited);
         if from == State::Zombie {
             self.zombies.remove(&(since, i));
@@ -318,7 +309,7 @@ impl Engine {
         let text = summary::lost(self.lost.0 as usize, now, self.lost.1);
         let raise =
             Raise { count: self.lost.0 as usize, since: self.lost.1, summary: text, ..Raise::host(now) };
-        self.raise((AlertKind::EventsLost, About::Host), raise, now, fx);
+        self.raise((AlertKind::EventsLost, About::Host), &raise, now, fx);
         self.timers.set(now + LOSS_OVER, Timer::LossOver);
     }
 
@@ -342,7 +333,7 @@ impl Engine {
         match wrong {
             Some(text) => {
                 let raise = Raise { summary: text, ..Raise::host(now) };
-                self.raise((kind, About::Host), raise, now, fx);
+                self.raise((kind, About::Host), &raise, now, fx);
             }
             None if kind == AlertKind::Capacity => self.check_room(now, fx),
             None => {
@@ -373,7 +364,7 @@ impl Engine {
         if let Some(store) = self.full(100) {
             let text = format!("jobwarden's table of {store} is full: more are not followed.");
             let raise = Raise { summary: text, ..Raise::host(now) };
-            self.raise(name, raise, now, fx);
+            self.raise(name, &raise, now, fx);
             self.timers.set(now + 10 * SECOND, Timer::Capacity);
         }
     }

@@ -12,7 +12,7 @@ use crate::forest::{Flags, Idx, Node};
 use crate::key::Key;
 use crate::metrics::{self, JobNumbers, StoreNumbers};
 
-const JOB_STATES: [JobState; 5] =
+const STATES: [JobState; 5] =
     [JobState::Running, JobState::Lingering, JobState::Expired, JobState::Killing, JobState::Done];
 
 impl Engine {
@@ -27,7 +27,7 @@ impl Engine {
                 && (!q.orphans || n.orphan())
                 && q.uid.is_none_or(|u| n.uid == u)
         };
-        let whole: HashSet<Idx> = shown.iter().copied().collect();
+        let whole = shown.iter().copied().collect::<HashSet<Idx>>();
         let mut keep: HashSet<Idx> = HashSet::new();
         for &i in shown.iter().filter(|&&i| wanted(self.forest.node(i))) {
             // It and the way to it: as soon as one of the way is kept, so is the rest.
@@ -201,7 +201,7 @@ impl Engine {
             *n.states.entry(metrics::job_state_label(self.state_of(j))).or_default() += 1;
         }
         for n in jobs.values_mut() {
-            for s in JOB_STATES {
+            for s in STATES {
                 n.states.entry(metrics::job_state_label(s)).or_default();
             }
         }

@@ -192,7 +192,7 @@ impl Engine {
             since,
             summary: text,
         };
-        self.raise((AlertKind::Zombie, About::Process(parent)), raise, now, fx);
+        self.raise((AlertKind::Zombie, About::Process(parent)), &raise, now, fx);
     }
 
     fn no_zombies(&mut self, parent: Key, now: u64, fx: &mut Vec<Effect>) {

@@ -118,7 +118,7 @@ fn targets() {
     let a = w.sim.spawn(1, "a");
     let b = w.sim.spawn(1, "b");
     w.drain();
-    let (ka, kb) = (w.sim.key(a), w.sim.key(b));
+    let ka = w.sim.key(a);
     let ja = exec_job(&mut w, a, None, None).id;
     let jb = exec_job(&mut w, b, None, None).id;
     assert_eq!(w.e.resolve(&a.to_string()), Ok(vec![Target::Process(ka)]));

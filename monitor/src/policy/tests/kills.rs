@@ -43,7 +43,10 @@ fn a_deadline_counts_from_the_start_and_ends_the_job() {
     assert_eq!((w.changes(), w.kills().len()), (vec![], 0));
     w.pass(S);
     let kills = w.kills();
-    assert!(matches!(kills.as_slice(), [k] if k.what == What::Whole && k.signal == 15 && k.grace_ns == 3 * S), "{kills:?}");
+    assert!(
+        matches!(kills.as_slice(), [k] if k.what == What::Whole && k.signal == 15 && k.grace_ns == 3 * S),
+        "{kills:?}"
+    );
     let job = &w.e.jobs()[0];
     assert_eq!(job.state, JobState::Killing);
     let a = &w.e.alerts(false)[0];
@@ -73,7 +76,7 @@ fn off_means_told_what_would_be_done_and_on_does_it() {
     assert!(a.summary.contains("would have been ended: enforcement is off"), "{}", a.summary);
     assert_eq!(w.e.jobs()[0].state, JobState::Expired);
     let mut fx = Vec::new();
-    w.e.enforcement(true, Some(Duration::from_secs(60)), w.sim.now, &mut fx);
+    w.e.enforcement(true, Some(Duration::from_mins(1)), w.sim.now, &mut fx);
     assert!(matches!(fx.as_slice(), [Effect::Enforcement(s)] if s.by_operator == Some(true)));
     assert!(w.e.enforcing(w.sim.now));
     w.pass(1);

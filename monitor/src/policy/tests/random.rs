@@ -40,7 +40,8 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn pick(w: &World, n: usize, f: impl Fn(State) -> bool) -> Option<u32> {
-    let all: Vec<u32> = w.sim.procs.values().filter(|p| p.key.pid != 1 && f(p.state)).map(|p| p.key.pid).collect();
+    let all: Vec<u32> =
+        w.sim.procs.values().filter(|p| p.key.pid != 1 && f(p.state)).map(|p| p.key.pid).collect();
     if all.is_empty() { None } else { Some(all[n % all.len()]) }
 }
 
@@ -121,7 +122,9 @@ fn oracle(w: &World) -> Truth {
     let one = |p: &sim::P| {
         let lives = matches!(p.state, State::Running | State::LeaderExited);
         let birth = w.sim.procs.get(&p.birth.pid).filter(|b| b.key == p.birth);
-        let orphan = lives && p.key.pid != 1 && birth.is_none_or(|b| !matches!(b.state, State::Running | State::LeaderExited));
+        let orphan = lives
+            && p.key.pid != 1
+            && birth.is_none_or(|b| !matches!(b.state, State::Running | State::LeaderExited));
         (p.key, (p.state, Some(p.parent), p.lineage, orphan))
     };
     w.sim.procs.values().map(one).collect()

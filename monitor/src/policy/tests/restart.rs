@@ -183,7 +183,10 @@ fn conditions_of_the_edge() {
     let mut w = World::new("");
     let mut fx = Vec::new();
     w.e.condition(AlertKind::StorageFailed, Some("disk full".into()), w.sim.now, &mut fx);
-    assert_eq!((w.firing(), w.e.alerts(false)[0].summary.as_str()), (vec![AlertKind::StorageFailed], "disk full"));
+    assert_eq!(
+        (w.firing(), w.e.alerts(false)[0].summary.as_str()),
+        (vec![AlertKind::StorageFailed], "disk full")
+    );
     w.e.condition(AlertKind::StorageFailed, None, w.sim.now, &mut fx);
     assert_eq!(w.firing(), []);
     assert_eq!(fx.len(), 2);
@@ -200,7 +203,9 @@ fn a_full_forest_says_so() {
     assert_eq!(w.firing(), [AlertKind::Capacity]);
     let stores = w.e.gauges(w.sim.now).stores;
     assert_eq!((stores[0].entries, stores[0].max, stores[0].evictions), (10, 10, 11));
-    all.into_iter().for_each(|p| w.sim.end(p, 0));
+    for p in all {
+        w.sim.end(p, 0);
+    }
     w.pass(11 * S);
     assert_eq!(w.firing(), []);
 }

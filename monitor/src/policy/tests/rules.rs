@@ -44,7 +44,8 @@ fn facts_are_asked_for_only_when_a_rule_has_come_that_far() {
     let cgroup = Some(format!("/docker/{}", "a".repeat(64)));
     let no = w.sim.fork(1);
     let yes = w.sim.fork(1);
-    w.facts.insert(yes, Facts { cgroup: cgroup.clone(), pid_ns: Some(5), ns_pid: Some(2), ..Facts::default() });
+    w.facts
+        .insert(yes, Facts { cgroup: cgroup.clone(), pid_ns: Some(5), ns_pid: Some(2), ..Facts::default() });
     w.sim.exec(no, "/bin/other");
     w.drain();
     assert_eq!(w.e.process(w.sim.key(no), 0).unwrap().cgroup, None, "never asked");
@@ -59,7 +60,8 @@ fn facts_are_asked_for_only_when_a_rule_has_come_that_far() {
 
 #[test]
 fn parent_is_who_forked_it_even_when_dead() {
-    let mut w = World::new("[[job]]\nname = \"p\"\nmatch = { comm = \"^kid$\", parent = { exe = \"/bin/top$\" } }");
+    let mut w =
+        World::new("[[job]]\nname = \"p\"\nmatch = { comm = \"^kid$\", parent = { exe = \"/bin/top$\" } }");
     let top = w.sim.spawn(1, "/bin/top");
     w.facts.insert(top, Facts { exe: Some(b"/usr/bin/top".to_vec()), ..Facts::default() });
     let kid = w.sim.fork(top);

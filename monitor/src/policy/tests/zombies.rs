@@ -25,7 +25,10 @@ fn pending_firing_resolved() {
     assert_eq!((subject.pid, a.count, a.severity, a.job), (worker, 1, Severity::Warning, None));
     assert!(a.summary.contains("worker") && a.summary.contains(&key.to_string()), "{}", a.summary);
     assert_eq!(a.labels["alertname"], "JobwardenZombie");
-    assert_eq!((&a.labels["alert_id"], a.labels["job_name"].as_str(), a.labels["instance"].as_str()), (&a.id, "", "h"));
+    assert_eq!(
+        (&a.labels["alert_id"], a.labels["job_name"].as_str(), a.labels["instance"].as_str()),
+        (&a.id, "", "h")
+    );
     assert_eq!((a.labels["user"].as_str(), a.id.len()), ("1000", 16));
     assert_eq!(w.e.alert_subject(&a.id), Some(key));
     assert_eq!(w.e.question(key, w.sim.now).unwrap().alert, Some(a.id.clone()));
@@ -93,7 +96,9 @@ fn ten_thousand_zombies_of_one_parent_are_one_alert() {
     w.pass(10 * S);
     assert!(w.looks - before <= 16 * 41, "few looks while nothing moves: {}", w.looks - before);
     // All reaped at once, and the records do not come.
-    all.into_iter().for_each(|z| w.sim.reap(z));
+    for z in all {
+        w.sim.reap(z);
+    }
     w.sim.ring.clear();
     w.pass(S);
     assert_eq!(w.changes().last(), Some(&(AlertChange::Resolved, AlertKind::Zombie)));

@@ -141,7 +141,7 @@ impl Forest {
             // Said before it died, heard after.
             _ => return,
         }
-        if self.tombstones.is_some() {
+        if self.tombstones.is_some() && at >= self.t0 {
             if self.execed.len() < self.max_tombstones {
                 self.execed.insert(key);
             } else {

@@ -20,7 +20,8 @@ const fn state(s: RowState) -> State {
 
 impl Forest {
     /// From here on reaps leave tombstones, until `merge`.
-    pub(crate) fn snapshot_started(&mut self) {
+    pub(crate) fn snapshot_started(&mut self, t0: u64) {
+        self.t0 = t0;
         self.tombstones = Some(HashSet::default());
         self.execed = HashSet::default();
         self.overrun = false;

@@ -86,6 +86,8 @@ pub(crate) struct Forest {
     tombstones: Option<HashSet<Key, Fast>>,
     /// Execed since it began: their rows may be older than that.
     execed: HashSet<Key, Fast>,
+    /// When it began.
+    t0: u64,
     max_nodes: usize,
     max_tombstones: usize,
     overrun: bool,
@@ -112,6 +114,7 @@ impl Forest {
             queue: Vec::new(),
             tombstones: None,
             execed: HashSet::default(),
+            t0: 0,
             max_nodes,
             max_tombstones,
             overrun: false,

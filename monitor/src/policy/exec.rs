@@ -11,15 +11,12 @@ impl Engine {
         let now = self.later(now);
         let g = self.jobs.by_id(id).ok_or_else(|| Refused::NoJob(id.to_string()))?;
         let j = self.jobs.get_mut(g).ok_or_else(|| Refused::NoJob(id.to_string()))?;
-        // `supervisors` still counts this job, until it is forgotten: then an unknown supervisor's death is looked for
-        // among the jobs once too often, no more.
-        j.record.supervisor = None;
+        let supervisor = j.record.supervisor.take();
         j.record.deadline = None;
         j.record.policy.orphan_after_ns = None;
         let job = Box::new(j.record.clone());
         fx.push(Effect::Job { job, label: false });
-        self.set_deadline(g);
-        self.watch_orphans(g, now);
+        self.supervisor_left(supervisor);
         Ok(())
     }
 

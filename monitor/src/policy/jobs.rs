@@ -325,7 +325,13 @@ impl Engine {
         if let Some(root) = job.root {
             self.forest.release(root);
         }
-        if let Some(s) = job.record.supervisor
+        self.supervisor_left(job.record.supervisor);
+        self.forest.collect();
+    }
+
+    /// One job less that this process supervises.
+    pub(super) fn supervisor_left(&mut self, s: Option<Key>) {
+        if let Some(s) = s
             && let Some(n) = self.supervisors.get_mut(&s)
         {
             *n -= 1;
@@ -333,7 +339,6 @@ impl Engine {
                 self.supervisors.remove(&s);
             }
         }
-        self.forest.collect();
     }
 
     pub(super) fn extend_job(

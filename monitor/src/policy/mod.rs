@@ -135,7 +135,7 @@ impl Engine {
     /// From here on reaped keys leave tombstones, until `snapshot`. `t0`: boot time before the first row is read.
     pub fn snapshot_started(&mut self, t0: u64) {
         self.later(t0);
-        self.forest.snapshot_started();
+        self.forest.snapshot_started(t0);
     }
 
     /// Merges a snapshot by key. May be called without `snapshot_started` when no event was handed over meanwhile.

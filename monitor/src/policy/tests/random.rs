@@ -164,7 +164,7 @@ fn cases(n: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(cases(400))]
+    #![proptest_config(cases(150))]
 
     /// With every record handed over and /proc answering, the forest is the kernel's truth.
     #[test]

@@ -29,6 +29,8 @@ pub struct Member {
     pub job: u64,
     /// No live thread: a zombie, or exiting.
     pub dead: bool,
+    /// Through with its exit: a zombie. One that is dead and not over may hang in its exit for good.
+    pub over: bool,
     /// Carries the spare flag.
     pub spared: bool,
 }

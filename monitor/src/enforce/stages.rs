@@ -151,7 +151,7 @@ struct Run<'a> {
     sent: Vec<Sent>,
     /// Who had which signal.
     had: HashSet<(Key, u8)>,
-    /// Seen as zombies or ended; a key never lives again.
+    /// Ended by their pidfds' word; a key never lives again.
     over: HashSet<Key>,
     spared: BTreeMap<Key, String>,
     /// Flagged before this order: another order's, or `exec`'s own.
@@ -201,17 +201,9 @@ impl<'a> Run<'a> {
         members(&*self.e.lineage, &self.jobs)
     }
 
-    /// Whether a member that the reading calls dead is through with its exit. One that is not may hang there for good.
-    fn is_over(&mut self, m: &Member) -> bool {
-        if self.over.contains(&m.key) {
-            return true;
-        }
-        let over =
-            m.dead && self.e.proc.stat(m.key.pid).map_or(true, |s| matches!(s.state, b'Z' | b'X' | b'x'));
-        if over {
-            self.over.insert(m.key);
-        }
-        over
+    /// Whether a member has ended, by this reading or by its pidfd.
+    fn is_over(&self, m: &Member) -> bool {
+        m.over || self.over.contains(&m.key)
     }
 
     /// One reading: the members to be ended (root first, then the oldest), and the rails' verdicts.
@@ -486,7 +478,7 @@ impl<'a> Run<'a> {
         Ok(self.outcome(Vec::new(), zombies, &|_, _| SignalledOutcome::DryRun))
     }
 
-    fn zombies(&mut self) -> io::Result<Vec<Ref>> {
+    fn zombies(&self) -> io::Result<Vec<Ref>> {
         let mut all = self.members()?;
         all.retain(|m| self.is_over(m));
         Ok(all.iter().map(|m| self.judge.reference(m)).collect())

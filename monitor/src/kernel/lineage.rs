@@ -320,6 +320,8 @@ fn member(r: &TaskRow) -> Member {
         uid: r.uid,
         job: r.lineage.job,
         dead: r.live == 0,
+        // EXIT_ZOMBIE and EXIT_DEAD, include/linux/sched.h.
+        over: r.live == 0 && r.exit_state & 0x30 != 0,
         spared: r.lineage.flags & LINEAGE_SPARED != 0,
     }
 }

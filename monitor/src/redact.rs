@@ -10,6 +10,8 @@ use crate::contract::{Alert, Cause, EventLine, Evidence, Exit, Process, Ref};
 
 /// What stands in a match's place.
 const MASK: &str = "***";
+/// Bytes of argv in an item of evidence.
+const EVIDENCE_ARGV: usize = 512;
 
 /// The config's patterns. Each is matched against argv joined by one space, so `--password \S+` works whether the
 /// secret is an argument of its own or not. A pattern with groups masks what the groups matched, one without masks
@@ -123,21 +125,27 @@ impl Redactor {
         }
     }
 
+    /// A process in evidence: masked first, then cut, so that no half of a secret escapes its pattern.
+    fn shown(&self, r: &mut Ref) {
+        self.reference(r);
+        r.argv = cut(&r.argv, EVIDENCE_ARGV);
+    }
+
     fn evidence(&self, e: &mut Evidence) {
         match e {
-            Evidence::Blocked { process, .. } => process.iter_mut().for_each(|r| self.reference(r)),
+            Evidence::Blocked { process, .. } => process.iter_mut().for_each(|r| self.shown(r)),
             Evidence::Holder { process, .. }
             | Evidence::Wchan { process, .. }
             | Evidence::Tracer { process }
-            | Evidence::WaitsFor { process } => self.reference(process),
+            | Evidence::WaitsFor { process } => self.shown(process),
             Evidence::Signal { sender, target, .. } => {
                 if let Some(r) = sender {
-                    self.reference(r);
+                    self.shown(r);
                 }
-                self.reference(target);
+                self.shown(target);
             }
             Evidence::ParentExit { process, exit } => {
-                self.reference(process);
+                self.shown(process);
                 self.exit(exit);
             }
             Evidence::Python { source, .. } => source.iter_mut().for_each(|s| self.string(s)),
@@ -214,6 +222,17 @@ mod tests {
             let v = argv(&["S3 ?CRET"], &[&joined[0], &joined[1]]);
             assert!(!v.concat().contains("S3CRET"), "{v:?}");
         }
+    }
+
+    #[test]
+    fn evidence_is_masked_before_it_is_cut() {
+        let secret = "A".repeat(20);
+        let argv = vec!["x".repeat(EVIDENCE_ARGV - 10), secret.clone()];
+        let process = Ref { id: crate::key::Key::new(1, 1), pid: 1, comm: "x".into(), argv };
+        let mut e = Evidence::WaitsFor { process };
+        Redactor::new(vec![Regex::new("A{20}").unwrap()]).evidence(&mut e);
+        let Evidence::WaitsFor { process } = e else { panic!("another kind") };
+        assert_eq!(process.argv[1], MASK);
     }
 
     #[test]

@@ -164,8 +164,7 @@ impl Family<'_> {
         if matches!(p.state, State::Running | State::LeaderExited) {
             return Vec::new();
         }
-        let mut v =
-            vec![Evidence::ParentExit { process: super::family::cut(p.to_ref()), exit: p.exit.clone() }];
+        let mut v = vec![Evidence::ParentExit { process: p.to_ref(), exit: p.exit.clone() }];
         v.extend(self.signals_to(key, terminating).into_iter().map(|s| self.signal(s)));
         v
     }

@@ -11,8 +11,6 @@ use crate::proc::{Proc, Stat};
 
 /// Ancestors that are followed, as many as the forest keeps.
 const ANCESTORS: usize = 64;
-/// Bytes of argv in evidence.
-const ARGV_MAX: usize = 512;
 
 /// All that one `explain` reads from.
 pub(super) struct Family<'a> {
@@ -69,11 +67,11 @@ impl<'a> Family<'a> {
         if let Some(p) = self.known(stat)
             && !p.argv.is_empty()
         {
-            return Ref { comm: text(stat.comm.bytes()), ..cut(p.to_ref()) };
+            return Ref { comm: text(stat.comm.bytes()), ..p.to_ref() };
         }
         let argv = self.proc.argv(stat.pid).unwrap_or_default();
         let argv = argv.iter().map(|a| text(a)).collect();
-        cut(Ref { id: self.key(stat), pid: stat.pid, comm: text(stat.comm.bytes()), argv })
+        Ref { id: self.key(stat), pid: stat.pid, comm: text(stat.comm.bytes()), argv }
     }
 
     /// Names the tracer by what TracerPid says: the thread that traces.
@@ -87,7 +85,7 @@ impl<'a> Family<'a> {
     /// By key, if it is known, whether it lives or not.
     pub(super) fn name_key(&self, key: Key) -> Option<Ref> {
         if let Some(p) = self.q.process(key) {
-            return Some(cut(p.to_ref()));
+            return Some(p.to_ref());
         }
         let stat = self.proc.stat(key.pid).ok()?;
         self.same(key, &stat).then(|| self.name_of(&stat))
@@ -180,11 +178,6 @@ pub(super) struct Relation {
 /// `comm (pid)`, as people read it.
 pub(super) fn short(r: &Ref) -> String {
     format!("{} ({})", r.comm, r.pid)
-}
-
-pub(super) fn cut(mut r: Ref) -> Ref {
-    r.argv = crate::redact::cut(&r.argv, ARGV_MAX);
-    r
 }
 
 /// `12 s`, `3 min`, `5 h`.

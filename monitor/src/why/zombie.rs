@@ -165,7 +165,7 @@ impl Family<'_> {
             told.evidence.push(note("the stop signal was not seen: it came before jobwarden started"));
         }
         told.evidence.push(note(format!("{} is in state T (stopped)", short(&p.who))));
-        told.remedy = format!("kill -CONT {}", p.who.pid);
+        told.remedy = format!("kill -CONT {} # {}", p.who.pid, p.who.id);
     }
 
     fn uninterruptible(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut Told) {

@@ -1,11 +1,7 @@
 //! Each verdict, reached by a real process in that state on the running kernel. The question that the forest would ask is
 //! built from /proc and from what the test knows of the lineage.
 
-#![expect(
-    clippy::many_single_char_names,
-    clippy::similar_names,
-    reason = "z the zombie, w the worker, c the cause"
-)]
+#![expect(clippy::similar_names, reason = "z the zombie, w the worker, c the cause")]
 
 mod odd;
 mod orphans;

@@ -236,7 +236,7 @@ fn a_stopped_parent_and_who_stopped_it() {
     let by = |e: &Evidence| matches!(e, Evidence::Signal { signal, sender: Some(s), .. } if signal == "SIGSTOP" && s.pid == me.pid);
     assert_eq!(c.evidence.iter().filter(|e| by(e)).count(), 1, "{c:#?}");
     assert!(c.summary.contains(&format!("SIGSTOP from {}", family::short(&me.to_ref()))), "{}", c.summary);
-    assert_eq!(c.remedy, format!("kill -CONT {}", p.pid));
+    assert_eq!(c.remedy, format!("kill -CONT {} # {}", p.pid, p.id));
 }
 
 /// `PTRACE_ATTACH` is 16, `PTRACE_SEIZE` 0x4206.
@@ -283,6 +283,31 @@ fn a_zombie_held_by_a_tracer() {
             .iter()
             .any(|e| matches!(e, Evidence::Tracer { process } if process.pid == tracer.child.id()))
     );
+    assert_eq!(c.remedy, format!("jobwarden kill {}", key(tracer.child.id())));
+}
+
+/// A dead thread that its tracer keeps blocks the reaping of the whole process.
+#[test]
+fn a_zombie_with_a_thread_held_by_a_tracer() {
+    let mut made = Made::new(
+        "\
+z = os.fork()
+if z == 0:
+    t = threading.Thread(target=time.sleep, args=(300,))
+    t.start()
+    say(z=os.getpid(), t=t.native_id)
+    time.sleep(300)
+os.waitpid(z, 0)
+",
+    );
+    let s = made.said();
+    let (z, t) = (pid(&s, "z"), pid(&s, "t"));
+    let tracer = tracer(0x4206, t);
+    kill(z, libc::SIGKILL);
+    until("all dead", || state(z) == Some(b'Z') && !Proc::default().has_live_thread(z));
+    let c = ask_zombie(z, made.child.id());
+    assert_eq!(c.verdict, Verdict::HeldByTracer, "{c:#?}");
+    assert!(c.summary.contains(&format!("its dead thread {t}")), "{}", c.summary);
     assert_eq!(c.remedy, format!("jobwarden kill {}", key(tracer.child.id())));
 }
 

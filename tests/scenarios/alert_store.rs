@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use jobwarden::alert::{Center, Clock, SubmitError};
-use jobwarden::contract::AlertState;
+use jobwarden::contract::{Alert, AlertKind, AlertState};
 use jobwarden_tests::alerts::{Hook, alert, resolved, webhook};
-use jobwarden_tests::{Ground, eventually, ground, ms, pause, rounds, skip};
+use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, pause, rounds, skip};
 
 /// (id, state) as the notifier said them; a half line at the end is not said.
 fn said(out: &str) -> Vec<(String, AlertState)> {
@@ -78,7 +78,7 @@ fn sigkill_at_any_moment_loses_no_accepted_alert() -> Result<()> {
         ensure!(!overtaken, "{id}: its firing was told after its end: {told:?}");
     }
     let twice = heard.values().map(|t| t.len().saturating_sub(2)).sum::<usize>();
-    println!("{} alerts accepted in {all_rounds} rounds, {twice} told once more than needed", accepted.len());
+    loudly(&format!("{} alerts accepted in {all_rounds} rounds, {twice} told again", accepted.len()));
     Ok(())
 }
 
@@ -177,4 +177,100 @@ fn a_full_disk_is_told_costs_no_crash_and_heals() -> Result<()> {
         center.stop(Duration::from_secs(5)).await;
         Ok(())
     })
+}
+
+/// A parent that does not reap.
+struct Parent {
+    shape: Shape,
+    pid: u32,
+}
+
+impl Parent {
+    fn start(ground: &Ground) -> Result<Self> {
+        let mut shape = Shape::start(ground, "zombie", &["1"])?;
+        shape.fact::<u32>("dead")?;
+        Ok(Self { pid: shape.pid(), shape })
+    }
+
+    /// It reaps and ends.
+    fn cure(self) -> Result<u32> {
+        self.shape.finish()?;
+        Ok(self.pid)
+    }
+}
+
+/// What was told last about each subject.
+fn last_about(taken: &[Alert]) -> BTreeMap<u32, AlertState> {
+    let zombies = taken.iter().filter(|a| a.kind == AlertKind::Zombie);
+    zombies.filter_map(|a| Some((a.subject.as_ref()?.pid, a.state))).collect()
+}
+
+/// The agent is killed at random moments while its receiver flaps and parents come and are cured, some of them while it is
+/// down. In the end the receiver knows what is so.
+fn agent_killed(ground: &Ground, n: u64) -> Result<()> {
+    let hook = Hook::start()?;
+    let config = format!(
+        "[zombies]\nafter = \"200ms\"\n[[receiver]]\nname = \"hook\"\ntype = \"webhook\"\nurl = \"{}\"\ntimeout = \"1s\"\n",
+        hook.url
+    );
+    let (mut sick, mut cured): (Vec<Parent>, Vec<u32>) = (Vec::new(), Vec::new());
+    for round in 0..n {
+        hook.flap.store(round % 3 != 2, Ordering::SeqCst);
+        let agent = Agent::start(ground, &config)?;
+        sick.push(Parent::start(ground)?);
+        if sick.len() > 4 {
+            cured.push(sick.remove(0).cure()?);
+        }
+        // From before the alert to after its delivery.
+        std::thread::sleep(Duration::from_millis(137 * round % 700));
+        agent.crash()?;
+        if round % 2 == 1 && sick.len() > 2 {
+            cured.push(sick.remove(1).cure()?);
+        }
+    }
+    hook.flap.store(false, Ordering::SeqCst);
+    let agent = Agent::start(ground, &config)?;
+    eventually("the truth at the receiver", ms(60_000), || {
+        let last = last_about(&hook.taken());
+        for p in &sick {
+            ensure!(last.get(&p.pid) == Some(&AlertState::Firing), "{} does not reap: {last:?}", p.pid);
+        }
+        for pid in &cured {
+            ensure!(last.get(pid) != Some(&AlertState::Firing), "{pid} was cured: {last:?}");
+        }
+        let left = agent.alerts(&["--undelivered"])?;
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })?;
+    let mut ended = std::collections::BTreeSet::new();
+    for a in hook.taken() {
+        let episode = (a.id.clone(), a.since.clone());
+        match a.state {
+            AlertState::Resolved => drop(ended.insert(episode)),
+            _ => ensure!(!ended.contains(&episode), "a firing was told after its end: {a:?}"),
+        }
+    }
+    let told = hook.taken().len();
+    loudly(&format!(
+        "{n} rounds, {} parents, {} cured, {told} alerts told",
+        sick.len() + cured.len(),
+        cured.len()
+    ));
+    for p in sick {
+        p.cure()?;
+    }
+    agent.stop()
+}
+
+#[test]
+fn a_killed_agent_loses_no_alert() -> Result<()> {
+    let ground = ground!("a_killed_agent_loses_no_alert");
+    agent_killed(&ground, 6)
+}
+
+#[test]
+#[ignore = "long: JWTEST_ALERT_ROUNDS (50)"]
+fn a_killed_agent_loses_no_alert_in_many_rounds() -> Result<()> {
+    let ground = ground!("a_killed_agent_loses_no_alert_in_many_rounds");
+    agent_killed(&ground, rounds("JWTEST_ALERT_ROUNDS", 50))
 }

@@ -63,7 +63,7 @@ pub fn resolved(a: &Alert, at: &str) -> Alert {
 pub struct Hook {
     pub url: String,
     pub flap: Arc<AtomicBool>,
-    told: Arc<Mutex<Vec<(String, AlertState)>>>,
+    taken: Arc<Mutex<Vec<Alert>>>,
 }
 
 impl Hook {
@@ -71,13 +71,13 @@ impl Hook {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let url = format!("http://{}/", listener.local_addr()?);
         let hook =
-            Self { url, flap: Arc::new(AtomicBool::new(false)), told: Arc::new(Mutex::new(Vec::new())) };
-        let (flap, told) = (Arc::clone(&hook.flap), Arc::clone(&hook.told));
+            Self { url, flap: Arc::new(AtomicBool::new(false)), taken: Arc::new(Mutex::new(Vec::new())) };
+        let (flap, taken) = (Arc::clone(&hook.flap), Arc::clone(&hook.taken));
         // Lives as long as the test's process; each connection ends with its client.
         std::thread::spawn(move || {
             for (n, stream) in listener.incoming().flatten().enumerate() {
-                let (flap, told) = (Arc::clone(&flap), Arc::clone(&told));
-                std::thread::spawn(move || serve(stream, n, &flap, &told));
+                let (flap, taken) = (Arc::clone(&flap), Arc::clone(&taken));
+                std::thread::spawn(move || serve(stream, n, &flap, &taken));
             }
         });
         Ok(hook)
@@ -86,11 +86,17 @@ impl Hook {
     /// (alert id, state) of all that was taken, in order.
     #[must_use]
     pub fn told(&self) -> Vec<(String, AlertState)> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.taken().into_iter().map(|a| (a.id, a.state)).collect()
+    }
+
+    /// All that was taken, in order.
+    #[must_use]
+    pub fn taken(&self) -> Vec<Alert> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-fn serve(mut s: TcpStream, n: usize, flap: &AtomicBool, told: &Mutex<Vec<(String, AlertState)>>) {
+fn serve(mut s: TcpStream, n: usize, flap: &AtomicBool, taken: &Mutex<Vec<Alert>>) {
     let _ = s.set_read_timeout(Some(Duration::from_secs(5)));
     let Some(body) = request(&mut s) else { return };
     let status = match (flap.load(Ordering::SeqCst), n % 3) {
@@ -102,8 +108,8 @@ fn serve(mut s: TcpStream, n: usize, flap: &AtomicBool, told: &Mutex<Vec<(String
         let Ok(body) = serde_json::from_slice::<serde_json::Value>(&body) else { return };
         let alerts: Vec<Alert> = serde_json::from_value(body["alerts"].clone()).unwrap_or_default();
         // Before the answer: what was answered is in the list, whatever happens to the client.
-        let mut all = told.lock().unwrap_or_else(PoisonError::into_inner);
-        all.extend(alerts.into_iter().map(|a| (a.id, a.state)));
+        let mut all = taken.lock().unwrap_or_else(PoisonError::into_inner);
+        all.extend(alerts);
     }
     let _ = write!(s, "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
 }

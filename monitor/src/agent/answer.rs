@@ -10,7 +10,7 @@ use crate::api::{
     Notified, Peer, Reply, Request, Status, Target as Asked, TreeQuery as AskedTree, WhyQuery,
 };
 use crate::config::Config;
-use crate::contract::{Alerts, EventLine, JobId, Jobs, Tree};
+use crate::contract::{Alerts, EventLine, JobId, Jobs, State, Tree};
 use crate::enforce::audit;
 use crate::host;
 use crate::kernel;
@@ -124,8 +124,15 @@ fn tree(core: &Core, q: &AskedTree) -> Result<Tree, ApiError> {
         uid: q.uid,
     };
     let mut tree = core.engine.tree(&query, host::boot_now()).map_err(refused)?;
+    let host_ns = core.looker.own_pid_ns();
     for p in &mut tree.processes {
         core.redact.process(p);
+        if p.ns_pid.is_none()
+            && p.state != State::Gone
+            && let Some((ns, pid)) = core.looker.inside(p.id, host_ns)
+        {
+            (p.pid_ns, p.ns_pid) = (Some(ns), Some(pid));
+        }
         if let Some((letter, comm)) = core.looker.shown(p.id) {
             (p.kernel_state, p.comm) = (Some(letter), comm);
         }
@@ -173,6 +180,23 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     let _ = reply.send(Ok(Alerts { alerts, undelivered: BTreeMap::new() }));
 }
 
+/// The process that has this pid in this container (its id, or the beginning of it).
+fn inside(core: &Core, pid: u32, container: &str) -> Result<Key, ApiError> {
+    let all = tree(core, &AskedTree::default())?.processes;
+    let theirs = |p: &&crate::contract::Process| {
+        p.state != State::Gone && p.container.as_ref().is_some_and(|c| c.id.starts_with(container))
+    };
+    let found: Vec<Key> = all.iter().filter(theirs).filter(|p| p.ns_pid == Some(pid)).map(|p| p.id).collect();
+    match found.as_slice() {
+        [one] => Ok(*one),
+        [] => Err(ApiError::not_found("process", format!("{pid} in container {container}"))),
+        several => {
+            let matches = several.iter().map(|&k| kill::matched(core, Target::Process(k))).collect();
+            Err(ApiError::several(format!("{pid} in container {container}"), matches))
+        }
+    }
+}
+
 fn why(core: &Core, q: &WhyQuery, reply: Reply<Vec<crate::contract::Cause>>) {
     let keys = match (&q.target, &q.container) {
         (None, _) => Ok(core
@@ -186,6 +210,7 @@ fn why(core: &Core, q: &WhyQuery, reply: Reply<Vec<crate::contract::Cause>>) {
             .alert_subject(id)
             .map(|k| vec![(k, Some(id.clone()))])
             .ok_or_else(|| ApiError::not_found("alert", id)),
+        (Some(Asked::Pid(pid)), Some(container)) => inside(core, *pid, container).map(|k| vec![(k, None)]),
         (Some(t), _) => resolve(core, t).map(|found| {
             found
                 .into_iter()

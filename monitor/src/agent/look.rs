@@ -53,9 +53,7 @@ impl Looker {
         let pid = key.pid;
         let status = self.proc.status(pid).ok()?;
         let cgroups = std::fs::read(self.proc.path(pid, "cgroup")).map(|b| Cgroups::parse(&b)).ok();
-        let pid_ns = std::fs::read_link(self.proc.path(pid, "ns/pid"))
-            .ok()
-            .and_then(|l| l.to_str()?.strip_prefix("pid:[")?.strip_suffix(']')?.parse().ok());
+        let pid_ns = self.pid_ns(pid);
         Some(Facts {
             argv: std::fs::read(self.proc.path(pid, "cmdline")).ok().filter(|b| !b.is_empty()),
             exe: self.proc.exe(pid).ok().map(|p| p.into_os_string().into_vec()),
@@ -64,6 +62,27 @@ impl Looker {
             pid_ns,
             ns_pid: status.ns_pids.last().copied(),
         })
+    }
+
+    /// The inode of its pid namespace.
+    fn pid_ns(&self, pid: u32) -> Option<u64> {
+        let link = std::fs::read_link(self.proc.path(pid, "ns/pid")).ok()?;
+        link.to_str()?.strip_prefix("pid:[")?.strip_suffix(']')?.parse().ok()
+    }
+
+    /// The pid namespace and the pid inside it, for views. Facts are read of few processes; a link costs little, and the
+    /// status is read only of those that are in another namespace than `host`.
+    pub(super) fn inside(&self, key: Key, host: Option<u64>) -> Option<(u64, u32)> {
+        let ns = self.pid_ns(key.pid)?;
+        let pid = if host == Some(ns) { key.pid } else { *self.proc.status(key.pid).ok()?.ns_pids.last()? };
+        // After it was read: the pid is still that process's.
+        let same = self.proc.stat(key.pid).is_ok_and(|s| s.start_ticks == self.ticks(key));
+        same.then_some((ns, pid))
+    }
+
+    /// The pid namespace of the agent itself.
+    pub(super) fn own_pid_ns(&self) -> Option<u64> {
+        self.pid_ns(std::process::id())
     }
 
     /// The letter of /proc/PID/stat at this moment, and the name (no event tells of a prctl), for views.

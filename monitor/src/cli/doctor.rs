@@ -1,9 +1,9 @@
 //! `jobwarden doctor`: what the host offers, then the probes themselves, loaded for a moment where that is allowed.
 
-use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use jobwarden::kernel::{Finding, Grade, Kernel, Offer, Options};
+use jobwarden::render::{Paint, Style, Table, escape};
 use serde::Serialize;
 
 use super::Outcome;
@@ -41,7 +41,7 @@ impl Args {
         }
         let ok = findings.iter().all(|f| f.grade != Grade::Fatal);
         let report = Report { ok, findings, offer };
-        context.show(&report, |_| text(&report))?;
+        context.show(&report, |style| text(&report, style))?;
         Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -75,20 +75,29 @@ fn probes() -> Vec<Finding> {
     stats.into_iter().map(finding).collect()
 }
 
-fn text(report: &Report) -> String {
-    let mut out = String::new();
+fn text(report: &Report, style: Style) -> String {
+    let mut table = Table::new(&["", "WHAT", "FOUND"], &[]);
     for f in &report.findings {
-        let mark = match f.grade {
-            Grade::Ok => "ok   ",
-            Grade::Off => "off  ",
-            Grade::Fatal => "FAIL ",
+        let (paint, mark) = match f.grade {
+            Grade::Ok => (Paint::Good, "ok"),
+            Grade::Off => (Paint::Odd, "off"),
+            Grade::Fatal => (Paint::Bad, "FAIL"),
         };
-        let _ = write!(out, "{mark}{}: {}", f.what, f.found);
-        if !f.then.is_empty() {
-            let _ = write!(out, "; {}", f.then);
-        }
-        out.push('\n');
+        let then = if f.then.is_empty() { String::new() } else { format!("; {}", f.then) };
+        table.row(vec![
+            (paint, mark.into()),
+            (Paint::Plain, f.what.into()),
+            (Paint::Plain, escape(&format!("{}{then}", f.found))),
+        ]);
     }
-    out.push_str(if report.ok { "The agent can run here.\n" } else { "The agent cannot run here.\n" });
+    // What mends it is the end of a line: nothing is cut.
+    let mut out = table.render(Style { width: None, ..style });
+    let (paint, last) = if report.ok {
+        (Paint::Good, "The agent can run here.")
+    } else {
+        (Paint::Bad, "The agent cannot run here.")
+    };
+    out.push_str(&style.paint(paint, last));
+    out.push('\n');
     out
 }

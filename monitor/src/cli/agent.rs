@@ -44,10 +44,10 @@ pub(crate) struct Args {
 impl Args {
     pub(super) fn run(self, context: &Context) -> Outcome {
         let overrides = Overrides {
-            socket: context.given_socket(),
+            socket: context.given_socket().map(whole),
             listen: self.listen,
-            state_dir: self.state_dir,
-            bpffs: self.bpffs,
+            state_dir: self.state_dir.map(whole),
+            bpffs: self.bpffs.map(whole),
             no_pin: self.no_pin,
         };
         let config = check::load(self.config.as_deref(), &overrides)?;
@@ -66,6 +66,11 @@ impl Args {
             Err(e) => Err(Failure::failed("agent", e.to_string())),
         }
     }
+}
+
+/// A path on the command line may be relative to where one stands; in the config, in effect or recorded, none is.
+fn whole(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 /// `[agent] log` is a `tracing` filter, checked when the config was read. On journald's side of the pipe no colours.

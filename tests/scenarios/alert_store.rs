@@ -274,3 +274,50 @@ fn a_killed_agent_loses_no_alert_in_many_rounds() -> Result<()> {
     let ground = ground!("a_killed_agent_loses_no_alert_in_many_rounds");
     agent_killed(&ground, rounds("JWTEST_ALERT_ROUNDS", 50))
 }
+
+/// Resident bytes of this process.
+fn resident() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kb: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kb * 1024)
+}
+
+/// Ten thousand alerts with a long cause each, while the receiver is down: they wait on the disk, not in memory; then it
+/// comes back.
+#[test]
+fn ten_thousand_waiting_alerts_cost_little_memory() -> Result<()> {
+    const ALERTS: u64 = 10_000;
+    let ground = Ground::new("ten_thousand_waiting_alerts_cost_little_memory")?;
+    let hook = Hook::start()?;
+    let began = "2026-01-01T00:00:00.000Z";
+    let rt = tokio::runtime::Runtime::new()?;
+    rt.block_on(async {
+        // Nobody listens there.
+        let center = Center::start(&webhook("http://127.0.0.1:1/")?, &ground.path(""), Clock::fast(100))?;
+        let before = resident()?;
+        let started = std::time::Instant::now();
+        for chunk in (0..ALERTS).collect::<Vec<_>>().chunks(250) {
+            let long = |n: &u64| Alert { summary: format!("{n} {}", "x".repeat(4000)), ..alert(*n, began) };
+            center.submit_all(chunk.iter().map(long).collect()).await?;
+        }
+        let took = started.elapsed();
+        let grown = resident()?.saturating_sub(before) >> 20;
+        ensure!(center.pending() == ALERTS, "{} wait", center.pending());
+        ensure!(grown < 32, "{ALERTS} alerts of 4 KB cost {grown} MiB");
+        center.reload(&webhook(&hook.url)?).await?;
+        let back = std::time::Instant::now();
+        eventually("all of them", ms(120_000), || {
+            ensure!(center.pending() == 0, "{} wait", center.pending());
+            Ok(())
+        })?;
+        let ids: std::collections::BTreeSet<String> = hook.told().into_iter().map(|t| t.0).collect();
+        ensure!(ids.len() as u64 == ALERTS, "{} arrived", ids.len());
+        loudly(&format!(
+            "{ALERTS} alerts accepted in {took:?}, {grown} MiB more resident; delivered in {:?} with the clock a hundredfold",
+            back.elapsed()
+        ));
+        center.stop(Duration::from_secs(5)).await;
+        Ok(())
+    })
+}

@@ -530,6 +530,7 @@ c = os.fork()
 if c == 0:
     os.close(bw); os.close(ar)
     os.read(br, 1)
+    os._exit(0)
 os.close(aw); os.close(br)
 say(z=z, c=c)
 os.read(ar, 1)

@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::{Lineage, Member};
@@ -217,11 +218,12 @@ impl<'a> Judge<'a> {
     fn look(&mut self, m: &Member) -> Seen {
         let mut needs = self.rails.needs();
         // A program has an executable, which is cheaper to ask for.
-        let kernel_thread = self.proc.exe(m.key.pid).is_err()
-            && self.proc.stat(m.key.pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0);
+        let exe = self.proc.exe(m.key.pid).ok();
+        let kernel_thread =
+            exe.is_none() && self.proc.stat(m.key.pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0);
         needs.argv |= !self.names_left.is_zero();
         let begun = Instant::now();
-        let own = Own::read(self.proc, m.key.pid, m.uid, m.comm.bytes(), needs);
+        let own = Own::read(self.proc, m.key.pid, m.uid, m.comm.bytes(), exe, needs);
         self.names_left = self.names_left.saturating_sub(begun.elapsed());
         let kept = self.rails.kept(m, kernel_thread);
         let parents = self.parents(m, needs);
@@ -238,7 +240,8 @@ impl<'a> Judge<'a> {
             let Ok(Some(up)) = self.lineage.lineage_parent(at) else { break };
             let Ok(stat) = self.proc.stat(up.pid) else { break };
             let uid = self.proc.status(up.pid).ok().and_then(|s| s.uid);
-            let own = Own::read(self.proc, up.pid, uid.unwrap_or(u32::MAX), stat.comm.bytes(), needs);
+            let exe = if needs.exe { self.proc.exe(up.pid).ok() } else { None };
+            let own = Own::read(self.proc, up.pid, uid.unwrap_or(u32::MAX), stat.comm.bytes(), exe, needs);
             // What was read is about `up` only if `up` holds the pid still.
             if !self.lineage.start_of(up.pid).is_ok_and(|s| s == Some(up.start)) {
                 break;
@@ -266,11 +269,10 @@ struct Own {
 }
 
 impl Own {
-    fn read(proc: &Proc, pid: u32, uid: u32, comm: &[u8], needs: Needs) -> Self {
+    fn read(proc: &Proc, pid: u32, uid: u32, comm: &[u8], exe: Option<PathBuf>, needs: Needs) -> Self {
         use std::os::unix::ffi::OsStrExt as _;
         let argv = if needs.argv { proc.argv(pid).unwrap_or_default() } else { Vec::new() };
         let argv: Vec<String> = argv.iter().map(|a| text(a)).collect();
-        let exe = if needs.exe { proc.exe(pid).ok() } else { None };
         let cgroups = (needs.cgroup || needs.container)
             .then(|| std::fs::read(proc.path(pid, "cgroup")).ok())
             .flatten()

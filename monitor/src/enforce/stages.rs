@@ -157,7 +157,15 @@ struct Run<'a> {
     /// Flagged before this order: another order's, or `exec`'s own.
     flagged_before: HashSet<Key>,
     handles: usize,
+    /// For the audit, not written yet.
+    lines: Vec<Entry>,
     started: Instant,
+}
+
+impl Drop for Run<'_> {
+    fn drop(&mut self) {
+        self.note();
+    }
 }
 
 /// What became of members for whom handles were wanted.
@@ -191,6 +199,7 @@ impl<'a> Run<'a> {
             spared: BTreeMap::new(),
             flagged_before: HashSet::new(),
             handles: handles(),
+            lines: Vec::new(),
             started: Instant::now(),
             e,
             order,
@@ -285,6 +294,7 @@ impl<'a> Run<'a> {
                 self.send(chunk, self.order.signal)?;
                 tokio::task::yield_now().await;
             }
+            self.note();
             if Instant::now() >= deadline {
                 return Ok(());
             }
@@ -321,6 +331,7 @@ impl<'a> Run<'a> {
                 self.send(chunk, SIGKILL)?;
                 tokio::task::yield_now().await;
             }
+            self.note();
             if self.rest(begin + settle * ROUNDS_MAX, pause).await? || self.sent.len() > before {
                 (progress, pause) = (Instant::now(), KILL_LOOK);
             } else {
@@ -425,7 +436,6 @@ impl<'a> Run<'a> {
     fn send(&mut self, to: &[Member], number: u8) -> io::Result<()> {
         let new: Vec<Member> = to.iter().filter(|m| !self.had.contains(&(m.key, number))).copied().collect();
         let held = self.hold(&new)?;
-        let mut lines = Vec::new();
         for m in new {
             let reached = match self.ends.get(m.key).or_else(|| held.brief.get(&m.key)) {
                 Some(fd) => signal_one(fd, number),
@@ -441,17 +451,22 @@ impl<'a> Run<'a> {
             if !gone {
                 self.had.insert((m.key, number));
             }
-            lines.push(Entry {
+            let line = Entry {
                 process: Some(self.judge.reference(&m)),
                 signal: Some(signal::name(number)),
                 outcome: Some(said),
                 detail: if number == SIGKILL || gone { String::new() } else { "SIGCONT after it".into() },
                 ..self.entry(audit::What::Signal)
-            });
+            };
+            self.lines.push(line);
             self.sent.push(Sent { member: m, signal: number, gone });
         }
-        self.e.audit.write_all(&lines);
         Ok(())
+    }
+
+    /// To the audit, after a round's signals and not between them: each line costs more than a signal.
+    fn note(&mut self) {
+        self.e.audit.write_all(&std::mem::take(&mut self.lines));
     }
 
     fn entry(&self, what: audit::What) -> Entry {

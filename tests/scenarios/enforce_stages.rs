@@ -1,0 +1,265 @@
+//! The stages of a job's end on the running kernel, by the library: whom a signal reaches, and whom it must not. Each test
+//! acts on processes of its own only.
+
+use std::io;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use jobwarden::config::Match;
+use jobwarden::contract::SignalledOutcome;
+use jobwarden::enforce::{
+    AskedBy, Audit, Enforcer, Lineage, Member, Order, Outcome, Rails, Reason, What, audit,
+};
+use jobwarden::host::boot_now;
+use jobwarden::kernel::{Kernel, Options};
+use jobwarden::key::Key;
+use jobwarden::proc::Proc;
+use jobwarden_tests::truth::letter;
+use jobwarden_tests::{Ground, eventually, ground, loudly, ms, shape};
+
+fn kernel() -> Result<Arc<Kernel>> {
+    Ok(Arc::new(Kernel::start(&Options { ring_bytes: 4096, signal_mask: 0, ..Options::default() })?))
+}
+
+fn enforcer(lineage: Arc<dyn Lineage>, audit: Audit) -> Enforcer {
+    Enforcer { lineage, proc: Proc::default(), audit: Arc::new(audit), redact: Arc::default() }
+}
+
+/// Makes `pid` and its family a job.
+fn job(kernel: &Kernel, pid: u32, outer: u64) -> Result<Order> {
+    let start = kernel.start_of(pid)?.context("it is gone")?;
+    let (root, job) = (Key::new(pid, start), boot_now());
+    kernel.label(job, outer, root)?;
+    Ok(Order {
+        job,
+        id: None,
+        name: "test".into(),
+        root,
+        target: pid.to_string(),
+        what: What::Whole,
+        signal: 15,
+        grace: ms(500),
+        delay: Duration::ZERO,
+        settle: ms(1000),
+        reason: Reason::Operator,
+        asked_by: AskedBy::default(),
+        dry_run: false,
+        cgroup: None,
+    })
+}
+
+fn run(e: &Enforcer, order: &Order, rails: &Rails) -> Result<Outcome> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // In this thread: what `Reused` forks would die with another.
+    Ok(runtime.block_on(e.run_here(order, rails))?)
+}
+
+fn sh(ground: &Ground, script: &str) -> Result<Child> {
+    let mut c: Command = ground.command("/bin/sh");
+    Ok(c.args(["-c", script]).spawn()?)
+}
+
+/// The one process of the test whose argv ends with `tail`.
+fn find(ground: &Ground, tail: &str) -> Result<u32> {
+    eventually(tail, ms(3000), || {
+        let argv = |p: i32| std::fs::read(format!("/proc/{p}/cmdline")).unwrap_or_default();
+        let ends = |p: &i32| argv(*p).ends_with(format!("{tail}\0").as_bytes());
+        let found = ground.alive().into_iter().find(ends).context("not there")?;
+        Ok(found.cast_unsigned())
+    })
+}
+
+fn lives(pid: u32) -> bool {
+    letter(pid).is_ok_and(|l| l != 'Z')
+}
+
+/// The kernel's answers, but at the `at`th reading the victim dies behind the reader's back and a stranger gets its pid.
+struct Reused {
+    kernel: Arc<Kernel>,
+    at: u32,
+    readings: AtomicU32,
+    victim: Mutex<Option<Child>>,
+    stranger: Mutex<Option<i32>>,
+}
+
+impl Reused {
+    fn swap(&self) -> io::Result<()> {
+        let Some(mut victim) = self.victim.lock().ok().and_then(|mut v| v.take()) else { return Ok(()) };
+        let pid = victim.id().cast_signed();
+        victim.kill()?;
+        victim.wait()?;
+        let stranger = shape::fork_as(pid, || {
+            shape::nap(60_000);
+            0
+        })?;
+        *self.stranger.lock().map_err(|_| io::Error::other("poisoned"))? = Some(stranger);
+        Ok(())
+    }
+}
+
+impl Lineage for Reused {
+    fn label(&self, job: u64, outer: u64, root: Key) -> io::Result<()> {
+        self.kernel.label(job, outer, root)
+    }
+    fn members(&self, job: u64) -> io::Result<Vec<Member>> {
+        let members = self.kernel.members(job)?;
+        if self.readings.fetch_add(1, Ordering::Relaxed) + 1 == self.at {
+            self.swap()?;
+        }
+        Ok(members)
+    }
+    fn spare(&self, key: Key) -> io::Result<()> {
+        self.kernel.spare(key)
+    }
+    fn unspare(&self, key: Key) -> io::Result<()> {
+        self.kernel.unspare(key)
+    }
+    fn lineage_parent(&self, key: Key) -> io::Result<Option<Key>> {
+        self.kernel.lineage_parent(key)
+    }
+    fn doom(&self, job: u64, until: u64) -> io::Result<()> {
+        self.kernel.doom(job, until)
+    }
+    fn undoom(&self, job: u64) -> io::Result<()> {
+        self.kernel.undoom(job)
+    }
+    fn forget(&self, job: u64) -> io::Result<()> {
+        self.kernel.forget(job)
+    }
+    fn start_of(&self, pid: u32) -> io::Result<Option<u64>> {
+        self.kernel.start_of(pid)
+    }
+}
+
+#[test]
+fn a_stranger_that_gets_the_pid_between_reading_and_signalling_lives() -> Result<()> {
+    let ground = ground!("a_stranger_that_gets_the_pid_between_reading_and_signalling_lives");
+    let kernel = kernel()?;
+    let mut gone = 0;
+    // Whatever the reading after which the pid changes hands.
+    for at in 1..=10 {
+        let victim = ground.command("sleep").arg("100").spawn()?;
+        let order = Order { grace: Duration::ZERO, ..job(&kernel, victim.id(), 0)? };
+        let reused = Arc::new(Reused {
+            kernel: kernel.clone(),
+            at,
+            readings: AtomicU32::new(0),
+            victim: Mutex::new(Some(victim)),
+            stranger: Mutex::new(None),
+        });
+        let out = run(&enforcer(reused.clone(), Audit::log_only()), &order, &Rails::new(Vec::new(), false))?;
+        ensure!(out.ended(), "{at}: {:?}", out.report);
+        gone += out.report.signalled.iter().filter(|s| s.outcome == SignalledOutcome::AlreadyGone).count();
+        let stranger = reused.stranger.lock().ok().and_then(|s| *s);
+        if let Some(pid) = stranger {
+            let lives = lives(pid.cast_unsigned());
+            // Our own child, not reaped.
+            shape::kill(pid, libc::SIGKILL);
+            let _ = shape::wait(pid);
+            ensure!(lives, "reading {at}: the stranger was signalled: {:?}", out.report);
+        } else if let Some(mut v) = reused.victim.lock().ok().and_then(|mut v| v.take()) {
+            ensure!(v.wait()?.signal() == Some(9), "{at}");
+        }
+        kernel.forget(order.job)?;
+    }
+    loudly(&format!("{gone} of 10 were found gone when they were about to be signalled"));
+    ensure!(gone > 0, "no pid changed hands between reading and signalling");
+    Ok(())
+}
+
+#[test]
+fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Result<()> {
+    let ground = ground!("the_protected_live_with_what_descends_from_them_and_lose_their_flags");
+    let kernel = kernel()?;
+    let mut root = sh(&ground, "sh -c 'sleep 101 & wait' & sleep 102 & wait")?;
+    let (below, other) = (find(&ground, "101")?, find(&ground, "102")?);
+    let order = job(&kernel, root.id(), 0)?;
+    let protect = Match { argv: Some(regex("^sh -c sleep 101")?), ..Match::default() };
+    let rails = Rails::new(vec![protect], false);
+    let state = ground.path("audit");
+    std::fs::create_dir(&state)?;
+    let e = enforcer(kernel.clone(), Audit::open(&state)?);
+    let dry = run(&e, &Order { dry_run: true, ..order.clone() }, &rails)?;
+    ensure!(dry.report.signalled.iter().all(|s| s.outcome == SignalledOutcome::DryRun), "{dry:?}");
+    ensure!(lives(root.id()) && lives(below) && lives(other), "a dry run signals nobody");
+    let out = run(&e, &Order { grace: Duration::ZERO, ..order.clone() }, &rails)?;
+    ensure!(out.ended() && out.report.spared.len() == 2, "{:?}", out.report);
+    ensure!(
+        out.report.spared.iter().any(|s| s.process.pid == below && s.why.contains("descends")),
+        "{out:?}"
+    );
+    ensure!(lives(below) && !lives(other), "{:?}", out.report);
+    ensure!(root.wait()?.signal() == Some(9));
+    let flagged: Vec<Member> = kernel.members(order.job)?.into_iter().filter(|m| m.spared).collect();
+    ensure!(flagged.is_empty(), "flags stay: {flagged:?}");
+    ensure!(!kernel.doom_attached(), "sys_enter stays attached");
+    let lines = audit::read(&state, None, Some("test"), 100)?;
+    for what in [audit::What::Kill, audit::What::Spared, audit::What::Signal, audit::What::Done] {
+        ensure!(lines.iter().any(|l| l.what == what), "no {what:?} in {lines:?}");
+    }
+    // Nobody protects them any more.
+    let out = run(&e, &Order { grace: Duration::ZERO, ..order }, &Rails::default())?;
+    ensure!(out.ended() && !lives(below), "{:?}", out.report);
+    Ok(())
+}
+
+fn regex(s: &str) -> Result<regex::Regex> {
+    Ok(regex::Regex::new(s)?)
+}
+
+#[test]
+fn descendants_end_and_the_rest_of_the_job_does_not() -> Result<()> {
+    let ground = ground!("descendants_end_and_the_rest_of_the_job_does_not");
+    let kernel = kernel()?;
+    let mut root = sh(&ground, "sh -c 'setsid sleep 103 & wait' & sleep 104 & wait")?;
+    let (ended, kept) = (find(&ground, "103")?, find(&ground, "104")?);
+    let order = job(&kernel, root.id(), 0)?;
+    let orphan = Key::new(ended, kernel.start_of(ended)?.context("gone")?);
+    let what = What::Descendants { number: boot_now(), roots: vec![orphan] };
+    let e = enforcer(kernel.clone(), Audit::log_only());
+    let part = Order { what, reason: Reason::Orphan, ..order.clone() };
+    let out = run(&e, &part, &Rails::default())?;
+    ensure!(out.ended() && out.report.signalled.len() == 1, "{:?}", out.report);
+    ensure!(!lives(ended) && lives(kept) && lives(root.id()), "{:?}", out.report);
+    ensure!(kernel.job_numbers()?.len() == 1, "the job of the part is forgotten");
+    let out = run(&e, &order, &Rails::default())?;
+    ensure!(out.ended() && !lives(kept), "{:?}", out.report);
+    root.wait()?;
+    Ok(())
+}
+
+#[test]
+fn who_ends_in_time_is_not_signalled() -> Result<()> {
+    let ground = ground!("who_ends_in_time_is_not_signalled");
+    let kernel = kernel()?;
+    let mut root = sh(&ground, "sleep 0.3; exit 7")?;
+    let order = Order { delay: ms(20_000), ..job(&kernel, root.id(), 0)? };
+    let begun = Instant::now();
+    let out = run(&enforcer(kernel, Audit::log_only()), &order, &Rails::default())?;
+    ensure!(out.ended() && out.report.signalled.is_empty(), "{:?}", out.report);
+    ensure!(begun.elapsed() < ms(10_000), "its end was not noticed");
+    ensure!(root.wait()?.code() == Some(7));
+    Ok(())
+}
+
+#[test]
+fn a_survivor_is_named_with_what_holds_it() -> Result<()> {
+    let ground = ground!("a_survivor_is_named_with_what_holds_it");
+    let kernel = kernel()?;
+    let mut s = jobwarden_tests::Shape::start(&ground, "traced", &[])?;
+    let (held, tracer): (u32, u32) = (s.fact("held")?, s.fact("tracer")?);
+    let order = Order { grace: Duration::ZERO, ..job(&kernel, held, 0)? };
+    let out = run(&enforcer(kernel.clone(), Audit::log_only()), &order, &Rails::default())?;
+    ensure!(!out.ended(), "{:?}", out.report);
+    let stuck = out.report.stuck.first().context("nobody is stuck")?;
+    ensure!(stuck.process.pid == held && stuck.state == "t", "{stuck:?}");
+    ensure!(stuck.tracer.as_ref().is_some_and(|t| t.pid == tracer), "{stuck:?}");
+    ensure!(out.why_failed().contains(&tracer.to_string()), "{}", out.why_failed());
+    ensure!(!kernel.doom_attached(), "sys_enter stays attached");
+    s.finish()?;
+    Ok(())
+}

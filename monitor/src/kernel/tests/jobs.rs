@@ -53,6 +53,15 @@ impl Drop for Shell {
     }
 }
 
+/// Waits for exactly these live members: what the shell forked on the way to them ends in its own time.
+fn expect_members(kernel: &Kernel, job: u64, expected: &HashSet<u32>) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while pids(kernel, job) != *expected {
+        assert!(Instant::now() < end, "{:?}, expected {expected:?}", pids(kernel, job));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 fn pids(kernel: &Kernel, job: u64) -> HashSet<u32> {
     kernel.members(job).unwrap().into_iter().filter(|m| !m.dead).map(|m| m.key.pid).collect()
 }
@@ -75,15 +84,15 @@ async fn members_by_lineage() {
         crate::proc::Proc::default().stat(orphan).is_ok_and(|s| s.ppid != root.pid)
     });
     let all = HashSet::from([root.pid, before, later, orphan]);
-    assert_eq!(pids(&kernel, outer), all);
+    expect_members(&kernel, outer, &all);
     // An inner job: its members are the outer one's too.
     let start = kernel.start_of(later).unwrap().unwrap();
     kernel.label(inner, outer, Key::new(later, start)).unwrap();
     assert_eq!(pids(&kernel, inner), HashSet::from([later]));
-    assert_eq!(pids(&kernel, outer), all);
+    expect_members(&kernel, outer, &all);
     kernel.forget(inner).unwrap();
     assert_eq!(pids(&kernel, inner), HashSet::new());
-    assert_eq!(pids(&kernel, outer), all);
+    expect_members(&kernel, outer, &all);
     assert_eq!(kernel.job_numbers().unwrap(), [(outer, 0)]);
     // SAFETY: started above, and of this test.
     unsafe { libc::kill(orphan as i32, libc::SIGKILL) };
@@ -118,7 +127,7 @@ async fn lineage_through_the_dead() {
     // Whether the middle is freed yet or not, and whoever adopted the orphan.
     let job = kernel.now();
     kernel.label(job, 0, root).unwrap();
-    assert_eq!(pids(&kernel, job), HashSet::from([root.pid, orphan]));
+    expect_members(&kernel, job, &HashSet::from([root.pid, orphan]));
     // SAFETY: started above, and of this test.
     unsafe { libc::kill(orphan as i32, libc::SIGKILL) };
 }
@@ -288,7 +297,7 @@ async fn pins_go_on_while_the_agent_is_down() {
     let child = shell.background("sleep 60");
     let second = Kernel::start(&bpffs.options()).unwrap();
     assert!(second.from_pins());
-    assert_eq!(pids(&second, job), HashSet::from([root.pid, child]));
+    expect_members(&second, job, &HashSet::from([root.pid, child]));
     let mut ring = second.take_ring().unwrap();
     let mut forked = false;
     ring.drain(&mut |b| {
@@ -301,7 +310,7 @@ async fn pins_go_on_while_the_agent_is_down() {
     let other = Options { dead_entries: Some(1024), ..bpffs.options() };
     let third = Kernel::start(&other).unwrap();
     assert!(!third.from_pins());
-    assert_eq!(pids(&third, job), HashSet::from([root.pid, child]));
+    expect_members(&third, job, &HashSet::from([root.pid, child]));
     assert_eq!(
         third.lineage_parent(Key::new(child, third.start_of(child).unwrap().unwrap())).unwrap(),
         Some(root)

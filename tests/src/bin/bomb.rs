@@ -1,6 +1,6 @@
 //! Processes that multiply as fast as they can, until SECONDS after the start: `chains N SECONDS` keeps N chains in which
 //! each process forks one successor and exits; `tree LIMIT SECONDS` forks wherever it may. Both are to be run under a
-//! `pids` limit. LIMIT bounds the generations besides.
+//! `pids` limit.
 
 use std::time::Duration;
 

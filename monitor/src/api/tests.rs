@@ -135,6 +135,31 @@ async fn tcp_is_for_reading_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn too_many_scrapes_are_refused_and_probes_are_not() {
+    let r = start("");
+    let a = r.tcp;
+    tokio::task::spawn_blocking(move || {
+        let mut s = tcp(a);
+        // One connection, so that it is fast: 50 a second are allowed in the long run, 100 at once.
+        let mut refused = 0;
+        let mut buf = vec![0; 1 << 16];
+        for _ in 0..400 {
+            s.write_all(b"HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+            let n = s.read(&mut buf).unwrap();
+            refused += usize::from(status(&String::from_utf8_lossy(&buf[..n])) == "429");
+        }
+        assert!(refused > 0, "400 scrapes at once were all served");
+        for _ in 0..400 {
+            s.write_all(b"HEAD /readyz HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+            let n = s.read(&mut buf).unwrap();
+            assert_eq!(status(&String::from_utf8_lossy(&buf[..n])), "503");
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn garbage_is_refused_and_the_server_lives() {
     let r = start("");
     let socket = r.socket.clone();

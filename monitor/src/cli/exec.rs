@@ -9,6 +9,8 @@ use jobwarden::config::parse_duration;
 use jobwarden::exec::{self, Options};
 use jobwarden::signal;
 
+use super::Failure;
+
 /// jobwarden itself failed; the command was not started.
 const FAILED: u8 = 125;
 
@@ -71,7 +73,7 @@ fn name(s: &str) -> Result<String, String> {
 
 impl Args {
     /// Ends this process as the command did, or returns with what `main` shall return.
-    pub(crate) fn run(self, socket: PathBuf) -> ExitCode {
+    pub(crate) fn run(self, socket: PathBuf, json: bool) -> ExitCode {
         let mut o = Options::new(self.command, socket);
         if let Some(name) = self.name {
             o.name = name;
@@ -89,10 +91,9 @@ impl Args {
         match exec::run(&o) {
             Ok(finish) => finish.code(),
             Err(e) => {
-                eprintln!(
-                    "jobwarden: {} was not started: {e}",
-                    o.command[0].to_string_lossy().escape_debug()
-                );
+                let command = o.command[0].to_string_lossy().into_owned();
+                // The status is exec's own; only the telling is that of every command.
+                let _ = Failure::failed("not-started", format!("{command} was not started: {e}")).tell(json);
                 ExitCode::from(FAILED)
             }
         }

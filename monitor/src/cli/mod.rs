@@ -115,7 +115,7 @@ pub(crate) fn main() -> ExitCode {
     let json = context.json;
     // `exec` forks, tells its own end and must come before any runtime or thread.
     let outcome = match cli.command {
-        Command::Exec(a) => return a.run(context.socket()),
+        Command::Exec(a) => return a.run(context.socket(), json),
         Command::Agent(a) => a.run(&context),
         Command::Tree(a) => a.run(&context),
         Command::Jobs(a) => a.run(&context),

@@ -30,10 +30,12 @@ impl Args {
         let asked = self.target.is_some();
         let query = WhyQuery { container: self.container, ..self.target.unwrap_or_default() };
         let mut found: Causes = context.client()?.get("/v1/why", &query)?;
-        if asked {
-            let one =
-                found.causes.pop().ok_or_else(|| Failure::failed("failed", "the agent found no cause"))?;
+        // One that was asked for is one CAUSE; a name may fit several jobs.
+        if asked && found.causes.len() == 1 {
+            let one = found.causes.remove(0);
             context.show(&one, |style| render::why(&one, style))?;
+        } else if asked && found.causes.is_empty() {
+            return Err(Failure::failed("failed", "the agent found no cause"));
         } else {
             context.show(&found, |style| {
                 let all: Vec<String> = found.causes.iter().map(|c| render::why(c, style)).collect();

@@ -542,6 +542,10 @@ impl Core {
     }
 
     fn stop(mut self) {
+        // Pins stay after a clean stop, and nobody is there to renew a doom or to see it through.
+        if let Err(e) = self.kernel.clear_dooms() {
+            tracing::error!(error = %e, "the dooms in force could not be ended; they expire by themselves");
+        }
         self.save();
         for (_, alert) in std::mem::take(&mut self.waiting) {
             self.submit(alert);

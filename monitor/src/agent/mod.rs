@@ -122,6 +122,14 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
     let kernel = Arc::new(Kernel::start(&kernel_options(&options))?);
     let ring = kernel.take_ring().map_err(AgentError::Ring)?;
     page.set_kernel(Arc::clone(&kernel));
+    if options.trace_probes {
+        let traced = Arc::clone(&kernel);
+        tokio::spawn(async move {
+            if let Err(e) = traced.trace().await {
+                tracing::warn!(error = %e, "the probes' own lines cannot be shown");
+            }
+        });
+    }
     let center = Center::start(&config, dir, alert::Clock::system())?;
     page.set_center(center.clone());
     let (alerts_tx, alerts) = mpsc::unbounded_channel();

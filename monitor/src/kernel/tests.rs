@@ -210,3 +210,14 @@ fn time_offsets() {
     assert_eq!(parse_time_offset(""), 0);
     assert_eq!(parse_time_offset("boottime x"), 0);
 }
+
+#[tokio::test]
+async fn writers_of_lines_load_and_attach() {
+    let options = Options { trace: true, ..Options::default() };
+    let Some(kernel) = start("writers_of_lines_load_and_attach", &options) else { return };
+    // It ends only when something is wrong.
+    let ended = tokio::time::timeout(Duration::from_millis(300), kernel.trace()).await;
+    assert!(ended.is_err(), "{ended:?}");
+    let plain = start("writers_of_lines_load_and_attach", &Options::default()).unwrap();
+    assert!(plain.trace().await.is_err());
+}

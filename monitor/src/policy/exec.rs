@@ -8,7 +8,7 @@ impl Engine {
     /// `exec --keep-orphans` is over: nobody ends the job any more, neither its supervisor's death nor policy. It is
     /// followed until its last member has ended.
     pub fn release(&mut self, id: JobId, now: u64, fx: &mut Vec<Effect>) -> Result<(), Refused> {
-        let now = self.later(now);
+        self.later(now);
         let g = self.jobs.by_id(id).ok_or_else(|| Refused::NoJob(id.to_string()))?;
         let j = self.jobs.get_mut(g).ok_or_else(|| Refused::NoJob(id.to_string()))?;
         let supervisor = j.record.supervisor.take();

@@ -210,7 +210,7 @@ async fn doom_ends_chains_and_nobody_else() {
     // Written rather than closed: the stranger was forked with a copy of the writing end.
     rustix::io::write(&go, b"g").unwrap();
     // The root exits when it has begun the last chain.
-    wait_for("the chains", Duration::from_secs(60), || {
+    wait_for("the chains", Duration::from_mins(1), || {
         let members = kernel.members(job).unwrap();
         members.iter().all(|m| m.key != key || m.dead) && members.iter().any(|m| !m.dead)
     });

@@ -71,6 +71,26 @@ pub fn hostname() -> String {
     String::from_utf8_lossy(rustix::system::uname().nodename().to_bytes()).into_owned()
 }
 
+/// Inode of this process's pid namespace: the host's, since the agent refuses to start in another.
+pub fn pid_ns() -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    Ok(std::fs::metadata("/proc/self/ns/pid")?.ino())
+}
+
+/// Names of the users in /etc/passwd; users that only a directory service knows are shown by number. The first of
+/// several names for one uid counts, as for getpwuid(3).
+#[must_use]
+pub fn users() -> std::collections::BTreeMap<u32, String> {
+    let mut users = std::collections::BTreeMap::new();
+    for line in std::fs::read_to_string("/etc/passwd").unwrap_or_default().lines() {
+        let mut f = line.split(':');
+        if let (Some(name), _, Some(Ok(uid))) = (f.next(), f.next(), f.next().map(str::parse)) {
+            users.entry(uid).or_insert_with(|| name.to_owned());
+        }
+    }
+    users
+}
+
 /// RFC 3339 in UTC with milliseconds, of nanoseconds since the epoch.
 #[must_use]
 pub fn rfc3339(wall_ns: u64) -> String {
@@ -91,5 +111,7 @@ mod tests {
         assert_eq!(parse_time_offset("monotonic 0 0\nboottime 1000 5\n"), 1_000_000_000_005);
         assert_eq!(parse_time_offset("boottime x"), 0);
         assert_eq!(boot_id().unwrap().len(), 36);
+        assert_eq!(users().get(&0).map(String::as_str), Some("root"));
+        assert!(pid_ns().unwrap() > 0);
     }
 }

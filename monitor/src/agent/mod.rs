@@ -232,6 +232,8 @@ async fn engine(
         machine_id: host::machine_id(),
         boot_id: boot_id.to_owned(),
         agent: Key::new(pid, own_start(kernel, pid)),
+        pid_ns: host::pid_ns().ok(),
+        users: host::users(),
         boot_to_wall_ns: host::boot_to_wall().cast_signed(),
         ..Settings::default()
     };

@@ -12,6 +12,9 @@ const STEPS: [u64; 5] = [1, 4, 16, 64, 250];
 const SPREAD: u32 = 256;
 /// Looks that may come at once.
 const BURST: u64 = 512;
+/// The same for the zombies of firing alerts: what ten thousand of them need to be found gone within a second.
+const ALERT_BURST: u64 = 16_384;
+const ALERT_LOOKS_PER_S: u64 = 8_192;
 
 /// A bucket of looks. A burst of exits empties it, and most of those are reaped before their next turn.
 #[derive(Debug)]
@@ -19,18 +22,26 @@ pub(super) struct Budget {
     /// In looks * `SECOND`, so that no time is lost to rounding.
     level: u64,
     at: u64,
-}
-
-impl Default for Budget {
-    fn default() -> Self {
-        Self { level: BURST * SECOND, at: 0 }
-    }
+    burst: u64,
+    per_s: u64,
 }
 
 impl Budget {
-    fn take(&mut self, now: u64) -> bool {
-        let grown = now.saturating_sub(self.at).saturating_mul(LOOKS_PER_S);
-        self.level = self.level.saturating_add(grown).min(BURST * SECOND);
+    fn new(burst: u64, per_s: u64) -> Self {
+        Self { level: burst * SECOND, at: 0, burst, per_s }
+    }
+
+    pub(super) fn exits() -> Self {
+        Self::new(BURST, LOOKS_PER_S)
+    }
+
+    pub(super) fn alerts() -> Self {
+        Self::new(ALERT_BURST, ALERT_LOOKS_PER_S)
+    }
+
+    pub(super) fn take(&mut self, now: u64) -> bool {
+        let grown = now.saturating_sub(self.at).saturating_mul(self.per_s);
+        self.level = self.level.saturating_add(grown).min(self.burst * SECOND);
         self.at = now;
         let ok = self.level >= SECOND;
         if ok {

@@ -68,6 +68,7 @@ pub struct Engine {
     alerts: alerts::Alerts,
     timers: timers::Timers,
     looks: looks::Budget,
+    alert_looks: looks::Budget,
     /// Parents that have zombies which stay.
     watches: zombies::Watches,
     /// All zombies by age.
@@ -104,7 +105,8 @@ impl Engine {
             jobs: jobs::Jobs::default(),
             alerts: alerts::Alerts::default(),
             timers: timers::Timers::default(),
-            looks: looks::Budget::default(),
+            looks: looks::Budget::exits(),
+            alert_looks: looks::Budget::alerts(),
             watches: zombies::Watches::new(),
             zombies: BTreeSet::new(),
             reap_delay: Histogram::new(crate::metrics::REAP_DELAY_BOUNDS),

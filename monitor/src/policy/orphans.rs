@@ -12,6 +12,9 @@ use crate::why::daemonized;
 /// A member came or went: the job's orphans are looked through after this.
 const SOON: u64 = 20 * MS;
 
+/// More keys than this of one job are looked through for those that are gone.
+const KEPT: usize = 1_024;
+
 impl Engine {
     /// `i` has become an orphan.
     pub(super) fn orphaned(&mut self, i: Idx, now: u64) {
@@ -136,7 +139,12 @@ impl Engine {
         let root_gone = root.is_none_or(|i| !self.forest.node(i).alive());
         let whole = root_gone && !ask && roots.len() == self.orphans_in(g, false);
         let keys: Vec<Key> = tops.iter().map(|&i| self.forest.node(i).key).collect();
+        let gone = |k: &Key| self.forest.find(*k).is_none();
         if let Some(j) = self.jobs.get_mut(g) {
+            if j.tried.len() + j.sessions.len() > KEPT {
+                j.tried.retain(|k| !gone(k));
+                j.sessions.retain(|k, _| !gone(k));
+            }
             j.tried.extend(keys.iter().copied());
         }
         let what = if whole {

@@ -16,6 +16,9 @@ use crate::matcher::{self, Needs};
 /// How long a scan waits for facts from /proc.
 const SCAN_WAITS: u64 = 2 * SECOND;
 
+/// More keys than this are looked through for those that are gone, whose facts will not come.
+const WAITING_MAX: usize = 4_096;
+
 #[derive(Debug)]
 pub(super) struct Watched {
     pub(super) rule: Rule,
@@ -147,6 +150,9 @@ impl Engine {
             Verdict::Read(whom) => {
                 self.forest.node_mut(i).flags.set(Flags::MATCHING);
                 let key = self.forest.node(i).key;
+                if self.waiting.len() >= WAITING_MAX {
+                    self.waiting.retain(|k, _| self.forest.find(*k).is_some());
+                }
                 for a in whom {
                     let asked = self.forest.node(a).key;
                     self.read_facts(a, fx);

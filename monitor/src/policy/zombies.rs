@@ -10,13 +10,15 @@ use crate::contract::{AlertKind, State};
 use crate::forest::{Flags, Idx, NONE, Seen};
 use crate::key::Key;
 
-/// While an alert fires its zombies are looked at this often.
+/// While an alert fires its zombies are looked at this often (with thousands of alerts less often).
 const EVERY: u64 = 250 * MS;
 /// A zombie went: its siblings are looked through after this.
 const SOON: u64 = 20 * MS;
 /// How many zombies of one parent are looked at in a round, as long as each is still there; doubled while they are not.
 const ROUND: usize = 16;
 const ROUND_MAX: usize = 4_096;
+/// With this many parents of zombies the time between two looks doubles.
+const CROWD: u64 = 512;
 /// What an alert shows is renewed at least this often.
 const RENEW: u64 = 10 * SECOND;
 
@@ -133,8 +135,9 @@ impl Engine {
             self.show_zombies(parent, node, &f, firing, now, fx);
         }
         if firing {
-            self.look_round(parent, &f.zombies, fx);
-            self.plan(parent, now + EVERY);
+            self.look_round(parent, &f.zombies, now, fx);
+            let crowd = self.watches.len() as u64 / CROWD;
+            self.plan(parent, now + EVERY * (1 + crowd));
         } else if f.next.0 <= now {
             // Only what /proc says at this moment makes it fire.
             let zombie = self.forest.node(f.next.1).key;
@@ -149,14 +152,18 @@ impl Engine {
     }
 
     /// Looks at some of them; all come in turn.
-    fn look_round(&mut self, parent: Key, zombies: &[Idx], fx: &mut Vec<Effect>) {
+    fn look_round(&mut self, parent: Key, zombies: &[Idx], now: u64, fx: &mut Vec<Effect>) {
         let Some(w) = self.watches.get_mut(&parent) else { return };
         w.round = if std::mem::take(&mut w.found_gone) { (w.round * 2).min(ROUND_MAX) } else { ROUND };
         let n = w.round.min(zombies.len());
         let from = w.cursor % zombies.len().max(1);
         w.cursor = from + n;
         let turn = zombies.iter().cycle().skip(from).take(n);
-        fx.extend(turn.map(|&i| Effect::Look(self.forest.node(i).key)));
+        for &i in turn {
+            if self.alert_looks.take(now) {
+                fx.push(Effect::Look(self.forest.node(i).key));
+            }
+        }
     }
 
     fn show_zombies(

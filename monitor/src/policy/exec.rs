@@ -1,8 +1,9 @@
 //! What `jobwarden exec` and `status` ask of the engine beside the rest.
 
+use super::alerts::About;
 use super::enforcement::MINUTE;
-use super::{Effect, Engine, Refused};
-use crate::contract::JobId;
+use super::{Effect, Engine, Refused, summary};
+use crate::contract::{AlertKind, JobId};
 
 impl Engine {
     /// `exec --keep-orphans` is over: nobody ends the job any more, neither its supervisor's death nor policy. It is
@@ -16,7 +17,12 @@ impl Engine {
         j.record.policy.orphan_after_ns = None;
         let job = Box::new(j.record.clone());
         fx.push(Effect::Job { job, label: false });
+        let number = j.record.number;
         self.supervisor_left(supervisor);
+        for kind in [AlertKind::Orphan, AlertKind::JobTimeout] {
+            let text = summary::job_over(self, g, "its `exec` is over and left it alone");
+            self.clear((kind, About::Job(number)), text, now, fx);
+        }
         Ok(())
     }
 

@@ -30,7 +30,7 @@ use crate::config::{Config, Match};
 use crate::contract::{Alert, AlertKind, Cause, EventLine, Job, JobId, KillReport, Process, Ref, Tree};
 use crate::enforce::Reason;
 use crate::event::Event;
-use crate::forest::{Change, Forest, Idx, Merge, Snapshot};
+use crate::forest::{Change, Fast, Forest, Idx, Merge, Snapshot};
 use crate::key::Key;
 use crate::metrics::encode::Histogram;
 use crate::why::Question;
@@ -78,7 +78,7 @@ pub struct Engine {
     waiting: HashMap<Key, Vec<Key>>,
     scan: Option<rules::Scan>,
     /// Supervisors of `exec` jobs, and how many jobs each has.
-    supervisors: HashMap<Key, usize>,
+    supervisors: HashMap<Key, usize, Fast>,
     /// When the forest was first synced.
     ready: Option<u64>,
     /// Records were lost and no snapshot has been merged since.
@@ -107,12 +107,12 @@ impl Engine {
             timers: timers::Timers::default(),
             looks: looks::Budget::exits(),
             alert_looks: looks::Budget::alerts(),
-            watches: zombies::Watches::new(),
+            watches: zombies::Watches::default(),
             zombies: BTreeSet::new(),
             reap_delay: Histogram::new(crate::metrics::REAP_DELAY_BOUNDS),
             waiting: HashMap::new(),
             scan: None,
-            supervisors: HashMap::new(),
+            supervisors: HashMap::default(),
             ready: None,
             unsynced: false,
             merging: false,

@@ -76,6 +76,17 @@ impl Own {
     }
 }
 
+/// argv as rules see it: joined by one space.
+fn spaced(argv: &[u8]) -> String {
+    let mut joined = argv.to_vec();
+    for b in &mut joined {
+        if *b == 0 {
+            *b = b' ';
+        }
+    }
+    String::from_utf8(joined).unwrap_or_else(|e| text(e.as_bytes()))
+}
+
 /// `m` without what must be read: what is left must hold in any case. None: nothing is left.
 fn cheap(m: &Match) -> Option<Match> {
     let m = Match {
@@ -97,13 +108,14 @@ pub(super) fn watched(rules: &[Rule]) -> Vec<(Watched, Option<Match>)> {
 }
 
 impl Engine {
-    fn own_facts(&self, n: &Node) -> Own {
-        let get = |s| self.forest.strings.get(s);
-        let cgroup = get(n.cgroup).map(text);
+    /// Only what the rules ask about: this is done at each exec.
+    fn own_facts(&self, n: &Node, needs: Needs) -> Own {
+        let get = |s, wanted: bool| if wanted { self.forest.strings.get(s) } else { None };
+        let cgroup = get(n.cgroup, needs.cgroup || needs.container).map(text);
         Own {
-            argv: get(n.argv).map(|a| text(a).replace('\0', " ")),
-            exe: get(n.exe).map(text),
-            comm: text(n.comm.bytes()),
+            argv: get(n.argv, needs.argv).map(spaced),
+            exe: get(n.exe, needs.exe).map(text),
+            comm: if needs.comm { text(n.comm.bytes()) } else { String::new() },
             uid: (n.uid != NO_UID).then_some(n.uid),
             container: cgroup.as_deref().and_then(container::container).map(|c| c.id),
             name: cgroup.as_deref().and_then(|c| c.rsplit('/').next()).map(str::to_owned),
@@ -113,9 +125,10 @@ impl Engine {
 
     /// `ask`: facts that are missing may be asked for; else they are taken as they are known.
     fn verdict(&self, i: Idx, ask: bool) -> Verdict {
-        let parents = self.rules.iter().map(|(w, _)| w.needs.parents).max().unwrap_or(0);
+        let needs = self.rules.iter().fold(Needs::default(), |n, (w, _)| n.and(w.needs));
+        let parents = needs.parents;
         let line: Vec<Idx> = std::iter::once(i).chain(self.forest.ancestors(i).take(parents)).collect();
-        let own: Vec<Own> = line.iter().map(|&a| self.own_facts(self.forest.node(a))).collect();
+        let own: Vec<Own> = line.iter().map(|&a| self.own_facts(self.forest.node(a), needs)).collect();
         for (index, (w, cheap)) in self.rules.iter().enumerate() {
             let with = |m: &Match, read: bool| chain(&own, read, |f| m.matches(f));
             if w.reads() {

@@ -7,7 +7,7 @@ use super::alerts::{About, Raise};
 use super::timers::Timer;
 use super::{Effect, Engine, MS, PENDING, SECOND, summary};
 use crate::contract::{AlertKind, State};
-use crate::forest::{Flags, Idx, NONE, Seen};
+use crate::forest::{Fast, Flags, Idx, NONE, Seen};
 use crate::key::Key;
 
 /// While an alert fires its zombies are looked at this often (with thousands of alerts less often).
@@ -39,7 +39,7 @@ pub(super) struct Watch {
     found_gone: bool,
 }
 
-pub(super) type Watches = HashMap<Key, Watch>;
+pub(super) type Watches = HashMap<Key, Watch, Fast>;
 
 /// What a walk over a parent's zombies found.
 struct Found {

@@ -13,7 +13,7 @@ use rustix::time::{ClockId, clock_gettime};
 /// One rule, as a host that runs jobs has: it is tried at each exec.
 const CONFIG: &str = "[[job]]\nname = \"ci\"\nmatch = { argv = \"^/usr/bin/ci-runner\" }";
 const ARGV: [&[u8]; 4] =
-    [b"/bin/sh\0-c\0make all\0", b"cc\0-O2\0-c\0x.c\0", b"/usr/bin/env\0", b"sleep\01\0"];
+    [b"/bin/sh\0-c\0make all\0", b"cc\0-O2\0-c\0x.c\0", b"/usr/bin/env\0", b"sleep\0inf\0"];
 
 fn config() -> Config {
     match config::parse(Path::new("bench.toml"), CONFIG, &BTreeMap::new(), &Overrides::default()) {

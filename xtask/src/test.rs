@@ -29,10 +29,6 @@ pub(crate) struct Args {
     libtest: Vec<String>,
 }
 
-/// The package whose tests load the whole machine (floods, fork bombs, chains whose dead wait for PID 1 and fill the pid space):
-/// one at a time, or they fail each other's forks.
-const SCENARIOS: &str = "tests";
-
 /// For everything but the VMs.
 const LIMIT: Duration = Duration::from_mins(15);
 const LIMIT_ALL: Duration = Duration::from_mins(25);
@@ -122,9 +118,9 @@ fn one(test: &Built, args: &Args, left: Duration) -> Result<Tally> {
     if args.all {
         command.arg("--include-ignored");
     }
-    if test.package == SCENARIOS {
-        command.arg("--test-threads=1");
-    }
+    // They load the whole machine (floods, fork bombs, chains whose dead wait for PID 1 and fill the pid space): one at a time,
+    // or they fail each other's forks.
+    command.arg("--test-threads=1");
     let mut child = command.args(&args.libtest).spawn().context("the test could not be started")?;
     let out = child.stdout.take().context("the test has no output")?;
     for bytes in BufReader::new(out).split(b'\n') {

@@ -4,8 +4,8 @@
 //! probe on another CPU may still read it; here the fields are written in place.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
+use core::ffi::c_void;
 use monitor_abi as abi;
 use monitor_abi::{Lineage, ProcKey};
 
@@ -14,8 +14,12 @@ use super::LINEAGE;
 const EEXIST: i32 = -17;
 
 /// Arguments by the `EDIT_*` indices of the ABI; gives `EDIT_CHANGED`, `EDIT_UNCHANGED`, `EDIT_MISSING` or -errno.
-#[raw_tracepoint(tracepoint = "sys_enter")]
-pub(crate) fn edit(ctx: RawTracePointContext) -> i32 {
+///
+/// Section and context are written out: aya's macro makes a program that returns 0 whatever its function does.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp/sys_enter")]
+pub(crate) extern "C" fn edit(ctx: *mut c_void) -> i32 {
+    let ctx = RawTracePointContext::new(ctx);
     let key = ProcKey { start: ctx.arg(abi::EDIT_START), tgid: ctx.arg(abi::EDIT_TGID), pad: 0 };
     let parent =
         ProcKey { start: ctx.arg(abi::EDIT_PARENT_START), tgid: ctx.arg(abi::EDIT_PARENT_TGID), pad: 0 };

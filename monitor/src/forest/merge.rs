@@ -58,8 +58,13 @@ impl Forest {
                 self.changes.push(Change::Born(i));
             }
             self.node_mut(i).flags.set(Flags::SEEN);
+            if row.adopts {
+                self.node_mut(i).flags.set(Flags::ADOPTS);
+            }
         }
-        for row in rows() {
+        // The dead first: whether a lineage parent lives tells whether its child is an orphan.
+        let (gone, rest): (Vec<&Row>, Vec<&Row>) = rows().partition(|r| r.state == RowState::Gone);
+        for row in gone.into_iter().chain(rest) {
             if let Some(i) = self.find(row.key) {
                 m.corrected += usize::from(self.row(i, row, s.t0, execed.contains(&row.key), group, now));
             }
@@ -97,9 +102,6 @@ impl Forest {
         }
         if row.kernel_thread {
             n.flags.set(Flags::KERNEL);
-        }
-        if row.adopts {
-            n.flags.set(Flags::ADOPTS);
         }
         if let Some(argv) = row.argv.as_ref().filter(|_| !execed) {
             self.set_str(i, |n| &mut n.argv, argv.strip_suffix(&[0]).unwrap_or(argv));
@@ -185,8 +187,8 @@ impl Forest {
         self.link_parent(i, p);
         self.changes.push(Change::Parent { node: i, from: NONE });
         let l = self.node(i).lineage;
-        // CLONE_PARENT leaves a living forker beside the parent; a dead one was survived.
-        if l != NONE && l != p && rank(self.node(l).state) >= rank(State::Exiting) {
+        // CLONE_PARENT leaves a forker beside the parent, dead or alive; but only who adopts has got the child of another.
+        if l != NONE && l != p && self.adopts(p) && rank(self.node(l).state) >= rank(State::Exiting) {
             self.adopted(i, now);
         }
         false

@@ -30,8 +30,18 @@ pub(super) struct Pins {
     folder: PathBuf,
     /// Of this agent's set.
     set: PathBuf,
-    /// The flock goes with it.
-    _lock: File,
+    _lock: Lock,
+}
+
+/// The flock on the folder. Unlocked by hand when it goes: a receiver's program that was forked and has not come to its exec
+/// holds a copy of the descriptor, and would keep the next agent out.
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // The lock goes with the last copy in any case.
+        let _ = rustix::fs::flock(&self.0, rustix::fs::FlockOperation::Unlock);
+    }
 }
 
 /// What a set holds.
@@ -77,7 +87,7 @@ fn mount(root: &Path) -> Result<(), KernelError> {
 }
 
 /// Opens and locks `<root>/jobwarden`.
-fn lock(folder: &Path) -> Result<File, KernelError> {
+fn lock(folder: &Path) -> Result<Lock, KernelError> {
     let what = || format!("open {}", folder.display());
     let file = File::options()
         .read(true)
@@ -85,7 +95,7 @@ fn lock(folder: &Path) -> Result<File, KernelError> {
         .open(folder)
         .map_err(KernelError::io(what()))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Lock(file)),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(KernelError::Locked { path: folder.to_owned() }),
         Err(e) => Err(KernelError::io(format!("lock {}", folder.display()))(e.into())),
     }

@@ -56,6 +56,8 @@ const PROGRAMS: [&str; 15] = [
 
 /// How much longer than on a host a test may wait under emulation.
 const SLOW: u32 = 20;
+/// How many processes are spawned as fast as possible there, where one takes tens of milliseconds; 5,000 on the host.
+const SPAWN: u32 = 500;
 
 /// One kernel's outcome.
 struct Verdict {
@@ -251,7 +253,7 @@ fn pack_tests(root: &mut Initramfs) -> Result<String> {
     for built in programs.iter().filter(|b| b.kind == "bin" && b.package != "xtask") {
         root.host_file(&built.executable)?;
     }
-    let mut script = format!("export RUST_BACKTRACE=1 JWTEST_SLOW={SLOW}\nfailed=0\n");
+    let mut script = format!("export RUST_BACKTRACE=1 JWTEST_SLOW={SLOW} JWTEST_SPAWN={SPAWN}\nfailed=0\n");
     let skips: Vec<String> = TOO_SLOW.iter().map(|name| format!("--skip {name}")).collect();
     let skips = skips.join(" ");
     for name in TOO_SLOW {

@@ -67,6 +67,49 @@ fn the_dashboard_has_every_metric_and_no_other() -> Result<()> {
     agent.stop()
 }
 
+/// A rule that fires on every healthy host is turned off soon, and then tells nobody of a sick one.
+#[test]
+fn no_rule_about_probes_or_stores_fires_on_a_healthy_host() -> Result<()> {
+    let ground = ground!("no_rule_about_probes_or_stores_fires_on_a_healthy_host");
+    let agent = Agent::start(&ground, "")?;
+    let (_, metrics) = agent.get("/metrics")?;
+    let rules = read("deploy/prometheus/jobwarden.rules.yml")?;
+    let excluded = |series: &str, label: &str| -> Result<regex::Regex> {
+        let begins = format!("{series}{{{label}!~\"");
+        let names = rules.split_once(&begins).and_then(|(_, rest)| rest.split_once('"'));
+        let (names, _) = names.with_context(|| format!("no rule has {begins}"))?;
+        Ok(regex::Regex::new(&format!("^(?:{names})$"))?)
+    };
+    let value = |series: &str, label: &str| -> Vec<(String, f64)> {
+        let begins = format!("{series}{{{label}=\"");
+        let of = |l: &str| {
+            let (name, value) = l.strip_prefix(&begins)?.split_once("\"} ")?;
+            Some((name.to_owned(), value.parse().ok()?))
+        };
+        metrics.lines().filter_map(of).collect()
+    };
+    let probes = value("jobwarden_probe_attached", "probe");
+    let free = excluded("jobwarden_probe_attached", "probe")?;
+    for must in ["fork", "exec", "exit", "free"] {
+        ensure!(probes.contains(&(must.to_owned(), 1.0)) && !free.is_match(must), "{must}: {probes:?}");
+    }
+    let detached: Vec<_> = probes.iter().filter(|(p, v)| *v < 1.0 && !free.is_match(p)).collect();
+    ensure!(detached.is_empty(), "JobwardenProbeDetached would fire for {detached:?}");
+    // Those that give up the old for the new are full as a matter of course; all others must have a bound and room.
+    let (entries, max) =
+        (value("jobwarden_store_entries", "store"), value("jobwarden_store_max_entries", "store"));
+    let free = excluded("jobwarden_store_entries", "store")?;
+    ensure!(entries.len() == max.len() && !entries.is_empty(), "{entries:?} {max:?}");
+    for ((name, n), (of, max)) in entries.iter().zip(&max) {
+        ensure!(name == of && *max > 0.0, "{name} {of} {max}");
+        ensure!(
+            free.is_match(name) || n / max <= 0.9,
+            "JobwardenStoreFull would fire for {name}: {n} of {max}"
+        );
+    }
+    agent.stop()
+}
+
 #[test]
 fn every_alert_has_its_page_with_its_name_and_its_severity() -> Result<()> {
     for kind in AlertKind::ALL {

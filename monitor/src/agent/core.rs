@@ -229,7 +229,10 @@ impl Core {
     fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, fx: &mut Vec<Effect>) {
         self.read_to = e.at;
         self.counts.events[usize::from(e.kind())] += 1;
-        self.counts.event_lag.observe(now.saturating_sub(e.at) as f64 / 1e9);
+        // What pinned maps kept from before the start did not lag; it waited for an agent.
+        if e.at >= self.started {
+            self.counts.event_lag.observe(now.saturating_sub(e.at) as f64 / 1e9);
+        }
         let mut line = self.engine.event_line(e);
         self.redact.event_line(&mut line);
         let before = self.engine.jobs_of(e.process);

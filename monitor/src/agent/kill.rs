@@ -339,5 +339,7 @@ pub(super) fn exec_signal(core: &mut Core, s: &ExecSignal, peer: &Peer) -> Resul
         dry_run: false,
         cgroup: None,
     };
-    core.enforcer.pass(&order, &rails, s.signal).map_err(|e| ApiError::failed(e.to_string()))
+    let sent = core.enforcer.pass(&order, &rails, s.signal).map_err(|e| ApiError::failed(e.to_string()))?;
+    *core.counts.signals_passed.entry(s.signal).or_default() += sent as u64;
+    Ok(sent)
 }

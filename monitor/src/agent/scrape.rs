@@ -81,18 +81,28 @@ impl Inner {
     }
 }
 
-/// The probes' accounts. What cannot be read is left at 0: the scrape goes on.
+/// The probes' accounts. What cannot be read is left out: the scrape goes on.
 fn numbers(k: &Kernel) -> metrics::Kernel {
+    fn read<T>(what: &str, r: std::io::Result<T>) -> Option<T> {
+        r.map_err(|e| tracing::error!(error = %e, what, "the probes' accounts cannot be read")).ok()
+    }
     let probe = |p: kernel::ProbeStat| metrics::Probe {
         name: p.name.to_owned(),
         attached: p.attached,
         run: (p.runs > 0).then_some((p.run_time_ns as f64 / 1e9, p.runs)),
     };
     metrics::Kernel {
-        counters: k.totals().unwrap_or_default(),
+        counters: read("counters", k.totals()),
         ring_used: k.ring_used(),
         ring_size: k.ring_size(),
-        kills: k.kills().unwrap_or_default(),
-        probes: k.probes().unwrap_or_default().into_iter().map(probe).collect(),
+        kills: read("kills", k.kills()),
+        // One that is run by hand hangs on nothing: it would show as detached for ever.
+        probes: read("programs", k.probes())
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|p| !p.by_hand)
+            .map(probe)
+            .collect(),
+        stores: Vec::new(),
     }
 }

@@ -6,13 +6,15 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use aya::maps::MapData;
 use monitor_abi::{Counter, KINDS, KillCounter};
 
-use super::offsets::{PROBES, SYS_ENTER};
+use super::offsets::{Kind, PROBES, SYS_ENTER};
 use super::{Kernel, sys};
 
 /// One program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProbeStat {
     pub name: &'static str,
+    /// It hangs on nothing and is run when it is wanted.
+    pub by_hand: bool,
     pub attached: bool,
     /// Why it was not loaded.
     pub off: Option<String>,
@@ -84,6 +86,7 @@ impl Kernel {
                 let info = info.unwrap_or_default();
                 Ok(ProbeStat {
                     name: p.name,
+                    by_hand: p.kind == Kind::ByHand,
                     attached: self.links.contains_key(p.name)
                         || (p.name == SYS_ENTER && self.doom_attached()),
                     off: self.off.iter().find(|(n, _)| *n == p.name).map(|(_, why)| why.clone()),

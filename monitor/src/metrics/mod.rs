@@ -89,6 +89,8 @@ pub struct Counts {
     pub job_kills: BTreeMap<(Reason, &'static str), u64>,
     /// By signal number and what became of the process.
     pub signals_sent: BTreeMap<(u8, SignalledOutcome), u64>,
+    /// By signal number: what `exec` passed on. What became of the processes is theirs.
+    pub signals_passed: BTreeMap<u8, u64>,
     pub reload_ok: bool,
     /// Seconds since the epoch.
     pub reload_at: f64,
@@ -103,6 +105,7 @@ impl Default for Counts {
             synced: false,
             job_kills: BTreeMap::new(),
             signals_sent: BTreeMap::new(),
+            signals_passed: BTreeMap::new(),
             reload_ok: true,
             reload_at: 0.0,
         }
@@ -118,15 +121,17 @@ pub struct StoreNumbers {
     pub evictions: u64,
 }
 
-/// What the probes and their maps say.
+/// What the probes and their maps say. None: it could not be read, and absent is not zero.
 #[derive(Clone, Debug, Default)]
 pub struct Kernel {
     /// By kind: hits, sent, filtered, lost (the skipped runs of each program included).
-    pub counters: [monitor_abi::Counter; KINDS],
+    pub counters: Option<[monitor_abi::Counter; KINDS]>,
     pub ring_used: u64,
     pub ring_size: u64,
-    pub kills: KillCounter,
+    pub kills: Option<KillCounter>,
     pub probes: Vec<Probe>,
+    /// How full the kernel's maps and the alerts' queue are.
+    pub stores: Vec<StoreNumbers>,
 }
 
 #[derive(Clone, Debug)]

@@ -34,7 +34,7 @@ pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts) {
     for (name, j) in &g.jobs {
         e.sample(&[("job_name", name)], j.orphans as f64);
     }
-    e.gauge("jobwarden_unreaping_parents", "Processes that have at least one zombie child.")
+    e.gauge("jobwarden_unreaping_parents", "Processes that have at least one zombie child now.")
         .sample(&[], g.unreaping_parents as f64);
     e.gauge("jobwarden_oldest_zombie_age_seconds", "Age of the oldest zombie; 0 when there is none.")
         .sample(&[], g.oldest_zombie_age_s);
@@ -91,7 +91,7 @@ pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts) {
         e.sample(&[("kind", kind.as_str())], g.alerts_fired.get(&kind).copied().unwrap_or(0) as f64);
     }
     e.counter("jobwarden_signals_sent_total", "Signals sent by the agent, by what became of the process.");
-    let seen = c.signals_sent.keys().map(|k| k.0);
+    let seen = c.signals_sent.keys().map(|k| k.0).chain(c.signals_passed.keys().copied());
     for signal in SIGNALS.into_iter().chain(seen).collect::<std::collections::BTreeSet<u8>>() {
         for outcome in OUTCOMES {
             let n = c.signals_sent.get(&(signal, outcome)).copied().unwrap_or(0);
@@ -99,6 +99,9 @@ pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts) {
             let outcome = outcome.as_str().replace('-', "_");
             e.sample(&[("signal", &signal::name(signal)), ("outcome", &outcome)], n as f64);
         }
+        // What `exec` was sent and passed on to its job: nobody waits for what comes of it.
+        let n = c.signals_passed.get(&signal).copied().unwrap_or(0);
+        e.sample(&[("signal", &signal::name(signal)), ("outcome", "passed_on")], n as f64);
     }
     e.counter("jobwarden_job_kills_total", "Jobs that were ended, by why and whether it worked.");
     for reason in Reason::ALL {
@@ -127,23 +130,30 @@ pub(super) fn kernel(e: &mut Encoder, c: &Counts, k: &Kernel) {
             e.sample(&[("kind", kind)], of(i) as f64);
         }
     };
-    by_kind("jobwarden_probe_hits_total", "What the probes saw: sent + lost + filtered.", &|i| {
-        k.counters[i].hits
-    });
-    by_kind("jobwarden_events_sent_total", "Records written to the ring.", &|i| k.counters[i].sent);
-    by_kind("jobwarden_events_filtered_total", "What a mask kept out of the ring.", &|i| {
-        k.counters[i].filtered
-    });
-    by_kind("jobwarden_events_lost_total", "Records for which the ring had no room.", &|i| {
-        k.counters[i].lost
-    });
+    // A counter that falls to 0 for one scrape would be taken for a restart.
+    if let Some(counters) = &k.counters {
+        by_kind("jobwarden_probe_hits_total", "What the probes saw: sent + lost + filtered.", &|i| {
+            counters[i].hits
+        });
+        by_kind("jobwarden_events_sent_total", "Records written to the ring.", &|i| counters[i].sent);
+        by_kind("jobwarden_events_filtered_total", "What a mask kept out of the ring.", &|i| {
+            counters[i].filtered
+        });
+        by_kind("jobwarden_events_lost_total", "Records for which the ring had no room.", &|i| {
+            counters[i].lost
+        });
+    }
     by_kind("jobwarden_events_total", "Records received from the ring.", &|i| c.events[i]);
     e.gauge("jobwarden_ring_used_bytes", "Bytes in the ring that are not read yet.")
         .sample(&[], k.ring_used as f64);
     e.gauge("jobwarden_ring_size_bytes", "Size of the ring.").sample(&[], k.ring_size as f64);
-    e.counter("jobwarden_kernel_kills_total", "SIGKILLs that the probes sent into doomed jobs.")
-        .sample(&[], k.kills.ok as f64);
-    e.gauge("jobwarden_probe_attached", "1 for each probe that is attached.");
+    if let Some(kills) = &k.kills {
+        e.counter("jobwarden_kernel_kills_total", "SIGKILLs that the probes sent into doomed jobs.")
+            .sample(&[], kills.ok as f64);
+    }
+    if !k.probes.is_empty() {
+        e.gauge("jobwarden_probe_attached", "1 for each probe that is attached.");
+    }
     for p in &k.probes {
         e.sample(&[("probe", &p.name)], bit(p.attached));
     }

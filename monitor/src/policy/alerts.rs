@@ -92,9 +92,6 @@ impl Alerts {
     pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.table.values()
     }
-    pub(super) fn count(&self, kind: AlertKind, state: AlertState) -> u64 {
-        self.iter().filter(|e| e.alert.kind == kind && e.alert.state == state).count() as u64
-    }
     pub(super) fn len(&self) -> usize {
         self.table.len()
     }
@@ -331,11 +328,14 @@ impl Engine {
                 AlertKind::Orphan | AlertKind::JobTimeout | AlertKind::KillFailed => {
                     self.job_alert_restored(a.kind, a.job, now, fx);
                 }
-                AlertKind::EventsLost => self.loss(0, now, fx),
+                AlertKind::EventsLost => self.loss_restored(&a, now, fx),
                 AlertKind::EnforcementStopped => self.fuse_alert(now, fx),
                 AlertKind::StorageFailed | AlertKind::Capacity => {
                     let r = Raise { summary: a.summary.clone(), ..Raise::host(now) };
                     self.raise((a.kind, About::Host), &r, now, fx);
+                    if a.kind == AlertKind::Capacity {
+                        self.watch_room(now);
+                    }
                 }
             }
         }

@@ -14,7 +14,7 @@ use crate::event::WaitStatus;
 use crate::forest::groups::DEPTH;
 use crate::forest::{Idx, NONE};
 use crate::key::Key;
-use crate::metrics::{self, JobNumbers, Outcome};
+use crate::metrics::Outcome;
 
 /// How long an ended job stays in `jobs`.
 const REMEMBERED: u64 = 60 * SECOND;
@@ -79,8 +79,6 @@ pub(super) struct Jobs {
     pub(super) done: usize,
     pub(super) last_number: u64,
     pub(super) refused: u64,
-    /// By name, over the agent's life: how they ended and how long they took.
-    pub(super) ended: HashMap<String, JobNumbers>,
 }
 
 impl Jobs {
@@ -184,6 +182,7 @@ impl Engine {
             *self.supervisors.entry(s).or_default() += 1;
         }
         self.jobs.insert(g, job);
+        self.names.job(&record.name, now);
         self.enroll(g, outer, root);
         fx.push(Effect::Job { job: Box::new(record.clone()), label: b.number.is_none() });
         self.set_deadline(g);
@@ -285,8 +284,7 @@ impl Engine {
             started: r.started,
             ended: at,
         };
-        let name = self.metric_name(&ended.name);
-        let numbers = self.jobs.ended.entry(name).or_default();
+        let numbers = self.names.ended(&ended.name, now);
         *numbers.finished.entry(outcome).or_default() += 1;
         numbers.duration.observe(at.saturating_sub(ended.started) as f64 / 1e9);
         fx.push(Effect::JobEnded(Box::new(ended)));
@@ -322,6 +320,8 @@ impl Engine {
         self.jobs.done -= 1;
         self.forest.remove_group(g);
         let Some(job) = self.jobs.remove(g) else { return };
+        self.names.job(&job.record.name, now);
+        self.plan_names(now);
         if let Some(root) = job.root {
             self.forest.release(root);
         }
@@ -374,6 +374,7 @@ impl Engine {
             if let Some(s) = record.supervisor {
                 *self.supervisors.entry(s).or_default() += 1;
             }
+            self.names.job(&record.name, self.now);
             let job = Job { restored: true, ..Job::new(record) };
             self.jobs.insert(g, job);
         }
@@ -473,12 +474,6 @@ impl Engine {
     /// It and the jobs inside it.
     pub(super) fn with_inner(&self, g: Idx) -> Vec<Idx> {
         self.jobs.iter().map(|(i, _)| i).filter(|&i| self.forest.groups.chain(i).any(|x| x == g)).collect()
-    }
-
-    /// The value of the `job_name` label.
-    pub(super) fn metric_name(&self, name: &str) -> String {
-        let full = self.jobs.ended.len() >= metrics::MAX_JOB_NAMES;
-        if full && !self.jobs.ended.contains_key(name) { metrics::OTHER } else { name }.to_owned()
     }
 
     pub(super) fn records(&self) -> Vec<JobRecord> {

@@ -10,6 +10,7 @@ mod exec;
 pub mod input;
 mod jobs;
 mod looks;
+mod names;
 mod orphans;
 mod react;
 mod rules;
@@ -65,6 +66,8 @@ pub struct Engine {
     enforcement: enforcement::Enforcement,
     forest: Forest,
     jobs: jobs::Jobs,
+    /// Values of the `job_name` label.
+    names: names::Names,
     alerts: alerts::Alerts,
     timers: timers::Timers,
     looks: looks::Budget,
@@ -96,6 +99,8 @@ impl Engine {
     #[must_use]
     pub fn new(settings: Settings, config: &Config) -> Self {
         let l = settings.limits;
+        let mut names = names::Names::default();
+        names.set_rules(config.jobs.iter().map(|r| r.name.as_str()), 0);
         Self {
             forest: Forest::new(l.processes, l.tombstones, l.signals),
             static_labels: config.agent.labels.clone(),
@@ -103,6 +108,7 @@ impl Engine {
             rules: rules::watched(&config.jobs),
             enforcement: enforcement::Enforcement::new(&config.enforcement),
             jobs: jobs::Jobs::default(),
+            names,
             alerts: alerts::Alerts::default(),
             timers: timers::Timers::default(),
             looks: looks::Budget::exits(),

@@ -6,7 +6,7 @@ use super::jobs::policy_of;
 use super::timers::Timer;
 use super::{Effect, Engine, LOSS_OVER, Observation, SECOND, nanos, rules, summary};
 use crate::config::Config;
-use crate::contract::{AlertKind, State};
+use crate::contract::{Alert, AlertKind, State};
 use crate::event::{Body, Event};
 use crate::forest::{Change, Facts, Flags, Idx, Merge, Moved, NONE, Snapshot, apply::Born};
 
@@ -252,6 +252,7 @@ impl Engine {
                 Timer::EnforcementOver => self.word_over(now, fx),
                 Timer::Alert(serial) => self.alert_timer(serial, now, fx),
                 Timer::Capacity => self.check_room(now, fx),
+                Timer::Names => self.names_due(now),
                 Timer::Scan => self.scan_late(now, fx),
             }
         }
@@ -263,6 +264,8 @@ impl Engine {
         self.zombies_after = nanos(c.zombies.after);
         self.enforcement.configure(&c.enforcement);
         self.rules = rules::watched(&c.jobs);
+        self.names.set_rules(c.jobs.iter().map(|r| r.name.as_str()), now);
+        self.plan_names(now);
         let all: Vec<Idx> = self.jobs.iter().filter(|(_, j)| j.done.is_none()).map(|(g, _)| g).collect();
         for g in all {
             let Some(j) = self.jobs.get_mut(g) else { continue };
@@ -310,6 +313,18 @@ impl Engine {
         let raise =
             Raise { count: self.lost.0 as usize, since: self.lost.1, summary: text, ..Raise::host(now) };
         self.raise((AlertKind::EventsLost, About::Host), &raise, now, fx);
+        self.timers.set(now + LOSS_OVER, Timer::LossOver);
+    }
+
+    /// It fired before a restart: what was said then stays, and it ends as late after this moment as after a loss.
+    pub(super) fn loss_restored(&mut self, a: &Alert, now: u64, fx: &mut Vec<Effect>) {
+        let name = (AlertKind::EventsLost, About::Host);
+        if self.alerts.get(name).is_some() {
+            return;
+        }
+        self.lost = (a.count as u64, now, now);
+        let raise = Raise { count: a.count, summary: a.summary.clone(), ..Raise::host(now) };
+        self.raise(name, &raise, now, fx);
         self.timers.set(now + LOSS_OVER, Timer::LossOver);
     }
 
@@ -365,13 +380,18 @@ impl Engine {
             let text = format!("jobwarden's table of {store} is full: more are not followed.");
             let raise = Raise { summary: text, ..Raise::host(now) };
             self.raise(name, &raise, now, fx);
-            self.timers.set(now + 10 * SECOND, Timer::Capacity);
+            self.watch_room(now);
         }
+    }
+
+    /// Whether there is room again is looked at until there is.
+    pub(super) fn watch_room(&mut self, now: u64) {
+        self.timers.set(now + 10 * SECOND, Timer::Capacity);
     }
 
     fn check_room(&mut self, now: u64, fx: &mut Vec<Effect>) {
         if self.full(ROOM).is_some() {
-            self.timers.set(now + 10 * SECOND, Timer::Capacity);
+            self.watch_room(now);
         } else if self.wrong.is_none() {
             self.clear((AlertKind::Capacity, About::Host), "There is room again.".into(), now, fx);
         }

@@ -29,6 +29,8 @@ pub(super) enum Timer {
     Alert(u64),
     /// Whether a store that was full has room again.
     Capacity,
+    /// Names of jobs that are idle are no longer shown.
+    Names,
     /// Facts that a scan waits for have not come.
     Scan,
 }

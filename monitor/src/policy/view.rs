@@ -8,7 +8,7 @@ use super::{Engine, Gauges, Refused, Target, TreeQuery};
 use crate::contract::{AlertKind, AlertState, EventLine, JobId, JobState, State, Tree, text};
 use crate::event::{Body, Comm, Event, SignalResult, WaitStatus};
 use crate::forest::signals::Signal;
-use crate::forest::{Flags, Idx, Node};
+use crate::forest::{Flags, Idx, NONE, Node};
 use crate::key::Key;
 use crate::metrics::{self, JobNumbers, StoreNumbers};
 
@@ -181,21 +181,10 @@ impl Engine {
             ..JobNumbers::default()
         };
         let mut jobs: BTreeMap<String, JobNumbers> = BTreeMap::from([(String::new(), outside)]);
-        for (name, ended) in &self.jobs.ended {
-            jobs.insert(name.clone(), ended.clone());
-        }
-        let name = |jobs: &BTreeMap<String, JobNumbers>, n: &str| {
-            let full = jobs.len() > metrics::MAX_JOB_NAMES && !jobs.contains_key(n);
-            if full { metrics::OTHER.to_owned() } else { n.to_owned() }
-        };
-        for (w, _) in &self.rules {
-            let name = name(&jobs, &w.rule.name);
-            jobs.entry(name).or_default();
-        }
+        jobs.extend(self.names.iter().map(|(name, ended)| (name.clone(), ended.clone())));
         for (g, j) in self.jobs.iter() {
             let own = self.forest.groups.get(g).map(|x| x.own).unwrap_or_default();
-            let name = name(&jobs, &j.record.name);
-            let n = jobs.entry(name).or_default();
+            let n = jobs.entry(self.names.label(&j.record.name).to_owned()).or_default();
             n.zombies += u64::from(own.zombies);
             n.orphans += self.orphans_in(g, true) as u64;
             *n.states.entry(metrics::job_state_label(self.state_of(j))).or_default() += 1;
@@ -209,7 +198,7 @@ impl Engine {
         Gauges {
             processes,
             jobs,
-            unreaping_parents: self.alerts.count(AlertKind::Zombie, AlertState::Firing),
+            unreaping_parents: self.unreaping_parents(),
             oldest_zombie_age_s: oldest as f64 / 1e9,
             reap_delay: self.reap_delay.clone(),
             stores: self.stores(),
@@ -221,6 +210,12 @@ impl Engine {
             enforcement_enabled: self.enforcement.on(now),
             fuse_open: self.enforcement.state.fuse_open,
         }
+    }
+
+    /// Counted anew: zombies are few, and each has its parent now, whoever that was before.
+    fn unreaping_parents(&self) -> u64 {
+        let parents = self.zombies.iter().map(|&(_, i)| self.forest.node(i).parent);
+        parents.filter(|&p| p != NONE).collect::<HashSet<Idx>>().len() as u64
     }
 
     fn alert_counts(&self) -> BTreeMap<(AlertKind, &'static str), u64> {

@@ -1,6 +1,7 @@
 use super::*;
 use crate::contract::JobState;
 use crate::enforce::{Reason, What};
+use crate::metrics;
 use crate::metrics::Outcome;
 
 fn policy() -> JobPolicy {
@@ -48,6 +49,60 @@ fn registered_before_its_fork_record_is_handled() {
     let g = w.e.gauges(w.sim.now);
     assert_eq!(g.jobs["x"].finished[&Outcome::Completed], 1);
     assert_eq!(g.jobs["x"].duration.count(), 1);
+}
+
+/// Names that come with `exec` are anybody's: gauges and counters show the same ones, so many at most, and not for ever.
+#[test]
+fn names_of_exec_jobs_are_bounded_and_go_when_they_are_idle() {
+    const RULES: &str = "[[job]]\nname = \"stays\"\nmatch = { argv = \"^a\" }\n\
+                         [[job]]\nname = \"goes\"\nmatch = { argv = \"^b\" }";
+    let mut w = World::new(RULES);
+    let sup = w.sim.spawn(1, "jobwarden exec");
+    let total = metrics::MAX_JOB_NAMES + 20;
+    let mut roots = Vec::new();
+    for i in 0..total {
+        let root = w.sim.fork(sup);
+        let j = ExecJob {
+            root: w.sim.key(root),
+            name: format!("x{i}"),
+            supervisor: Some(w.sim.key(sup)),
+            number: None,
+            policy: policy(),
+        };
+        let mut fx = Vec::new();
+        w.e.register_exec_job(j, w.sim.now, &mut fx).unwrap();
+        w.answer(fx);
+        roots.push(root);
+    }
+    w.drain();
+    let other = |w: &World| w.e.gauges(w.sim.now).jobs.get(metrics::OTHER).cloned();
+    let names = |w: &World| w.e.gauges(w.sim.now).jobs.into_keys().collect::<Vec<_>>();
+    // Beside them: those outside of jobs, and those without a place.
+    assert_eq!(names(&w).len(), metrics::MAX_JOB_NAMES + 2);
+    assert_eq!(
+        other(&w).unwrap().states["running"],
+        22,
+        "the two rules have a place, so 198 of 220 have one"
+    );
+    let last = roots.pop().unwrap();
+    for root in roots {
+        w.sim.end(root, 0);
+    }
+    w.pass(3 * S);
+    let o = other(&w).unwrap();
+    assert_eq!((o.finished[&Outcome::Completed], o.states["running"], o.states["done"]), (21, 1, 21));
+    assert_eq!(o.duration.count(), 21);
+    let fewer = RULES.split_once("\n[[job]]\nname = \"goes").unwrap().0;
+    let mut fx = Vec::new();
+    w.e.reload(&config(fewer), w.sim.now, &mut fx);
+    assert!(names(&w).contains(&"goes".to_owned()), "the last of it is still to be scraped");
+    // Remembered for a minute, idle for ten.
+    w.pass(700 * S);
+    assert_eq!(names(&w), ["", "_other", "stays"], "one that runs keeps the name that it is counted under");
+    w.sim.end(last, 0);
+    w.pass(700 * S);
+    assert_eq!(names(&w), ["", "stays"]);
+    assert_eq!(w.e.next_wake(), None, "nothing is left to be looked at");
 }
 
 #[test]

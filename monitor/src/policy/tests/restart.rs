@@ -192,6 +192,48 @@ fn conditions_of_the_edge() {
     assert_eq!(fx.len(), 2);
 }
 
+/// The alerts that fired before, given to an engine that knows of nothing else.
+fn restored(alerts: Vec<Alert>) -> World {
+    let mut w = World::unsynced("");
+    let mut fx = Vec::new();
+    w.e.restore_alerts(alerts, true, w.sim.now, &mut fx);
+    assert!(fx.is_empty());
+    w.sync();
+    w
+}
+
+#[test]
+fn alerts_about_the_host_go_on_after_a_restart_and_end() {
+    let mut w = World::new("");
+    let mut fx = Vec::new();
+    w.e.events_lost(7, w.sim.now, &mut fx);
+    w.e.condition(AlertKind::Capacity, Some("kernel_lineage is full".into()), w.sim.now, &mut fx);
+    w.e.condition(AlertKind::StorageFailed, Some("disk full".into()), w.sim.now, &mut fx);
+    let mut w = restored(w.e.alerts(false));
+    assert_eq!(w.firing().len(), 3);
+    assert_eq!(w.changes(), [], "nobody is told again");
+    for a in w.e.alerts(false) {
+        let said = match a.kind {
+            AlertKind::EventsLost => "7 records were lost",
+            AlertKind::Capacity => "kernel_lineage is full",
+            _ => "disk full",
+        };
+        assert!(a.summary.contains(said), "{a:?}");
+    }
+    w.pass(11 * S);
+    let told = w.told();
+    let [(AlertChange::Resolved, a)] = told.as_slice() else { panic!("{told:?}") };
+    assert_eq!(a.kind, AlertKind::Capacity, "nothing is full here");
+    w.pass(300 * S);
+    let told = w.told();
+    let [(AlertChange::Resolved, a)] = told.as_slice() else { panic!("{told:?}") };
+    assert_eq!(a.kind, AlertKind::EventsLost);
+    assert!(a.summary.contains("7 were before"), "{}", a.summary);
+    let mut fx = Vec::new();
+    w.e.condition(AlertKind::StorageFailed, None, w.sim.now, &mut fx);
+    assert_eq!(w.firing(), []);
+}
+
 #[test]
 fn a_full_forest_says_so() {
     let mut w = World::unsynced("");

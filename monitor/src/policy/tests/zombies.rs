@@ -18,6 +18,7 @@ fn pending_firing_resolved() {
     assert_eq!(w.e.alerts(true)[0].state, AlertState::Pending);
     w.pass(2_900_000_000);
     assert_eq!(w.changes(), [], "not before its time");
+    assert_eq!(w.e.gauges(w.sim.now).unreaping_parents, 1, "whether it is an alert yet or not");
     w.pass(500_000_000);
     let told = w.told();
     let [(AlertChange::Fired, a)] = told.as_slice() else { panic!("{told:?}") };
@@ -46,6 +47,7 @@ fn pending_firing_resolved() {
     w.sim.ring.push(record);
     w.pass(S);
     assert_eq!(w.changes(), []);
+    assert_eq!(w.e.gauges(w.sim.now).unreaping_parents, 0);
     assert_eq!(w.e.gauges(w.sim.now).reap_delay.count(), 1);
 }
 

@@ -2,11 +2,13 @@
 //! ended, or its time is up, all that it started is ended too.
 
 use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::process::{ChildStderr, Command};
 
 use super::webhook::Body;
@@ -55,7 +57,11 @@ impl Exec {
             Ok(child) => child,
             Err(e) => return Fate::failed(Reason::Program, format!("{program}: {e}")),
         };
-        let pid = child.id();
+        // It is waited for without being reaped: until its family is ended its number must not become somebody else's.
+        let dead = child.id().and_then(|pid| Some((pid, pidfd(pid)?)));
+        let Some((pid, dead)) = dead else {
+            return Fate::failed(Reason::Program, format!("{program}: no pidfd of it could be had, killed"));
+        };
         // Both run beside the wait: a program that does not read, and a descendant that holds standard error for ever,
         // must not hold this up.
         let writer = child.stdin.take().map(|mut stdin| {
@@ -65,12 +71,9 @@ impl Exec {
             })
         });
         let reader = child.stderr.take().map(|stderr| tokio::spawn(last_said(stderr)));
-        let ended = tokio::time::timeout(self.timeout, child.wait()).await;
+        let in_time = tokio::time::timeout(self.timeout, dead.readable()).await.is_ok();
         let left = mark.end(pid).await;
-        if ended.is_err() {
-            // It was in the family and is dead; this reaps it.
-            let _ = child.wait().await;
-        }
+        let status = child.wait().await;
         if let Some(w) = writer {
             w.abort();
         }
@@ -85,18 +88,26 @@ impl Exec {
         };
         let said = if said.is_empty() { said } else { format!(" ({said})") };
         let left = if left == 0 { String::new() } else { format!("; {left} it left behind were ended") };
-        match ended {
-            Ok(Ok(status)) if status.success() => {
-                Fate::Delivered { answer: format!("{program}: {status}{left}") }
-            }
-            Ok(Ok(status)) => Fate::failed(Reason::Program, format!("{program}: {status}{said}{left}")),
-            Ok(Err(e)) => Fate::failed(Reason::Program, format!("{program}: {e}")),
-            Err(_) => {
+        match status {
+            _ if !in_time => {
                 let s = self.timeout.as_secs_f64();
                 Fate::failed(Reason::Timeout, format!("{program}: not ended after {s} s, killed{said}"))
             }
+            Ok(status) if status.success() => {
+                Fate::Delivered { answer: format!("{program}: {status}{left}") }
+            }
+            Ok(status) => Fate::failed(Reason::Program, format!("{program}: {status}{said}{left}")),
+            Err(e) => Fate::failed(Reason::Program, format!("{program}: {e}")),
         }
     }
+}
+
+/// Readable once the process has died, reaped or not.
+fn pidfd(pid: u32) -> Option<AsyncFd<OwnedFd>> {
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed())?;
+    let fd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()?;
+    // SAFETY: the descriptor is owned, so it stays open and the same for as long as the `AsyncFd` has it.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.ok()
 }
 
 /// Of the agent's own environment only what a program needs to run.

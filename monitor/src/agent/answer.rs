@@ -359,7 +359,9 @@ pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     differs("agent.state_dir", a.state_dir != b.state_dir);
     differs("agent.listen", a.listen != b.listen);
     differs("agent.pin", a.pin != b.pin);
+    differs("agent.allow_plain", a.allow_plain != b.allow_plain);
     differs("agent.bpffs", a.bpffs != b.bpffs);
+    differs("agent.ring_bytes", a.ring_bytes != b.ring_bytes);
     differs("agent.log", a.log != b.log || a.log_json != b.log_json);
     all
 }

@@ -2,7 +2,7 @@
 //! or passes on what the engine wants done. Everything slow (reading a process's memory, killing, explaining, sending)
 //! runs beside it and comes back as an [`Internal`] message, so the ring is always read in time.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +12,9 @@ use tokio::time::Instant;
 
 use super::driver::Driver;
 use super::look::Looker;
+use super::storage::{Source, Storage};
 use super::{AgentError, Options};
-use crate::alert::Center;
+use crate::alert::{Center, Submission};
 use crate::api::{ApiError, Class, Feed, JobRef, Peer, Readiness, Reloaded, Reply, Request};
 use crate::config::Config;
 use crate::contract::{Alert, AlertKind, Cause, JobId, KillReport};
@@ -32,6 +33,8 @@ use crate::state::{State, Store};
 const CHECK: Duration = Duration::from_secs(1);
 /// How long a new alert waits for its cause before it is sent without.
 const CAUSE_WAIT: Duration = Duration::from_millis(700);
+/// It is on the disk meanwhile, held back for a little longer than that: the core says when the wait is over.
+const HOLD: Duration = Duration::from_millis(1_500);
 /// What a look shows may ask for another one at once; the rest waits for the next turn.
 const LOOKS_A_TURN: usize = 8;
 /// Keys whose facts are read by one blocking task: one process that blocks its readers holds up only so many.
@@ -56,6 +59,8 @@ pub(super) enum Internal {
     },
     /// An alert could not be stored, or could be again.
     Storage(Option<String>),
+    /// Stores outside of the engine are full, or have room again.
+    Full(Option<String>),
     Reloaded {
         result: Result<Box<Config>, String>,
         peer: Option<Peer>,
@@ -72,7 +77,7 @@ pub(super) struct Core {
     pub audit: Arc<Audit>,
     pub center: Center,
     /// To the task that hands alerts over for delivery, one after the other.
-    pub alerts: mpsc::UnboundedSender<Alert>,
+    pub alerts: mpsc::UnboundedSender<Submission>,
     pub redact: Arc<Redactor>,
     pub feed: Feed,
     pub counts: Counts,
@@ -89,6 +94,10 @@ pub(super) struct Core {
     /// The cgroups that jobs of `exec --cgroup` own.
     pub cgroups: HashMap<JobId, PathBuf>,
     store: Store,
+    storage: Storage,
+    /// A reload is under way; these wait for its end, so that the last config that was read is the one in force.
+    reloading: bool,
+    reloads: VecDeque<(Option<Peer>, Option<Reply<Reloaded>>)>,
     state_dirty: bool,
     facts_wanted: Vec<Key>,
     looks_wanted: Vec<Key>,
@@ -109,7 +118,7 @@ pub(super) struct Parts {
     pub audit: Arc<Audit>,
     pub center: Center,
     /// To the task that hands alerts over for delivery, one after the other.
-    pub alerts: mpsc::UnboundedSender<Alert>,
+    pub alerts: mpsc::UnboundedSender<Submission>,
     pub redact: Arc<Redactor>,
     pub config: Config,
     pub options: Options,
@@ -144,6 +153,9 @@ impl Core {
             label_error: None,
             cgroups: HashMap::new(),
             store: p.store,
+            storage: Storage::default(),
+            reloading: false,
+            reloads: VecDeque::new(),
             state_dirty: false,
             facts_wanted: Vec::new(),
             looks_wanted: Vec::new(),
@@ -308,15 +320,22 @@ impl Core {
             version: crate::state::VERSION,
         };
         let wrong = self.store.save(&state).err().map(|e| e.to_string());
-        if let Some(e) = &wrong {
-            tracing::error!(error = %e, "jobs could not be saved");
+        match &wrong {
+            Some(e) if !self.storage.failed(Source::Jobs) => {
+                tracing::error!(error = %e, "jobs could not be saved; it is tried again each second");
+            }
+            None if self.storage.failed(Source::Jobs) => tracing::info!("jobs are saved again"),
+            _ => {}
         }
-        self.storage(wrong);
+        self.storage.set(Source::Jobs, wrong);
+        self.tell_storage();
     }
 
-    fn storage(&mut self, wrong: Option<String>) {
+    fn tell_storage(&mut self) {
+        let ready = self.ready.borrow().ready;
+        let Some(health) = self.storage.news(ready) else { return };
         let mut fx = Vec::new();
-        self.engine.condition(AlertKind::StorageFailed, wrong, host::boot_now(), &mut fx);
+        self.engine.condition(AlertKind::StorageFailed, health.wrong(), host::boot_now(), &mut fx);
         // Not `apply`: an alert about storage must not come back here. It is submitted like any other.
         for f in fx {
             if let Effect::Alert { change, alert } = f {
@@ -332,6 +351,8 @@ impl Core {
             AlertChange::Fired if matches!(alert.kind, AlertKind::Zombie | AlertKind::Orphan) => {
                 tracing::warn!(alert = %alert.id, kind = %alert.kind, job = %alert.job_name, "{}", alert.summary);
                 let id = alert.id.clone();
+                // At once: one that was only in memory would be lost by a SIGKILL, if it is cured while nobody watches.
+                let _ = self.alerts.send(Submission { alert: alert.clone(), hold: Some(HOLD) });
                 self.waiting.insert(id.clone(), alert);
                 super::cause::of_alert(self, id, CAUSE_WAIT);
             }
@@ -345,9 +366,7 @@ impl Core {
             },
             AlertChange::Resolved => {
                 tracing::info!(alert = %alert.id, kind = %alert.kind, job = %alert.job_name, "resolved: {}", alert.summary);
-                if let Some(fired) = self.waiting.remove(&alert.id) {
-                    self.submit(fired);
-                }
+                self.waiting.remove(&alert.id);
                 self.submit(alert);
             }
         }
@@ -355,7 +374,7 @@ impl Core {
 
     fn submit(&self, alert: Alert) {
         // The task ends after this one.
-        let _ = self.alerts.send(alert);
+        let _ = self.alerts.send(alert.into());
     }
 
     fn internal(&mut self, m: Internal) {
@@ -394,7 +413,11 @@ impl Core {
                     self.engine.kill_finished(id, reason, whole, report, now, &mut fx);
                 }
             }
-            Internal::Storage(wrong) => self.storage(wrong),
+            Internal::Storage(wrong) => {
+                self.storage.set(Source::Alerts, wrong);
+                self.tell_storage();
+            }
+            Internal::Full(wrong) => self.engine.condition(AlertKind::Capacity, wrong, now, &mut fx),
             Internal::Reloaded { result, peer, reply } => self.reloaded(result, peer, reply),
             Internal::Scrape(reply) => {
                 let _ = reply.send((self.engine.gauges(now), self.counts.clone()));
@@ -442,6 +465,12 @@ impl Core {
     fn check(&mut self) {
         self.engine.set_clock(host::boot_to_wall().cast_signed());
         self.engine.flush();
+        if self.storage.failed(Source::Jobs) {
+            self.save();
+        }
+        self.audit.retry();
+        self.storage.set(Source::Audit, self.audit.error());
+        self.tell_storage();
         let lost = match self.kernel.lost() {
             Ok(n) if n > self.lost => n,
             Ok(_) => return,
@@ -492,6 +521,16 @@ impl Core {
     /// The config file again; all of it or nothing. The receivers are tried first, beside the core, and the rest is
     /// swapped when they are there.
     pub(super) fn reload(&mut self, peer: Option<Peer>, reply: Option<Reply<Reloaded>>) {
+        self.reloads.push_back((peer, reply));
+        self.next_reload();
+    }
+
+    fn next_reload(&mut self) {
+        if self.reloading {
+            return;
+        }
+        let Some((peer, reply)) = self.reloads.pop_front() else { return };
+        self.reloading = true;
         let o = &self.options;
         let config = match crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides) {
             Ok(c) => Box::new(c),
@@ -510,6 +549,7 @@ impl Core {
         peer: Option<Peer>,
         reply: Option<Reply<Reloaded>>,
     ) {
+        self.reloading = false;
         let done = result.map(|c| self.swap(*c)).map_err(|e| {
             self.counts.reload_ok = false;
             tracing::error!(error = %e, "the new config is refused, the old one stays");
@@ -522,6 +562,7 @@ impl Core {
         if let Some(reply) = reply {
             let _ = reply.send(done);
         }
+        self.next_reload();
     }
 
     fn swap(&mut self, config: Config) -> Reloaded {

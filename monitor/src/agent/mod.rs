@@ -8,6 +8,8 @@ mod driver;
 mod kill;
 mod look;
 mod scrape;
+mod storage;
+mod stores;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -21,10 +23,9 @@ use tokio::sync::{mpsc, watch};
 use self::core::{Core, Internal, Parts};
 use self::driver::Driver;
 use self::look::Looker;
-use crate::alert::{self, Center};
+use crate::alert::{self, Center, Submission};
 use crate::api::{self, Backend, Readiness, Server};
 use crate::config::{Config, Overrides};
-use crate::contract::Alert;
 use crate::enforce::{Audit, Enforcer};
 use crate::kernel::{self, Kernel};
 use crate::key::Key;
@@ -114,7 +115,7 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
     let (internal_tx, internal) = mpsc::unbounded_channel();
     let start = Readiness { ready: false, reasons: vec!["the first snapshot is not taken yet".into()] };
     let (ready, ready_rx) = watch::channel(start);
-    let page = scrape::Page::new(internal_tx.clone());
+    let page = Arc::new(scrape::Page::new(internal_tx.clone()));
     let backend = Backend { requests: requests_tx, metrics: page.provider(), ready: ready_rx };
     let server = Server::start(&api::Options::new(&config.agent, crate::VERSION), &backend)?;
     options.listening = server.tcp_address();
@@ -132,6 +133,8 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
     }
     let center = Center::start(&config, dir, alert::Clock::system())?;
     page.set_center(center.clone());
+    let watch = stores::watch(Arc::clone(&kernel), center.clone(), Arc::clone(&page), internal_tx.clone());
+    let stores = tokio::spawn(watch);
     let (alerts_tx, alerts) = mpsc::unbounded_channel();
     let delivery = tokio::spawn(deliver(center.clone(), alerts, internal_tx.clone()));
 
@@ -165,6 +168,7 @@ async fn serve(mut options: Options) -> Result<(), AgentError> {
     let listening = server.tcp_address().map(|a| a.to_string());
     tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
     let done = Core::new(parts).run(ring, requests, internal, stop, reload).await;
+    stores.abort();
     server.stop().await;
     // All that the core has said is on the disk before the delivery stops.
     let _ = delivery.await;
@@ -180,7 +184,7 @@ const TOGETHER: usize = 256;
 /// refused it may take later without another alert, so it is looked at each second.
 async fn deliver(
     center: Center,
-    mut alerts: mpsc::UnboundedReceiver<Alert>,
+    mut alerts: mpsc::UnboundedReceiver<Submission>,
     core: mpsc::UnboundedSender<Internal>,
 ) {
     let mut wrong: Option<String> = None;
@@ -193,7 +197,7 @@ async fn deliver(
                 if n == 0 {
                     return;
                 }
-                if let Err(e) = center.submit_all(std::mem::take(&mut batch)).await {
+                if let Err(e) = center.submit_each(std::mem::take(&mut batch)).await {
                     tracing::error!(error = %e, "an alert is not on the disk");
                 }
             }

@@ -11,7 +11,7 @@ use crate::alert::Center;
 use crate::api::{Metrics, MetricsPage};
 use crate::host;
 use crate::kernel::{self, Kernel};
-use crate::metrics::{self, Counts, Sources, encode::Format};
+use crate::metrics::{self, Counts, Sources, StoreNumbers, encode::Format};
 use crate::policy::Gauges;
 use crate::proc::Proc;
 
@@ -22,6 +22,7 @@ struct Inner {
     kernel: OnceLock<Arc<Kernel>>,
     center: OnceLock<Center>,
     last: Mutex<Option<(Gauges, Counts)>>,
+    stores: Mutex<Vec<StoreNumbers>>,
 }
 
 /// The page, which knows more and more as the agent starts.
@@ -29,8 +30,8 @@ pub(super) struct Page(Arc<Inner>);
 
 impl Page {
     pub(super) fn new(core: mpsc::UnboundedSender<Internal>) -> Self {
-        let last = Mutex::new(None);
-        Self(Arc::new(Inner { core, kernel: OnceLock::new(), center: OnceLock::new(), last }))
+        let (kernel, center) = (OnceLock::new(), OnceLock::new());
+        Self(Arc::new(Inner { core, kernel, center, last: Mutex::default(), stores: Mutex::default() }))
     }
 
     pub(super) fn set_kernel(&self, k: Arc<Kernel>) {
@@ -39,6 +40,11 @@ impl Page {
 
     pub(super) fn set_center(&self, c: Center) {
         let _ = self.0.center.set(c);
+    }
+
+    /// How full the stores outside of the engine are.
+    pub(super) fn set_stores(&self, stores: Vec<StoreNumbers>) {
+        *self.0.stores.lock().unwrap_or_else(PoisonError::into_inner) = stores;
     }
 
     pub(super) fn provider(&self) -> Metrics {
@@ -62,7 +68,8 @@ impl Inner {
             }
             last.clone()?
         };
-        let kernel = numbers(self.kernel.get()?);
+        let mut kernel = numbers(self.kernel.get()?);
+        kernel.stores.clone_from(&self.stores.lock().unwrap_or_else(PoisonError::into_inner));
         let notifications = self.center.get().map(Center::notifications).unwrap_or_default();
         Some(metrics::encode(
             &Sources {

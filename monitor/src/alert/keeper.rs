@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::clock::{Clock, Millis, parse_rfc3339, rfc3339};
 use super::queue::{Counts, Filter, Outcome, Queue, Slot, Submitted};
 use super::store::{Change, Store, StoreError};
-use super::{SubmitError, Undelivered};
+use super::{Submission, SubmitError, Undelivered};
 use crate::contract::{self, Alert, AlertState};
 
 /// Commands taken into one transaction.
@@ -23,7 +23,7 @@ const EXPIRE_EVERY: Millis = 60_000;
 
 pub(super) enum Command {
     Submit {
-        alerts: Vec<Alert>,
+        all: Vec<Submission>,
         reply: oneshot::Sender<Result<(), SubmitError>>,
     },
     Pick {
@@ -86,6 +86,8 @@ pub(super) struct Done {
 #[derive(Debug, Default)]
 pub(super) struct Board {
     pub(super) counts: BTreeMap<String, Counts>,
+    /// Episodes that fire or that somebody is still owed.
+    pub(super) held: usize,
     /// Deliveries given up, by receiver.
     pub(super) dropped: BTreeMap<String, u64>,
     /// What the disk said last, until it takes something again.
@@ -184,8 +186,8 @@ impl Keeper {
         let now = self.clock.now();
         // A receiver of an answer that is gone has lost interest; each `send` below may fail for that alone.
         match command {
-            Command::Submit { alerts, reply } => {
-                let refused = alerts.iter().filter_map(|a| self.submit(a, now).err()).last();
+            Command::Submit { all, reply } => {
+                let refused = all.iter().filter_map(|s| self.submit(s, now).err()).last();
                 waiting.push(Waiting { refused, reply });
                 return true;
             }
@@ -231,7 +233,10 @@ impl Keeper {
                     .collect();
                 let _ = reply.send(firing.into_iter().filter_map(|seq| self.alert(seq)).collect());
             }
-            Command::Tick => self.expire(now),
+            Command::Tick => {
+                self.expire(now);
+                self.probe();
+            }
             Command::Stop { .. } => {}
         }
         false
@@ -241,19 +246,22 @@ impl Keeper {
         self.queue.filters().iter().position(|f| f.name == receiver)
     }
 
-    fn submit(&mut self, alert: &Alert, now: Millis) -> Result<(), SubmitError> {
+    fn submit(&mut self, s: &Submission, now: Millis) -> Result<(), SubmitError> {
         let failing = self.lock().error.is_some();
         let unsaved = if failing { self.dirty.values().filter(|b| b.is_some()).count() } else { 0 };
         if unsaved >= MAX_UNSAVED {
             return Err(self.refuse(unsaved));
         }
-        let alert = trimmed(alert, now);
+        let alert = trimmed(&s.alert, now);
         let mut submitted = self.queue.submit(&alert, now);
         if submitted == Submitted::Full
             && let Some(seq) = self.queue.oldest_resolved()
         {
             self.forget(seq);
             submitted = self.queue.submit(&alert, now);
+        }
+        if let (Submitted::Changed(seq), Some(hold)) = (&submitted, s.hold) {
+            self.queue.hold(*seq, now + hold.as_millis() as Millis);
         }
         match submitted {
             Submitted::Full => Err(self.refuse(self.queue.episodes.len())),
@@ -405,6 +413,18 @@ impl Keeper {
         written
     }
 
+    /// What failed may have left nothing to be written: whether the disk takes something is found out with the names of
+    /// the receivers, which are also what a reload could not write.
+    fn probe(&mut self) {
+        if self.lock().error.is_none() || !self.dirty.is_empty() || !self.gone.is_empty() {
+            return;
+        }
+        match self.store.set_receivers(self.queue.filters()) {
+            Ok(()) => self.lock().error = None,
+            Err(e) => self.failed(&e),
+        }
+    }
+
     fn failed(&self, e: &StoreError) {
         let text = e.to_string();
         let mut board = self.lock();
@@ -415,8 +435,9 @@ impl Keeper {
     }
 
     fn publish(&mut self) {
-        let counts = self.queue.counts();
+        let (counts, held) = (self.queue.counts(), self.queue.held());
         let mut board = self.lock();
+        board.held = held;
         board.counts = self.queue.filters().iter().map(|f| f.name.clone()).zip(counts).collect();
     }
 

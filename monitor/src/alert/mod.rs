@@ -27,19 +27,19 @@ use tokio::task::JoinHandle;
 
 pub use self::clock::{Clock, Millis};
 use self::keeper::{Board, Command, Keeper};
-use self::queue::Filter;
+use self::queue::{Filter, MAX_EPISODES};
 use self::send::Target;
 pub use self::send::{Fate, Reason, TargetError};
 pub use self::store::StoreError;
 use self::worker::{Stats, Worker};
 use crate::config::{Config, Receiver};
 use crate::contract::{self, Alert, AlertKind, AlertState, Severity};
-use crate::metrics::Notifications;
+use crate::metrics::{Notifications, StoreNumbers};
 
 /// Commands that may wait for the thread; who has more to say waits.
 const MAX_COMMANDS: usize = 1024;
 /// The disk is tried again and old alerts are looked for this often.
-const TICK: Millis = 5_000;
+const TICK: Millis = 1_000;
 
 /// Delivery could not be started, or its new config not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +65,21 @@ pub enum SubmitError {
     Json(String),
     #[error("the delivery of alerts has stopped")]
     Stopped,
+}
+
+/// An alert to be kept and delivered.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Submission {
+    pub alert: Alert,
+    /// It is on the disk at once, and sent after this time, or as soon as it is submitted again: what is still being
+    /// found out about it goes out with it, in one message, and a crash in between loses nothing.
+    pub hold: Option<Duration>,
+}
+
+impl From<Alert> for Submission {
+    fn from(alert: Alert) -> Self {
+        Self { alert, hold: None }
+    }
 }
 
 /// An alert that somebody did not get yet.
@@ -186,10 +201,15 @@ impl Center {
 
     /// As [`submit`](Self::submit), in one transaction.
     pub async fn submit_all(&self, alerts: Vec<Alert>) -> Result<(), SubmitError> {
-        if alerts.is_empty() {
+        self.submit_each(alerts.into_iter().map(Submission::from).collect()).await
+    }
+
+    /// As [`submit_all`](Self::submit_all), each held as it says.
+    pub async fn submit_each(&self, all: Vec<Submission>) -> Result<(), SubmitError> {
+        if all.is_empty() {
             return Ok(());
         }
-        self.ask(|reply| Command::Submit { alerts, reply }).await.unwrap_or(Err(SubmitError::Stopped))
+        self.ask(|reply| Command::Submit { all, reply }).await.unwrap_or(Err(SubmitError::Stopped))
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
@@ -223,6 +243,18 @@ impl Center {
     #[must_use]
     pub fn pending(&self) -> u64 {
         lock(&self.inner.board).counts.values().map(|c| c.pending).sum()
+    }
+
+    /// How much of the queue is taken by what may not be forgotten; history makes room by itself.
+    #[must_use]
+    pub fn store(&self) -> StoreNumbers {
+        let board = lock(&self.inner.board);
+        StoreNumbers {
+            store: "alert_queue",
+            entries: board.held as u64,
+            max: MAX_EPISODES as u64,
+            evictions: board.dropped.values().sum(),
+        }
     }
 
     /// The numbers of `/metrics`, by receiver's name. Waits for nobody.

@@ -57,6 +57,8 @@ pub(super) struct Episode {
     pub(super) resolved: Option<Millis>,
     /// Grows with each change that receivers must hear of; from 1.
     pub(super) version: u32,
+    /// Nobody is told before: its cause is still looked for. Of this process only, so a restart ends it.
+    hold: Millis,
     /// The episode of the same alert before this one.
     earlier: Option<u64>,
     /// Hash of what makes a change material.
@@ -148,6 +150,7 @@ impl Queue {
             severity: alert.severity,
             resolved,
             version,
+            hold: 0,
             earlier,
             digest: digest(alert),
             slots,
@@ -210,6 +213,7 @@ impl Queue {
             (state, Some(seq)) => {
                 let Some(e) = self.episodes.get_mut(&seq) else { return Submitted::Nothing };
                 let digest = digest(alert);
+                e.hold = 0;
                 if digest == e.digest {
                     return Submitted::Same(seq);
                 }
@@ -224,6 +228,13 @@ impl Queue {
                 self.settle(seq);
                 Submitted::Changed(seq)
             }
+        }
+    }
+
+    /// Nobody is told of this episode before `until`, or before it is submitted again.
+    pub(super) fn hold(&mut self, seq: u64, until: Millis) {
+        if let Some(e) = self.episodes.get_mut(&seq) {
+            e.hold = until;
         }
     }
 
@@ -256,7 +267,7 @@ impl Queue {
             if s.in_flight || parked(e, s) || !(owes || again) || self.waits_for_earlier(f, e, r) {
                 continue;
             }
-            let at = if owes { s.not_before } else { s.resend_at.max(s.not_before) };
+            let at = if owes { s.not_before } else { s.resend_at.max(s.not_before) }.max(e.hold);
             if at <= now || at > now + LONGEST_WAIT {
                 due.push((again, s.attempts, seq));
             } else {
@@ -360,6 +371,11 @@ impl Queue {
             self.latest.remove(&e.id);
         }
         self.filters.iter().zip(&e.slots).map(|(f, s)| owed(f, &e, s)).collect()
+    }
+
+    /// How many may not be forgotten: those that fire, and those that somebody is owed.
+    pub(super) fn held(&self) -> usize {
+        self.episodes.values().filter(|e| e.resolved.is_none() || self.is_owed(e)).count()
     }
 
     pub(super) fn counts(&self) -> Vec<Counts> {

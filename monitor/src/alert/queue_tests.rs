@@ -169,3 +169,26 @@ fn history_ends_after_a_month_and_what_is_owed_after_a_week() {
     assert_eq!(q.expire(31 * DAY), (vec![2], vec![0, 0]));
     assert_eq!(q.episodes.len(), 1, "what fires is never forgotten for its age");
 }
+
+#[test]
+fn what_is_held_waits_for_its_cause_or_for_its_time() {
+    let mut q = Queue::default();
+    q.init_filters(filters());
+    let Submitted::Changed(seq) = q.submit(&alert(1), 0) else { panic!() };
+    q.hold(seq, 1_000);
+    assert_eq!(q.pick(0, 10, 9), (vec![], Some(1_000)), "asked again when its time is over");
+    // The cause came: one message, with it.
+    let with_cause = Alert { summary: "and why".into(), ..alert(1) };
+    assert_eq!(q.submit(&with_cause, 20), Submitted::Changed(seq));
+    assert_eq!(q.pick(0, 20, 9).0, [seq]);
+    q.done(0, seq, 2, Outcome::Delivered, 21);
+    assert_eq!(q.pick(0, 22, 9).0, [0_u64; 0], "it is told once");
+    // No cause came, and then it is said that none will.
+    let Submitted::Changed(seq) = q.submit(&alert(2), 30) else { panic!() };
+    q.hold(seq, 1_030);
+    assert_eq!(q.submit(&alert(2), 40), Submitted::Same(seq));
+    assert_eq!(q.pick(0, 40, 9).0, [seq]);
+    let Submitted::Changed(seq) = q.submit(&alert(3), 50) else { panic!() };
+    q.hold(seq, 1_050);
+    assert_eq!(q.pick(0, 1_050, 9).0, [seq], "nobody said anything more");
+}

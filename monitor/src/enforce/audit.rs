@@ -1,7 +1,7 @@
 //! Who asked for what, and every signal sent: JSON lines in the state folder and `tracing` events with target `audit`.
 //!
 //! Append only; at [`FILE_MAX`] bytes the file is renamed to `audit.log.1`, at most [`FILES`] files are kept. A line that
-//! cannot be written is counted and logged; it never stops a kill.
+//! cannot be written never stops a kill: it is kept in memory, up to a bound, and written when the disk takes it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write as _};
@@ -21,6 +21,8 @@ pub const FILE_MAX: u64 = 16 << 20;
 /// Files kept, the present one included.
 pub const FILES: u32 = 5;
 const NAME: &str = "audit.log";
+/// Bytes of lines kept while the disk takes none; later ones are only in the log.
+const UNSAVED_MAX: usize = 1 << 20;
 
 /// What an entry is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,7 +98,7 @@ impl Entry {
 #[derive(Debug)]
 pub struct Audit {
     file: Option<Mutex<Open>>,
-    failures: AtomicU64,
+    lost: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -104,13 +106,17 @@ struct Open {
     dir: PathBuf,
     file: File,
     size: u64,
+    /// Lines that the disk has not taken.
+    unsaved: Vec<u8>,
+    /// What it said last; None: it took all.
+    error: Option<String>,
 }
 
 impl Open {
     fn at(dir: &Path) -> io::Result<Self> {
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(dir.join(NAME))?;
         let size = file.metadata()?.len();
-        Ok(Self { dir: dir.to_path_buf(), file, size })
+        Ok(Self { dir: dir.to_path_buf(), file, size, unsaved: Vec::new(), error: None })
     }
 
     fn rotate(&mut self) -> io::Result<()> {
@@ -121,7 +127,8 @@ impl Open {
             }
         }
         std::fs::rename(self.dir.join(NAME), numbered(&self.dir, 1))?;
-        *self = Self::at(&self.dir)?;
+        let new = Self::at(&self.dir)?;
+        (self.file, self.size) = (new.file, new.size);
         Ok(())
     }
 
@@ -129,9 +136,32 @@ impl Open {
         if self.size > 0 && self.size + lines.len() as u64 > max {
             self.rotate()?;
         }
-        self.file.write_all(lines)?;
+        self.file.write_all(lines).inspect_err(|_| {
+            // Half a line would spoil the one after it. Making a file shorter takes no room.
+            let _ = self.file.set_len(self.size);
+        })?;
         self.size += lines.len() as u64;
         Ok(())
+    }
+
+    /// Writes what is not on the disk yet.
+    fn flush(&mut self) {
+        let lines = std::mem::take(&mut self.unsaved);
+        match self.append(&lines, FILE_MAX) {
+            Ok(()) => {
+                if self.error.take().is_some() {
+                    tracing::info!(folder = %self.dir.display(), "the audit log is written again");
+                }
+            }
+            Err(e) => {
+                self.unsaved = lines;
+                let text = format!("the audit log in {}: {e}", self.dir.display());
+                if self.error.as_ref() != Some(&text) {
+                    tracing::error!(folder = %self.dir.display(), error = %e, "the audit log cannot be written");
+                    self.error = Some(text);
+                }
+            }
+        }
     }
 }
 
@@ -142,13 +172,13 @@ fn numbered(dir: &Path, n: u32) -> PathBuf {
 impl Audit {
     /// Opens or makes `audit.log` in an existing folder.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        Ok(Self { file: Some(Mutex::new(Open::at(dir)?)), failures: AtomicU64::new(0) })
+        Ok(Self { file: Some(Mutex::new(Open::at(dir)?)), lost: AtomicU64::new(0) })
     }
 
     /// To the log only: where there is no state folder (`exec` without an agent).
     #[must_use]
     pub fn log_only() -> Self {
-        Self { file: None, failures: AtomicU64::new(0) }
+        Self { file: None, lost: AtomicU64::new(0) }
     }
 
     pub fn write(&self, entry: &Entry) {
@@ -175,16 +205,32 @@ impl Audit {
         }
         let Some(file) = &self.file else { return };
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(e) = file.append(&lines, FILE_MAX) {
-            self.failures.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(folder = %file.dir.display(), error = %e, "the audit log cannot be written");
+        if file.unsaved.len() + lines.len() > UNSAVED_MAX && !file.unsaved.is_empty() {
+            self.lost.fetch_add(entries.len() as u64, Ordering::Relaxed);
+        } else {
+            file.unsaved.extend_from_slice(&lines);
+        }
+        file.flush();
+    }
+
+    /// Tries again to write what the disk did not take.
+    pub fn retry(&self) {
+        let Some(file) = &self.file else { return };
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        if !file.unsaved.is_empty() {
+            file.flush();
         }
     }
 
-    /// Writes that failed since the start.
+    /// What is wrong, as long as lines wait for the disk.
     #[must_use]
-    pub fn failures(&self) -> u64 {
-        self.failures.load(Ordering::Relaxed)
+    pub fn error(&self) -> Option<String> {
+        let file = self.file.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        let lost = match self.lost.load(Ordering::Relaxed) {
+            0 => String::new(),
+            n => format!(", {n} entries are in the agent's log only"),
+        };
+        file.error.as_ref().map(|e| format!("{e}{lost}"))
     }
 }
 
@@ -254,13 +300,37 @@ mod tests {
     }
 
     #[test]
-    fn a_write_that_fails_is_counted_and_does_no_more() {
+    fn what_cannot_be_written_is_told_and_written_later() {
+        let top = tempfile::tempdir().unwrap();
+        let (d, away) = (top.path().join("state"), top.path().join("away"));
+        std::fs::create_dir(&d).unwrap();
+        let a = Audit::open(&d).unwrap();
+        assert_eq!(a.error(), None);
+        // Nothing can be appended any more without a rotation, and the folder is not where it was.
+        a.file.as_ref().unwrap().lock().unwrap().size = FILE_MAX;
+        std::fs::rename(&d, &away).unwrap();
+        a.write(&Entry::request(AskedBy::default(), "first", "y"));
+        a.write(&Entry::request(AskedBy::default(), "second", "y"));
+        a.retry();
+        assert!(a.error().unwrap().contains("audit log"), "{:?}", a.error());
+        std::fs::rename(&away, &d).unwrap();
+        a.retry();
+        assert_eq!(a.error(), None);
+        let said: Vec<String> = read(&d, None, None, 10).unwrap().into_iter().map(|e| e.detail).collect();
+        assert_eq!(said, ["first", "second"]);
+    }
+
+    #[test]
+    fn a_disk_that_takes_nothing_costs_so_much_memory_at_most() {
         let d = tempfile::tempdir().unwrap();
         let a = Audit::open(d.path()).unwrap();
-        // Nothing can be appended any more without a rotation, and the folder is gone.
         a.file.as_ref().unwrap().lock().unwrap().size = FILE_MAX;
         drop(d);
-        a.write(&Entry::request(AskedBy::default(), "x", "y"));
-        assert_eq!(a.failures(), 1);
+        let long = Entry::request(AskedBy::default(), "x".repeat(64 << 10), "y");
+        for _ in 0..40 {
+            a.write(&long);
+        }
+        assert!(a.file.as_ref().unwrap().lock().unwrap().unsaved.len() <= UNSAVED_MAX);
+        assert!(a.error().unwrap().contains("entries are in the agent's log only"), "{:?}", a.error());
     }
 }

@@ -208,7 +208,7 @@ pub fn encode(s: &Sources<'_>, format: encode::Format) -> String {
     e.gauge("jobwarden_build_info", "1; the version, the revision and the probe object in its labels.")
         .sample(&[("version", s.version), ("revision", s.revision), ("object", s.object)], 1.0);
     own::encode(&mut e, s.proc, s.boot_to_wall_ns);
-    table::core(&mut e, s.gauges, s.counts);
+    table::core(&mut e, s.gauges, s.counts, &s.kernel.stores);
     table::kernel(&mut e, s.counts, s.kernel);
     table::notifications(&mut e, s.notifications);
     e.finish()

@@ -2,7 +2,7 @@
 //! yet: a rate over a series that appears with its first event misses that event.
 
 use super::encode::Encoder;
-use super::{Counts, Kernel, Notifications, Outcome, alert_state_label, kinds};
+use super::{Counts, Kernel, Notifications, Outcome, StoreNumbers, alert_state_label, kinds};
 use crate::contract::{AlertKind, AlertState, SignalledOutcome};
 use crate::enforce::Reason;
 use crate::policy::Gauges;
@@ -21,7 +21,7 @@ fn bit(b: bool) -> f64 {
     f64::from(u8::from(b))
 }
 
-pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts) {
+pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts, outside: &[StoreNumbers]) {
     e.gauge("jobwarden_processes", "Processes by state, kernel threads apart.");
     for state in ["running", "leader_exited", "exiting", "zombie"] {
         e.sample(&[("state", state)], g.processes.get(state).copied().unwrap_or(0) as f64);
@@ -67,15 +67,15 @@ pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts) {
     e.gauge("jobwarden_synced", "1 when the forest is known to equal the kernel's truth.")
         .sample(&[], bit(c.synced));
     e.gauge("jobwarden_store_entries", "Entries in each bounded table.");
-    for s in &g.stores {
+    for s in g.stores.iter().chain(outside) {
         e.sample(&[("store", s.store)], s.entries as f64);
     }
     e.gauge("jobwarden_store_max_entries", "The bound of each table.");
-    for s in &g.stores {
+    for s in g.stores.iter().chain(outside) {
         e.sample(&[("store", s.store)], s.max as f64);
     }
     e.counter("jobwarden_store_evictions_total", "Entries that a full table had to give up.");
-    for s in &g.stores {
+    for s in g.stores.iter().chain(outside) {
         e.sample(&[("store", s.store)], s.evictions as f64);
     }
     e.gauge("jobwarden_alerts", "Alerts by kind and state.");

@@ -1,5 +1,6 @@
-//! Which container a process is in, told from its cgroup path alone: pure. Container runtimes write the container's id
-//! into the path, each in its own way; a path that none of them would write belongs to no container.
+//! Which container a process is in, told from its cgroup paths: pure. Container runtimes write the container's id
+//! into the path, each in its own way; a path that none of them would write belongs to no container, unless the runtime's
+//! own records (see `agent/records.rs`) name it.
 
 use crate::contract::Container;
 
@@ -9,6 +10,8 @@ use crate::contract::Container;
 pub struct Cgroups {
     pub v2: Option<String>,
     pub v1: Option<String>,
+    /// A path as the runtime would have written it, where only the runtime's own records tell whose container this is.
+    pub recorded: Option<String>,
 }
 
 impl Cgroups {
@@ -24,14 +27,17 @@ impl Cgroups {
             };
             let path = || Some(crate::contract::text(path));
             if id == b"0" && controllers.is_empty() {
-                all.v2 = path();
+                // A zombie stays in a group that has been removed.
+                all.v2 = path().map(|p| p.strip_suffix(" (deleted)").map(str::to_owned).unwrap_or(p));
             } else if controllers.split(|&c| c == b',').any(|c| c == b"pids") {
                 all.v1 = path();
             } else if controllers == b"name=systemd" {
                 systemd = path();
             }
         }
-        all.v1 = all.v1.filter(|p| p != "/").or(systemd);
+        if all.v1.as_deref().is_none_or(|p| p == "/") {
+            all.v1 = systemd.or(all.v1);
+        }
         all
     }
 
@@ -46,11 +52,48 @@ impl Cgroups {
         }
     }
 
-    /// The container that either path names.
+    /// The container that any of the paths names.
     #[must_use]
     pub fn container(&self) -> Option<Container> {
-        [&self.v2, &self.v1].into_iter().flatten().find_map(|p| container(p))
+        named(&self.kept()?)
     }
+
+    /// What a dead process's file says: on v1 the kernel has moved it into the root groups, which tells nothing.
+    #[must_use]
+    pub fn of_the_dead(self) -> Self {
+        let tells = |p: &String| p != "/";
+        let v2 = if self.v1.is_some() { self.v2.filter(tells) } else { self.v2 };
+        Self { v2, v1: self.v1.filter(tells), ..self }
+    }
+
+    /// What is kept of them for a process, as one string: the path that is shown, and below it, a line each, the others
+    /// that name a container. (No cgroup has a newline in its name: the kernel refuses it.)
+    #[must_use]
+    pub fn kept(&self) -> Option<String> {
+        let path = self.path()?;
+        let mut kept = path.to_owned();
+        for other in [&self.v2, &self.v1, &self.recorded].into_iter().flatten() {
+            if other != path && container(other).is_some() {
+                kept.push('\n');
+                kept.push_str(other);
+            }
+        }
+        Some(kept)
+    }
+}
+
+/// The path that is shown, of what [`Cgroups::kept`] made.
+#[must_use]
+pub fn shown(kept: &str) -> &str {
+    kept.split('\n').next().unwrap_or_default()
+}
+
+/// The container, of what [`Cgroups::kept`] made: the one whose runtime is told, before one that is only an id.
+#[must_use]
+pub fn named(kept: &str) -> Option<Container> {
+    let mut all: Vec<Container> = kept.split('\n').filter_map(container).collect();
+    let best = all.iter().position(|c| c.runtime.is_some()).unwrap_or(0);
+    (best < all.len()).then(|| all.swap_remove(best))
 }
 
 /// systemd scope prefixes, by runtime.
@@ -172,6 +215,31 @@ mod tests {
         assert_eq!(c.path(), Some("/s"));
         let c = Cgroups::parse(b"0::/x/y\n11:pids:/\n");
         assert_eq!(c.path(), Some("/x/y"));
+        assert_eq!(Cgroups::parse(b"0::/x (deleted)\n").path(), Some("/x"));
+        // A dead one sits in the v1 roots, wherever it was; in its v2 group it stays.
+        let dead = |b: &[u8]| Cgroups::parse(b).of_the_dead().path().map(str::to_owned);
+        assert_eq!(dead(b"11:pids:/\n0::/\n"), None);
+        assert_eq!(dead(b"11:pids:/\n0::/x\n").as_deref(), Some("/x"));
+        assert_eq!(dead(b"0::/\n").as_deref(), Some("/"));
+    }
+
+    #[test]
+    fn either_path_of_a_hybrid_host_names_the_container() {
+        let id = "0123456789abcdef".repeat(4);
+        // docker with the cgroupfs driver: the v2 group is still that of the daemon which started it.
+        let text = format!("11:pids:/docker/{id}\n0::/system.slice/containerd.service\n");
+        let kept = Cgroups::parse(text.as_bytes()).kept().unwrap();
+        assert_eq!(shown(&kept), "/system.slice/containerd.service");
+        let c = named(&kept).unwrap();
+        assert_eq!((c.id, c.runtime.as_deref()), (id.clone(), Some("docker")));
+        // What the runtime has written down says more than the path.
+        let mut all = Cgroups::parse(format!("0::/kubepods/podx/{id}\n").as_bytes());
+        assert_eq!(named(&all.kept().unwrap()).unwrap().runtime, None);
+        all.recorded = Some(format!("/kubepods/podx/cri-containerd-{id}.scope"));
+        let kept = all.kept().unwrap();
+        assert_eq!(named(&kept).unwrap().runtime.as_deref(), Some("containerd"));
+        assert_eq!(shown(&kept), format!("/kubepods/podx/{id}"));
+        assert_eq!((named("/x"), shown("/x")), (None, "/x"));
         assert_eq!(Cgroups::parse(b"\xff\n::\n0:\n").path(), None);
     }
 }

@@ -115,7 +115,7 @@ fn one_job(core: &Core, t: &Asked) -> Result<JobId, ApiError> {
     }
 }
 
-fn tree(core: &Core, q: &AskedTree) -> Result<Tree, ApiError> {
+fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
     let query = TreeQuery {
         of: q.target.as_ref().map(ToString::to_string),
         all: true,
@@ -125,21 +125,20 @@ fn tree(core: &Core, q: &AskedTree) -> Result<Tree, ApiError> {
     };
     let mut tree = core.engine.tree(&query, host::boot_now()).map_err(refused)?;
     let host_ns = core.looker.own_pid_ns();
+    let mut read = Vec::new();
     for p in &mut tree.processes {
         core.redact.process(p);
-        if p.ns_pid.is_none()
-            && p.state != State::Gone
-            && let Some((ns, pid)) = core.looker.inside(p.id, host_ns)
-        {
-            (p.pid_ns, p.ns_pid) = (Some(ns), Some(pid));
-        }
+        read.extend(core.looker.place(p, host_ns));
         if let Some((letter, comm)) = core.looker.shown(p.id) {
             (p.kernel_state, p.comm) = (Some(letter), comm);
         }
-        if let Some(path) = &p.cgroup {
-            p.container = crate::container::container(path);
-        }
     }
+    // The next view need not read it again.
+    let mut fx = Vec::new();
+    for o in read {
+        core.engine.observe(o, host::boot_now(), &mut fx);
+    }
+    core.apply(fx);
     Ok(tree)
 }
 
@@ -181,7 +180,7 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
 }
 
 /// The process that has this pid in this container (its id, or the beginning of it).
-fn inside(core: &Core, pid: u32, container: &str) -> Result<Key, ApiError> {
+fn inside(core: &mut Core, pid: u32, container: &str) -> Result<Key, ApiError> {
     let all = tree(core, &AskedTree::default())?.processes;
     let theirs = |p: &&crate::contract::Process| {
         p.state != State::Gone && p.container.as_ref().is_some_and(|c| c.id.starts_with(container))
@@ -197,7 +196,7 @@ fn inside(core: &Core, pid: u32, container: &str) -> Result<Key, ApiError> {
     }
 }
 
-fn why(core: &Core, q: &WhyQuery, reply: Reply<Vec<crate::contract::Cause>>) {
+fn why(core: &mut Core, q: &WhyQuery, reply: Reply<Vec<crate::contract::Cause>>) {
     let keys = match (&q.target, &q.container) {
         (None, _) => Ok(core
             .engine

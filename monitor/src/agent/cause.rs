@@ -38,6 +38,9 @@ impl Holders for Kernel {
     }
 }
 
+/// Of so many of a family it is read in which container and namespace they are, if that is not known yet.
+const PLACED: usize = 64;
+
 /// For an alert that has just fired; without an answer in time the alert goes out without a cause.
 pub(super) fn of_alert(core: &Core, alert: String, wait: Duration) {
     let tx = core.internal.clone();
@@ -69,14 +72,18 @@ pub(super) fn of(core: &Core, keys: Vec<(Key, Option<String>)>, reply: Reply<Vec
 
 /// One after the other, on a thread for blocking work.
 fn explain(core: &Core, questions: Vec<Question>) -> impl Future<Output = Vec<Cause>> + use<> {
-    let (proc, holders, redact) =
-        (core.looker.proc.clone(), Arc::clone(&core.kernel) as Arc<dyn Holders>, Arc::clone(&core.redact));
+    let (looker, holders, redact) =
+        (core.looker.clone(), Arc::clone(&core.kernel) as Arc<dyn Holders>, Arc::clone(&core.redact));
     async move {
         let job = tokio::task::spawn_blocking(move || {
+            let host_ns = looker.own_pid_ns();
             questions
-                .iter()
-                .map(|q| {
-                    let mut cause = why::explain(q, &proc, &*holders, &Limits::default());
+                .into_iter()
+                .map(|mut q| {
+                    for p in std::iter::once(&mut q.subject).chain(q.family.iter_mut().take(PLACED)) {
+                        looker.place(p, host_ns);
+                    }
+                    let mut cause = why::explain(&q, &looker.proc, &*holders, &Limits::default());
                     redact.cause(&mut cause);
                     cause
                 })

@@ -46,6 +46,7 @@ const RESYNC_MAX: Duration = Duration::from_secs(8);
 #[derive(Debug)]
 pub(super) enum Internal {
     Facts(Vec<(Key, Option<Facts>)>),
+    Cgroups(Vec<Observation>),
     Cause {
         alert: String,
         cause: Option<Box<Cause>>,
@@ -100,6 +101,7 @@ pub(super) struct Core {
     reloads: VecDeque<(Option<Peer>, Option<Reply<Reloaded>>)>,
     state_dirty: bool,
     facts_wanted: Vec<Key>,
+    cgroups_wanted: Vec<(Key, u64)>,
     looks_wanted: Vec<Key>,
     /// Time of the last record that was read.
     read_to: u64,
@@ -158,6 +160,7 @@ impl Core {
             reloads: VecDeque::new(),
             state_dirty: false,
             facts_wanted: Vec::new(),
+            cgroups_wanted: Vec::new(),
             looks_wanted: Vec::new(),
             read_to: 0,
             lost: 0,
@@ -275,6 +278,7 @@ impl Core {
             match f {
                 Effect::Look(key) => self.looks_wanted.push(key),
                 Effect::ReadFacts(key) => self.facts_wanted.push(key),
+                Effect::ReadCgroup { key, id } => self.cgroups_wanted.push((key, id)),
                 Effect::Job { job, label } => {
                     self.state_dirty = true;
                     if label && let Err(e) = self.label(&job) {
@@ -386,6 +390,11 @@ impl Core {
                     self.engine.observe(Observation::Facts { key, facts }, now, &mut fx);
                 }
             }
+            Internal::Cgroups(all) => {
+                for o in all {
+                    self.engine.observe(o, now, &mut fx);
+                }
+            }
             Internal::Cause { alert, cause } => {
                 if let Some(cause) = cause {
                     self.engine.set_cause(&alert, *cause, now, &mut fx);
@@ -447,6 +456,15 @@ impl Core {
                 break;
             }
             self.look(ring);
+        }
+        // Beside the core: the file is written under a lock that a slow change of cgroups holds.
+        let wanted = std::mem::take(&mut self.cgroups_wanted);
+        if !wanted.is_empty() {
+            let (looker, tx) = (self.looker.clone(), self.internal.clone());
+            tokio::task::spawn_blocking(move || {
+                let all = wanted.into_iter().map(|(k, id)| looker.cgroup(k, id)).collect();
+                let _ = tx.send(Internal::Cgroups(all));
+            });
         }
         if self.facts_wanted.is_empty() {
             return;

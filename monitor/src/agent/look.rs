@@ -6,11 +6,13 @@
 
 use std::os::unix::ffi::OsStringExt as _;
 
-use crate::container::Cgroups;
-use crate::contract::text;
+use super::records;
+use crate::container::{self, Cgroups};
+use crate::contract::{Process, State, text};
 use crate::forest::{Facts, Look, Seen};
 use crate::host;
 use crate::key::Key;
+use crate::policy::Observation;
 use crate::proc::Proc;
 
 /// A reader of /proc that knows how its clock relates to the kernel's.
@@ -52,16 +54,60 @@ impl Looker {
         }
         let pid = key.pid;
         let status = self.proc.status(pid).ok()?;
-        let cgroups = std::fs::read(self.proc.path(pid, "cgroup")).map(|b| Cgroups::parse(&b)).ok();
+        let cgroups = self.cgroups(pid);
         let pid_ns = self.pid_ns(pid);
         Some(Facts {
             argv: std::fs::read(self.proc.path(pid, "cmdline")).ok().filter(|b| !b.is_empty()),
             exe: self.proc.exe(pid).ok().map(|p| p.into_os_string().into_vec()),
-            cgroup: cgroups.as_ref().and_then(|c| c.path().map(str::to_owned)),
+            cgroup: cgroups.and_then(|c| c.kept()),
             uid: status.uid,
             pid_ns,
             ns_pid: status.ns_pids.last().copied(),
         })
+    }
+
+    /// Its cgroups, and what the runtimes' records add. `None`: gone.
+    fn cgroups(&self, pid: u32) -> Option<Cgroups> {
+        let mut all = Cgroups::parse(&std::fs::read(self.proc.path(pid, "cgroup")).ok()?);
+        if self.proc.stat(pid).ok()?.state == b'Z' {
+            all = all.of_the_dead();
+        }
+        all.recorded = records::path(&self.proc, &all);
+        Some(all)
+    }
+
+    /// The answer to `Effect::ReadCgroup`. That the id alone tells the path is said only where no v1 hierarchy is there, and
+    /// the group at that path has this id: the process may have moved since its exec.
+    pub(super) fn cgroup(&self, key: Key, id: u64) -> Observation {
+        let all = self.cgroups(key.pid).filter(|_| self.same(key));
+        let by_id = all.as_ref().is_some_and(|c| {
+            c.v1.is_none() && c.v2.as_deref().is_some_and(|p| records::cgroup_id(&self.proc, p) == Some(id))
+        });
+        Observation::Cgroup { key, id, cgroup: all.and_then(|c| c.kept()), by_id }
+    }
+
+    /// After something was read of this pid: it is still that process's.
+    fn same(&self, key: Key) -> bool {
+        self.proc.stat(key.pid).is_ok_and(|s| s.start_ticks == self.ticks(key))
+    }
+
+    /// Fills in, for a view, where a process is: cgroup, container, namespace, pid inside. What the engine may keep of it
+    /// is returned.
+    pub(super) fn place(&self, p: &mut Process, host: Option<u64>) -> Option<Observation> {
+        if p.state == State::Gone || p.kernel_thread {
+            return None;
+        }
+        if p.ns_pid.is_none()
+            && let Some((ns, pid)) = self.inside(p.id, host)
+        {
+            (p.pid_ns, p.ns_pid) = (Some(ns), Some(pid));
+        }
+        if p.cgroup.is_some() {
+            return None;
+        }
+        let cgroup = self.cgroups(p.id.pid)?.kept().filter(|_| self.same(p.id))?;
+        (p.container, p.cgroup) = (container::named(&cgroup), Some(container::shown(&cgroup).to_owned()));
+        Some(Observation::Cgroup { key: p.id, id: 0, cgroup: Some(cgroup), by_id: false })
     }
 
     /// The inode of its pid namespace.
@@ -75,9 +121,7 @@ impl Looker {
     pub(super) fn inside(&self, key: Key, host: Option<u64>) -> Option<(u64, u32)> {
         let ns = self.pid_ns(key.pid)?;
         let pid = if host == Some(ns) { key.pid } else { *self.proc.status(key.pid).ok()?.ns_pids.last()? };
-        // After it was read: the pid is still that process's.
-        let same = self.proc.stat(key.pid).is_ok_and(|s| s.start_ticks == self.ticks(key));
-        same.then_some((ns, pid))
+        self.same(key).then_some((ns, pid))
     }
 
     /// The pid namespace of the agent itself.

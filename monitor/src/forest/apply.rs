@@ -3,6 +3,7 @@
 
 use super::node::{NO_UID, rank};
 use super::signals::Signal;
+use super::strings::Str;
 use super::{Change, Flags, Forest, Idx, NONE};
 use crate::contract::State;
 use crate::event::{Comm, Sender, SignalResult, WaitStatus};
@@ -85,16 +86,14 @@ impl Forest {
         self.orphaned_at_birth(i, at);
     }
 
-    /// A child has its forker's memory, so its argv, exe and cgroup too, until it execs.
+    /// A child has its forker's memory, so its argv, exe and cgroup too, until it execs. Not its pid namespace: a forker
+    /// may have made one for its children (`unshare -p`), and the child's pid inside is another in any case.
     fn inherit(&mut self, i: Idx, from: Idx) {
         let n = self.node(from);
-        let (argv, exe, cgroup, read) = (n.argv, n.exe, n.cgroup, n.flags.has(Flags::READ));
+        let (argv, exe, cgroup) = (n.argv, n.exe, n.cgroup);
         self.share_str(i, |n| &mut n.argv, argv);
         self.share_str(i, |n| &mut n.exe, exe);
         self.share_str(i, |n| &mut n.cgroup, cgroup);
-        if read {
-            self.node_mut(i).flags.set(Flags::READ);
-        }
         if self.node(from).uid == NO_UID {
             // Named only by this fork: the child's are the forker's.
             let (uid, comm) = (self.node(i).uid, self.node(i).comm);
@@ -152,6 +151,8 @@ impl Forest {
         (n.uid, n.comm) = (uid, comm);
         n.flags.clear(Flags::READ);
         n.flags.clear(Flags::NAMED);
+        // Who starts containers moves a child into its group before it lets it exec.
+        self.share_str(i, |n| &mut n.cgroup, Str::NONE);
         self.set_str(i, |n| &mut n.exe, file);
         self.set_str(i, |n| &mut n.argv, argv.strip_suffix(&[0]).unwrap_or(argv));
         self.changes.push(Change::Exec(i));

@@ -2,6 +2,7 @@
 //! only, and never to a pid's successor.
 
 use super::node::rank;
+use super::strings::Str;
 use super::{Change, Facts, Flags, Forest, Idx, Look, NONE, Seen};
 use crate::contract::State;
 use crate::key::Key;
@@ -96,6 +97,11 @@ impl Forest {
     /// Whether `i` is `of` or descends from it.
     pub(crate) fn descends(&self, i: Idx, of: Idx) -> bool {
         i == of || self.ancestors(i).any(|a| a == of)
+    }
+
+    /// Its cgroup, already interned.
+    pub(crate) fn in_cgroup(&mut self, i: Idx, cgroup: Str) {
+        self.share_str(i, |n| &mut n.cgroup, cgroup);
     }
 
     pub(crate) fn facts(&mut self, key: Key, facts: Option<&Facts>) -> Option<Idx> {

@@ -23,6 +23,7 @@ pub(crate) use hash::Fast;
 pub(crate) use node::{Flags, Idx, NO_UID, NONE, Node};
 pub use row::{Facts, Look, Merge, Row, RowLineage, RowState, Seen, Snapshot};
 use signals::{Signal, Signals};
+pub(crate) use strings::Str;
 use strings::Strings;
 
 use crate::contract::State;

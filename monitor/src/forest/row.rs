@@ -100,7 +100,7 @@ pub struct Facts {
     pub argv: Option<Vec<u8>>,
     /// The resolved path of /proc/PID/exe.
     pub exe: Option<Vec<u8>>,
-    /// The v2 path; on v1 the pids or name=systemd path.
+    /// As `container::Cgroups::kept` has it: the path that is shown first.
     pub cgroup: Option<String>,
     pub uid: Option<u32>,
     /// Inode of /proc/PID/ns/pid.

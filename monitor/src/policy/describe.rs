@@ -39,7 +39,7 @@ impl Engine {
 
     pub(super) fn container_of(&self, i: Idx) -> Option<Container> {
         let cgroup = self.forest.strings.get(self.forest.node(i).cgroup)?;
-        container::container(&text(cgroup))
+        container::named(&text(cgroup))
     }
 
     /// Innermost first.
@@ -69,6 +69,11 @@ impl Engine {
         let jobs = self.job_ids(i);
         let extra = self.forest.extra(i);
         let read = n.flags.has(Flags::READ) || n.flags.has(Flags::KERNEL);
+        let inside = extra.filter(|x| x.pid_ns.is_some() || x.ns_pid.is_some());
+        let (pid_ns, ns_pid) = match inside {
+            Some(x) => (x.pid_ns, x.ns_pid),
+            None => (self.settings.pid_ns.filter(|_| read), read.then_some(n.key.pid)),
+        };
         let leader_dead = matches!(n.state, State::Zombie | State::LeaderExited);
         let cgroup = get(n.cgroup);
         Some(Process {
@@ -94,10 +99,10 @@ impl Engine {
             uid: (n.uid != NO_UID).then_some(n.uid),
             job: jobs.first().copied(),
             jobs,
-            container: cgroup.as_deref().and_then(container::container),
-            cgroup,
-            pid_ns: extra.and_then(|x| x.pid_ns).or(self.settings.pid_ns.filter(|_| read)),
-            ns_pid: extra.and_then(|x| x.ns_pid).or(read.then_some(n.key.pid)),
+            container: cgroup.as_deref().and_then(container::named),
+            cgroup: cgroup.map(|c| container::shown(&c).to_owned()),
+            pid_ns,
+            ns_pid,
             kernel_thread: n.flags.has(Flags::KERNEL),
             exit: if super::summary::exits(n.state) { self.exit_of(i) } else { None },
             children: self.forest.children(i).map(|c| self.forest.node(c).key).collect(),

@@ -15,6 +15,8 @@ pub enum Effect {
     /// Read argv, exe, cgroup, uid and pid namespace and answer with `Observation::Facts` (`None` when it is gone).
     /// A process that cannot be read must be answered too: a rule may wait for it.
     ReadFacts(Key),
+    /// Read /proc/PID/cgroup and answer with `Observation::Cgroup`, also when it cannot be read.
+    ReadCgroup { key: Key, id: u64 },
     /// A job began (or was moved, on `extend`/`reload`): save the record. If `label` is set, first write it into the
     /// kernel: `Lineage::label(job.number, job.outer, job.id.root)`.
     Job { job: Box<JobRecord>, label: bool },

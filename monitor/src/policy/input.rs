@@ -58,6 +58,9 @@ pub enum Observation {
     Look { key: Key, at: u64, seen: Seen },
     /// None: it is gone, or cannot be read.
     Facts { key: Key, facts: Option<Facts> },
+    /// The answer to `Effect::ReadCgroup`, or what a view has read meanwhile (then `id` is 0). `by_id`: whoever is in the
+    /// cgroup of this id has this path and no other, so it need not be read again.
+    Cgroup { key: Key, id: u64, cgroup: Option<String>, by_id: bool },
 }
 
 /// A job of `jobwarden exec`, before its root's first instruction.

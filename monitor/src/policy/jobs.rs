@@ -185,6 +185,7 @@ impl Engine {
         self.names.job(&record.name, now);
         self.enroll(g, outer, root);
         fx.push(Effect::Job { job: Box::new(record.clone()), label: b.number.is_none() });
+        self.ask_place(root, fx);
         self.set_deadline(g);
         self.watch_orphans(g, now);
         self.zombies_of_group(g, now);

@@ -15,6 +15,8 @@ const BURST: u64 = 512;
 /// The same for the zombies of firing alerts: what ten thousand of them need to be found gone within a second.
 const ALERT_BURST: u64 = 16_384;
 const ALERT_LOOKS_PER_S: u64 = 8_192;
+/// Cgroups that are read at exec, where an id does not tell them.
+const CGROUPS_PER_S: u64 = 1_000;
 
 /// A bucket of looks. A burst of exits empties it, and most of those are reaped before their next turn.
 #[derive(Debug)]
@@ -37,6 +39,10 @@ impl Budget {
 
     pub(super) fn alerts() -> Self {
         Self::new(ALERT_BURST, ALERT_LOOKS_PER_S)
+    }
+
+    pub(super) fn cgroups() -> Self {
+        Self::new(BURST, CGROUPS_PER_S)
     }
 
     pub(super) fn take(&mut self, now: u64) -> bool {
@@ -108,6 +114,16 @@ impl Engine {
         if n.alive() && !n.argv.is_known() && !n.flags.has(Flags::KERNEL) {
             self.read_facts(i, fx);
         }
+    }
+
+    /// Before an alert speaks of it: its container and its pid inside stand in labels that are frozen then.
+    pub(super) fn ask_place(&mut self, i: Idx, fx: &mut Vec<Effect>) -> bool {
+        let Some(n) = self.forest.get(i) else { return false };
+        let unread = !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL) && n.state != State::Gone;
+        if unread {
+            self.read_facts(i, fx);
+        }
+        unread
     }
 
     pub(super) fn read_facts(&mut self, i: Idx, fx: &mut Vec<Effect>) {

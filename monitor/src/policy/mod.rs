@@ -3,6 +3,7 @@
 //! opens no file, so a recorded stream replays to the same result.
 
 mod alerts;
+mod cgroups;
 mod describe;
 pub mod effect;
 mod enforcement;
@@ -70,6 +71,7 @@ pub struct Engine {
     names: names::Names,
     alerts: alerts::Alerts,
     timers: timers::Timers,
+    cgroups: cgroups::Cgroups,
     looks: looks::Budget,
     alert_looks: looks::Budget,
     /// Parents that have zombies which stay.
@@ -111,6 +113,7 @@ impl Engine {
             names,
             alerts: alerts::Alerts::default(),
             timers: timers::Timers::default(),
+            cgroups: cgroups::Cgroups::default(),
             looks: looks::Budget::exits(),
             alert_looks: looks::Budget::alerts(),
             watches: zombies::Watches::default(),

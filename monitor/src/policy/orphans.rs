@@ -73,6 +73,8 @@ impl Engine {
             let text = summary::orphans_over(self, g);
             return self.clear(name, text, now, fx);
         };
+        // With the usual times this is at the pending alert, well before it fires and its labels are frozen.
+        self.ask_place(oldest, fx);
         let due: Vec<Idx> =
             orphans.iter().filter(|(s, _)| s.saturating_add(after) <= now).map(|&(_, i)| i).collect();
         if let Some(&(next, _)) = orphans.get(due.len()) {

@@ -25,8 +25,9 @@ impl Engine {
                     self.check_capacity(now, fx);
                 }
             }
-            Body::Exec { uid, comm, filename, argv, .. } => {
+            Body::Exec { uid, comm, filename, argv, cgroup, .. } => {
                 self.forest.exec(key, uid, comm, filename, argv, e.at);
+                self.execed_in(key, cgroup, now, fx);
             }
             Body::Exit { status, comm } => self.forest.exit(key, status, comm, e.at),
             Body::LeaderExit { comm, .. } => self.forest.leader_exit(key, comm, e.at),
@@ -73,6 +74,10 @@ impl Engine {
                     self.zombie_left(from, now);
                 }
                 let parent = self.forest.node(node).parent;
+                // Whether an adopter is the init of a namespace or of a container.
+                if self.forest.get(parent).is_some_and(|p| p.key.pid != 1 && p.alive()) {
+                    self.ask_place(parent, fx);
+                }
                 if self.forest.get(parent).is_some_and(|p| !p.alive()) {
                     self.look_soon(parent, now);
                 }
@@ -175,11 +180,15 @@ impl Engine {
             Observation::Facts { key, facts } => {
                 // What is the host's own is not stored with each process.
                 let facts = facts.map(|f| {
-                    let host = f.pid_ns.is_none() || f.pid_ns == self.settings.pid_ns;
+                    let own = f.ns_pid.is_none_or(|n| n == key.pid);
+                    let host = f.pid_ns.map_or(own, |ns| Some(ns) == self.settings.pid_ns);
                     if host { Facts { pid_ns: None, ns_pid: None, ..f } } else { f }
                 });
                 self.forest.facts(key, facts.as_ref());
                 self.facts_came(key, now, fx);
+            }
+            Observation::Cgroup { key, id, cgroup, by_id } => {
+                self.cgroup_came(key, id, cgroup.as_deref(), by_id, now, fx);
             }
         }
         self.settle(now, fx);

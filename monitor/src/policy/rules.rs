@@ -117,9 +117,9 @@ impl Engine {
             exe: get(n.exe, needs.exe).map(text),
             comm: if needs.comm { text(n.comm.bytes()) } else { String::new() },
             uid: (n.uid != NO_UID).then_some(n.uid),
-            container: cgroup.as_deref().and_then(container::container).map(|c| c.id),
-            name: cgroup.as_deref().and_then(|c| c.rsplit('/').next()).map(str::to_owned),
-            cgroup,
+            container: cgroup.as_deref().and_then(container::named).map(|c| c.id),
+            name: cgroup.as_deref().and_then(|c| container::shown(c).rsplit('/').next()).map(str::to_owned),
+            cgroup: cgroup.map(|c| container::shown(&c).to_owned()),
         }
     }
 
@@ -137,7 +137,9 @@ impl Engine {
                 }
                 let unread = |&&a: &&Idx| {
                     let n = self.forest.node(a);
-                    n.alive() && !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL)
+                    // The exec record has told the cgroup, if its id was known.
+                    let told = !w.needs.exe && n.cgroup.is_known();
+                    n.alive() && !told && !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL)
                 };
                 let missing: Vec<Idx> =
                     line[..=w.needs.parents.min(line.len() - 1)].iter().filter(unread).copied().collect();

@@ -19,6 +19,8 @@ const ROUND: usize = 16;
 const ROUND_MAX: usize = 4_096;
 /// With this many parents of zombies the time between two looks doubles.
 const CROWD: u64 = 512;
+/// How long an alert that is due waits for its labels.
+const PLACE_WAIT: u64 = 30 * MS;
 /// What an alert shows is renewed at least this often.
 const RENEW: u64 = 10 * SECOND;
 
@@ -37,6 +39,8 @@ pub(super) struct Watch {
     oldest: Option<(Key, String, u64)>,
     /// A look found one gone since the last round.
     found_gone: bool,
+    /// Where they are (container, pid inside) has been asked for.
+    placed: bool,
 }
 
 pub(super) type Watches = HashMap<Key, Watch, Fast>;
@@ -69,6 +73,7 @@ impl Engine {
             shown: (0, None, 0),
             oldest: None,
             found_gone: false,
+            placed: false,
         });
         if at < w.at {
             w.at = at;
@@ -131,6 +136,9 @@ impl Engine {
             return self.no_zombies(parent, now, fx);
         };
         let firing = self.alerts.firing(name);
+        if !self.placed(parent, node, f.oldest, fx) && f.next.0 <= now && !firing {
+            return self.plan(parent, now + PLACE_WAIT);
+        }
         if firing || f.next.0 > now {
             self.show_zombies(parent, node, &f, firing, now, fx);
         }
@@ -149,6 +157,16 @@ impl Engine {
         } else {
             self.plan(parent, f.next.0.min(now + SECOND));
         }
+    }
+
+    /// Whether it is known, or has been asked for, where the parent and its oldest zombie are.
+    fn placed(&mut self, parent: Key, node: Idx, oldest: Idx, fx: &mut Vec<Effect>) -> bool {
+        let Some(w) = self.watches.get_mut(&parent) else { return true };
+        if std::mem::replace(&mut w.placed, true) {
+            return true;
+        }
+        let asked = [node, oldest].map(|i| self.ask_place(i, fx));
+        !asked.contains(&true)
     }
 
     /// Looks at some of them; all come in turn.

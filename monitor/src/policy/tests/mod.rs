@@ -1,6 +1,7 @@
 //! The engine against a small kernel. Each file is about one part of the design.
 #![expect(clippy::many_single_char_names, reason = "processes are called a, b, c")]
 
+mod cgroups;
 mod jobs;
 mod kills;
 mod lifecycle;

@@ -34,6 +34,8 @@ pub(super) struct Sim {
     /// The kernel's lineage map, the dead included.
     pub(super) lineage: HashMap<Key, Key>,
     next: u32,
+    /// The id of the cgroup in which who execs next is.
+    pub(super) cgroup: u64,
 }
 
 pub(super) fn comm(s: &str) -> Comm {
@@ -43,8 +45,14 @@ pub(super) fn comm(s: &str) -> Comm {
 impl Sim {
     /// PID 1, and whatever ran before the probes.
     pub(super) fn new() -> Self {
-        let mut s =
-            Self { now: S, procs: BTreeMap::new(), ring: Vec::new(), lineage: HashMap::new(), next: 2 };
+        let mut s = Self {
+            now: S,
+            procs: BTreeMap::new(),
+            ring: Vec::new(),
+            lineage: HashMap::new(),
+            next: 2,
+            cgroup: 0,
+        };
         let init = P {
             key: Key::new(1, 1),
             parent: 0,
@@ -132,7 +140,7 @@ impl Sim {
             Body::Exec {
                 old_tid: pid,
                 uid: 1000,
-                cgroup: 0,
+                cgroup: self.cgroup,
                 comm: name,
                 filename: Box::leak(file.into_bytes().into_boxed_slice()),
                 argv: Box::leak(nul.into_boxed_slice()),

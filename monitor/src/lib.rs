@@ -19,6 +19,7 @@ pub mod key;
 pub mod matcher;
 pub mod metrics;
 pub mod policy;
+pub mod privileges;
 pub mod proc;
 pub mod recording;
 pub mod redact;

@@ -14,7 +14,7 @@ mod stores;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ use self::core::{Core, Internal, Parts};
 use self::driver::Driver;
 use self::look::Looker;
 use crate::alert::{self, Center, Submission};
-use crate::api::{self, Backend, Readiness, Server};
+use crate::api::{self, Backend, Listeners, Readiness, Server};
 use crate::config::{Config, Overrides};
 use crate::enforce::{Audit, Enforcer};
 use crate::kernel::{self, Kernel};
@@ -34,7 +34,7 @@ use crate::policy::Settings;
 use crate::proc::Proc;
 use crate::redact::Redactor;
 use crate::state::{State, StateError, Store};
-use crate::{host, recording};
+use crate::{host, privileges, recording};
 
 /// How long deliveries under way may take at a stop; what is left is sent after the next start.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -79,12 +79,15 @@ pub enum AgentError {
     Runtime(std::io::Error),
     #[error("signal handlers: {0}")]
     Signals(std::io::Error),
+    #[error(transparent)]
+    Privileges(#[from] privileges::PrivilegeError),
     #[error("{what}: {source}")]
     Host { what: &'static str, source: std::io::Error },
 }
 
 /// Runs the agent in the foreground until SIGTERM or SIGINT.
 pub fn run(options: Options) -> Result<(), AgentError> {
+    let begun = Begun::new(&options)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(16)
@@ -92,36 +95,62 @@ pub fn run(options: Options) -> Result<(), AgentError> {
         .enable_all()
         .build()
         .map_err(AgentError::Runtime)?;
-    let done = runtime.block_on(serve(options));
+    let done = runtime.block_on(serve(options, begun));
     // Facts of a process that blocks its readers may never come: nobody waits for them.
     runtime.shutdown_timeout(Duration::from_millis(200));
     done
 }
 
-async fn serve(mut options: Options) -> Result<(), AgentError> {
+/// What needs privileges that are given up then: made by the one thread that there is.
+struct Begun {
+    boot_id: String,
+    store: Store,
+    saved: Option<State>,
+    audit: Arc<Audit>,
+    recorder: Option<recording::Recorder>,
+    listeners: Listeners,
+    kernel: Arc<Kernel>,
+}
+
+impl Begun {
+    fn new(options: &Options) -> Result<Self, AgentError> {
+        let agent = &options.config.agent;
+        let dir = &agent.state_dir;
+        std::fs::create_dir_all(dir)
+            .and_then(|()| std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)))
+            .map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
+        let boot_id = host::boot_id().map_err(|source| AgentError::Host { what: "boot id", source })?;
+        let store = Store::new(dir);
+        let saved = store.load()?;
+        let audit = Audit::open(dir).map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
+        let recorder = options.record.as_deref().map(recording::Recorder::create).transpose()?;
+        // Listening first: a socket or port in use ends the start before anything is loaded.
+        let listeners = Listeners::bind(&api::Options::new(agent, crate::VERSION))?;
+        let kernel = Arc::new(Kernel::start(&kernel_options(options))?);
+        let written: Vec<&Path> = agent.socket.parent().into_iter().chain([dir.as_path()]).collect();
+        let left = privileges::shed(&|| kernel.rehearse(), &written)?;
+        tracing::info!(
+            kept = left.kept.join(","),
+            bounding = left.bounding,
+            "other capabilities are given up"
+        );
+        Ok(Self { boot_id, store, saved, audit: Arc::new(audit), recorder, listeners, kernel })
+    }
+}
+
+async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
+    let Begun { boot_id, store, saved, audit, recorder, listeners, kernel } = begun;
     let config = options.config.clone();
     let dir = &config.agent.state_dir;
-    std::fs::create_dir_all(dir)
-        .and_then(|()| std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)))
-        .map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
-    let boot_id = host::boot_id().map_err(|source| AgentError::Host { what: "boot id", source })?;
-    let store = Store::new(dir);
-    let saved = store.load()?;
-    let audit = Audit::open(dir).map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
-    let audit = Arc::new(audit);
-    let recorder = options.record.as_deref().map(recording::Recorder::create).transpose()?;
-
-    // Listening first: a socket or port in use ends the start before anything is loaded.
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
     let (internal_tx, internal) = mpsc::unbounded_channel();
     let start = Readiness { ready: false, reasons: vec!["the first snapshot is not taken yet".into()] };
     let (ready, ready_rx) = watch::channel(start);
     let page = Arc::new(scrape::Page::new(internal_tx.clone()));
     let backend = Backend { requests: requests_tx, metrics: page.provider(), ready: ready_rx };
-    let server = Server::start(&api::Options::new(&config.agent, crate::VERSION), &backend)?;
+    let server = Server::serve(listeners, &api::Options::new(&config.agent, crate::VERSION), &backend)?;
     options.listening = server.tcp_address();
 
-    let kernel = Arc::new(Kernel::start(&kernel_options(&options))?);
     let ring = kernel.take_ring().map_err(AgentError::Ring)?;
     page.set_kernel(Arc::clone(&kernel));
     if options.trace_probes {

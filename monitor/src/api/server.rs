@@ -89,9 +89,17 @@ pub struct Server {
     tcp: Option<SocketAddr>,
 }
 
-impl Server {
-    /// Binds and serves. Must be called within a tokio runtime.
-    pub fn start(options: &Options, backend: &Backend) -> Result<Self, ServeError> {
+/// Both sockets, bound and not yet served: clients wait.
+#[derive(Debug)]
+pub struct Listeners {
+    bound: Bound,
+    unix: std::os::unix::net::UnixListener,
+    tcp: Option<(SocketAddr, std::net::TcpListener)>,
+}
+
+impl Listeners {
+    /// Needs no runtime.
+    pub fn bind(options: &Options) -> Result<Self, ServeError> {
         let group = match options.socket_group.as_str() {
             "" => None,
             name => Some(
@@ -100,6 +108,19 @@ impl Server {
         };
         let tcp = options.listen.map(|a| bind::tcp(a).map(|l| (a, l))).transpose()?;
         let (unix, bound) = bind::control(&options.socket, group)?;
+        Ok(Self { bound, unix, tcp })
+    }
+}
+
+impl Server {
+    /// Binds and serves. Must be called within a tokio runtime.
+    pub fn start(options: &Options, backend: &Backend) -> Result<Self, ServeError> {
+        Self::serve(Listeners::bind(options)?, options, backend)
+    }
+
+    /// Serves what is bound. Must be called within a tokio runtime.
+    pub fn serve(listeners: Listeners, options: &Options, backend: &Backend) -> Result<Self, ServeError> {
+        let Listeners { bound, unix, tcp } = listeners;
         let at = |source| ServeError::Socket { path: options.socket.clone(), doing: "serving it", source };
         let unix = UnixListener::from_std(unix).map_err(at)?;
         let (stop, stopped) = watch::channel(false);

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use jobwarden::kernel::{Finding, Grade, Kernel, Offer, Options};
+use jobwarden::privileges;
 use jobwarden::render::{Paint, Style, Table, escape};
 use serde::Serialize;
 
@@ -55,9 +56,10 @@ fn probes() -> Vec<Finding> {
         Err(e) => return fatal(e.to_string()),
         Ok(kernel) => match kernel.probes() {
             Err(e) => return fatal(e.to_string()),
-            Ok(stats) => stats,
+            Ok(stats) => (stats, privileges(&kernel)),
         },
     };
+    let (stats, kept) = stats;
     let finding = |p: jobwarden::kernel::ProbeStat| match p.off {
         None => Finding {
             what: "probe",
@@ -72,7 +74,26 @@ fn probes() -> Vec<Finding> {
             then: "what it tells is missing".into(),
         },
     };
-    stats.into_iter().map(finding).collect()
+    stats.into_iter().map(finding).chain([kept]).collect()
+}
+
+/// What an agent would keep here once it runs.
+fn privileges(kernel: &Kernel) -> Finding {
+    let what = "privileges";
+    match privileges::asked_for(&|| kernel.rehearse()) {
+        Ok(asked) => {
+            let kept = privileges::KEPT.iter().fold(asked, |s, k| s | k.0);
+            let found =
+                format!("the agent keeps {} and gives up the rest", privileges::names(kept).join(", "));
+            Finding { what, grade: Grade::Ok, found, then: String::new() }
+        }
+        Err(e) => Finding {
+            what,
+            grade: Grade::Fatal,
+            found: e.to_string(),
+            then: "the agent cannot run here".into(),
+        },
+    }
 }
 
 fn text(report: &Report, style: Style) -> String {

@@ -11,6 +11,7 @@ mod maps;
 mod offer;
 mod offsets;
 mod pin;
+mod rehearse;
 mod ring;
 mod snapshot;
 mod stats;

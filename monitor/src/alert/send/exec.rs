@@ -53,6 +53,8 @@ impl Exec {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
+        // SAFETY: system calls only.
+        unsafe { command.pre_exec(crate::privileges::none) };
         let mut child = match command.spawn() {
             Ok(child) => child,
             Err(e) => return Fate::failed(Reason::Program, format!("{program}: {e}")),

@@ -1,0 +1,26 @@
+//! Everything that a running agent asks of bpf(), done once: what fails now would fail in the middle of a kill.
+
+use std::io;
+
+use super::offsets::{SYS_ENTER, TASKS};
+use super::{Edit, Kernel, sys};
+use crate::key::Key;
+
+impl Kernel {
+    /// Reads and writes a map, runs a program and an iterator, and attaches the probe of dooms for a moment. Changes nothing:
+    /// the probe looks only at who is doomed.
+    pub fn rehearse(&self) -> io::Result<()> {
+        let control = self.maps.control.get(&0)?.unwrap_or_default();
+        self.maps.control.put(&0, &control)?;
+        self.maps.jobs.keys(super::JOBS_MAX * 2)?;
+        self.probes()?;
+        // Of no process: missing.
+        self.edit(&Edit::of(Key::default()))?;
+        self.read_iter(TASKS)?;
+        match self.program(SYS_ENTER) {
+            Ok(program) => sys::attach_tp_btf(program).map(drop),
+            // Off on this kernel: it is never attached.
+            Err(_) => Ok(()),
+        }
+    }
+}

@@ -10,6 +10,7 @@ const NAMES: [&str; 31] = [
 pub const SIGHUP: u8 = 1;
 pub const SIGINT: u8 = 2;
 pub const SIGKILL: u8 = 9;
+pub const SIGPIPE: u8 = 13;
 pub const SIGTERM: u8 = 15;
 pub const SIGCONT: u8 = 18;
 

@@ -6,9 +6,10 @@ use super::ends::{End, Kind};
 use super::family::{Family, ago, short};
 use super::look::{Doing, Look, Thread};
 use super::{SignalSeen, verdict};
-use crate::contract::{Evidence, Exit, Ref, SignalOutcome, State};
+use crate::contract::{Evidence, Exit, Ref, SignalBy, SignalOutcome, State};
 use crate::event::SignalResult;
 use crate::key::Key;
+use crate::proc::Status;
 use crate::signal;
 
 /// Files of one wait that are shown, and holders of one file.
@@ -21,8 +22,16 @@ const TERMINATING: [u8; 12] = [1, 2, 3, 6, 9, 10, 12, 13, 14, 15, 26, 27];
 /// SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU.
 const STOPPING: [u8; 4] = [19, 20, 21, 22];
 
-pub(super) fn terminating(signal: u8) -> bool {
-    TERMINATING.contains(&signal)
+/// Whether it was meant to end its target. Not what a process brings on itself: a SIGPIPE of its own write, which many ignore
+/// (CPython does), an abort, a timer of its own.
+pub(super) fn meant_to_end(s: &SignalSeen) -> bool {
+    let own = s.by == SignalBy::Timer || s.sender.as_ref().is_some_and(|by| by.id == s.target.id);
+    TERMINATING.contains(&s.signal) && s.signal != signal::SIGPIPE && !own
+}
+
+/// In the masks of /proc/PID/status.
+pub(super) fn bit(signal: u8) -> u64 {
+    1_u64.checked_shl(u32::from(signal).wrapping_sub(1)).unwrap_or(0)
 }
 
 pub(super) fn note(text: impl Into<String>) -> Evidence {
@@ -119,13 +128,14 @@ impl Family<'_> {
     }
 
     pub(super) fn signal(&self, s: &SignalSeen) -> Evidence {
-        let bit = 1_u64.checked_shl(u32::from(s.signal).wrapping_sub(1)).unwrap_or(0);
-        let target = self.proc.stat(s.target.pid).ok().filter(|st| self.same(s.target.id, st));
-        let status = target.and_then(|st| self.proc.status(st.pid).ok()).unwrap_or_default();
+        let bit = bit(s.signal);
+        let status = self.status_of(s.target.id).unwrap_or_default();
         let outcome = match s.result {
             SignalResult::Ignored => SignalOutcome::Ignored,
             SignalResult::AlreadyPending => SignalOutcome::AlreadyPending,
-            _ if status.blocked & bit != 0 => SignalOutcome::Blocked,
+            _ if status.blocked & bit != 0 && self.blocked_by_all(s.target.pid, &status, bit) => {
+                SignalOutcome::Blocked
+            }
             _ if status.ignored & bit != 0 => SignalOutcome::Ignored,
             _ => SignalOutcome::Delivered,
         };
@@ -138,24 +148,68 @@ impl Family<'_> {
         }
     }
 
+    /// Of a process that is there.
+    fn status_of(&self, key: Key) -> Option<Status> {
+        let stat = self.proc.stat(key.pid).ok().filter(|s| self.same(key, s))?;
+        self.proc.status(stat.pid).ok()
+    }
+
+    /// The main thread blocks it: where another one does not, that one gets what is sent to the process.
+    fn blocked_by_all(&self, pid: u32, main: &Status, bit: u64) -> bool {
+        if (main.pending | main.shared_pending) & bit != 0 {
+            return true;
+        }
+        let tids = self.proc.threads(pid).unwrap_or_default();
+        tids.into_iter().all(|t| self.proc.thread_status(pid, t).is_ok_and(|s| s.blocked & bit != 0))
+    }
+
+    /// How it can be that a process got a terminating signal and lives on; empty if /proc does not tell.
+    pub(super) fn lives_on(&self, key: Key, signal: u8) -> String {
+        let Some(status) = self.status_of(key) else { return String::new() };
+        let bit = bit(signal);
+        let state = self.proc.stat(key.pid).map_or(b'?', |s| s.state);
+        match state {
+            _ if (status.pending | status.shared_pending) & bit == 0 => {}
+            b'T' => return ": it is stopped, and the signal pending".into(),
+            b't' => return ": its tracer has stopped it, and the signal is pending".into(),
+            b'D' => return ": it is in uninterruptible sleep, and the signal pending".into(),
+            _ => {}
+        }
+        if status.caught & bit != 0 { ": it has a handler for it".into() } else { String::new() }
+    }
+
+    /// Whether the signal that ended `parent` was sent to `child` too. No signal seen means that none was sent only if the
+    /// parent's own stands among those that were seen: the probe was on then, and nothing of it is forgotten.
+    pub(super) fn sent_too(&self, parent: Key, child: Key, signal: &str) -> Option<bool> {
+        let named = |s: &SignalSeen| signal::name(s.signal) == signal;
+        if !self.signals_to(child, named).is_empty() {
+            return Some(true);
+        }
+        (!self.signals_to(parent, named).is_empty()).then_some(false)
+    }
+
     /// The last signals of some kind that a process got, oldest first.
-    pub(super) fn signals_to(&self, key: Key, kind: impl Fn(u8) -> bool) -> Vec<&SignalSeen> {
-        let mut v: Vec<_> = self.q.signals.iter().filter(|s| s.target.id == key && kind(s.signal)).collect();
+    pub(super) fn signals_to(&self, key: Key, kind: impl Fn(&SignalSeen) -> bool) -> Vec<&SignalSeen> {
+        let mut v: Vec<_> = self.q.signals.iter().filter(|s| s.target.id == key && kind(s)).collect();
         v.drain(..v.len().saturating_sub(SIGNALS));
         v
     }
 
-    /// Who stopped it: the last stop signal with no SIGCONT after it.
+    /// Which signal stopped a process that is stopped. The probes do not record SIGCONT, so it is not the last one that was
+    /// sent but the last one that it took: what is sent to a stopped process stays pending until it goes on.
     pub(super) fn stopped_by(&self, key: Key) -> Option<&SignalSeen> {
-        let mut last = None;
-        for s in self.q.signals.iter().filter(|s| s.target.id == key) {
-            if STOPPING.contains(&s.signal) {
-                last = Some(s);
-            } else if s.signal == signal::SIGCONT {
-                last = None;
-            }
-        }
-        last
+        let status = self.status_of(key)?;
+        let pending = status.pending | status.shared_pending;
+        let mut skipped = 0_u64;
+        self.q.signals.iter().rev().filter(|s| s.target.id == key && STOPPING.contains(&s.signal)).find(|s| {
+            let bit = bit(s.signal);
+            // One at a time is pending: the last of its number.
+            let waits = pending & bit != 0 && skipped & bit == 0;
+            let took = !matches!(s.result, SignalResult::Ignored | SignalResult::AlreadyPending)
+                && status.caught & bit == 0;
+            skipped |= if took { bit } else { 0 };
+            took && !waits
+        })
     }
 
     /// How a dead process died: its exit, and the signals that did it. None while it lives, or if nobody saw it.
@@ -165,7 +219,10 @@ impl Family<'_> {
             return Vec::new();
         }
         let mut v = vec![Evidence::ParentExit { process: p.to_ref(), exit: p.exit.clone() }];
-        v.extend(self.signals_to(key, terminating).into_iter().map(|s| self.signal(s)));
+        // What killed it counts in any case.
+        let killed = |s: &SignalSeen| matches!(&p.exit, Some(Exit::Signal { signal, .. }) if *signal == signal::name(s.signal));
+        let fits = |s: &SignalSeen| meant_to_end(s) || killed(s);
+        v.extend(self.signals_to(key, fits).into_iter().map(|s| self.signal(s)));
         v
     }
 
@@ -173,7 +230,7 @@ impl Family<'_> {
     pub(super) fn killed_by(&self, key: Key) -> Option<(String, String)> {
         let p = self.q.process(key)?;
         let Some(Exit::Signal { signal: name, sender, .. }) = &p.exit else { return None };
-        let seen = self.signals_to(key, |s| signal::name(s) == *name);
+        let seen = self.signals_to(key, |s| signal::name(s.signal) == *name);
         let sender = sender.clone().or_else(|| seen.last().and_then(|s| s.sender.clone()));
         let by = sender.map_or_else(String::new, |s| format!(" from {}", short(&s)));
         Some((name.clone(), by))

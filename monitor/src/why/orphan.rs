@@ -3,7 +3,7 @@
 
 use super::Told;
 use super::ends::{End, Want};
-use super::evidence::{note, terminating};
+use super::evidence::{bit, meant_to_end, note};
 use super::family::{Family, ago, short};
 use super::look::{Doing, Look};
 use super::verdict;
@@ -67,7 +67,7 @@ impl Family<'_> {
         let keys = self.ancestors(me.id);
         let ancestors: Vec<&Process> = keys.iter().map_while(|k| self.q.process(*k)).collect();
         let parent = ancestors.first().copied();
-        let survived = self.signals_to(me.id, terminating);
+        let survived = self.signals_to(me.id, meant_to_end);
         let defied = survived.iter().copied().find(|s| match self.signal(s) {
             Evidence::Signal { outcome, .. } => {
                 matches!(outcome, SignalOutcome::Ignored | SignalOutcome::Blocked)
@@ -140,13 +140,22 @@ impl Family<'_> {
     fn who_else(&self, parent: Option<&Process>, stat: &Stat, told: &mut Told) {
         let Some((name, by)) = parent.and_then(|p| self.killed_by(p.id)) else { return };
         let me = &self.q.subject;
-        let got = |p: &Process| !self.signals_to(p.id, |s| signal::name(s) == name).is_empty();
+        let got = |p: &Process| !self.signals_to(p.id, |s| signal::name(s.signal) == name).is_empty();
         let who = short(&self.name_of(stat));
-        if got(me) {
-            told.lines.push(format!("{who} got {name} too and lives on: it has a handler for it."));
-        } else {
-            told.lines.push(format!("{name}{by} was not sent to {who}."));
-            told.evidence.push(note(format!("{name} was not seen to be sent to {who}")));
+        match parent.and_then(|p| self.sent_too(p.id, me.id, &name)) {
+            Some(true) => {
+                let how = signal::parse(&name).map_or_else(|_| String::new(), |n| self.lives_on(me.id, n));
+                told.lines.push(format!("{who} got {name} too and lives on{how}."));
+            }
+            Some(false) => {
+                told.lines.push(format!("{name}{by} was not sent to {who}."));
+                told.evidence.push(note(format!("{name} was not seen to be sent to {who}")));
+            }
+            None => {
+                told.lines.push(format!("Whether {name} was sent to {who} too is not known."));
+                told.evidence.push(note(format!("the {name} that ended its parent was not seen")));
+                return;
+            }
         }
         // Those above it sent the signal, or were not meant by it.
         let above = self.ancestors(me.id);
@@ -155,7 +164,7 @@ impl Family<'_> {
         let (with, without): (Vec<_>, Vec<_>) = siblings.partition(|p| got(p));
         for p in with.into_iter().take(OTHERS) {
             told.evidence.extend(
-                self.signals_to(p.id, |s| signal::name(s) == name).into_iter().map(|s| self.signal(s)),
+                self.signals_to(p.id, |s| signal::name(s.signal) == name).into_iter().map(|s| self.signal(s)),
             );
         }
         let missed: Vec<String> =
@@ -241,6 +250,5 @@ struct Waiter {
 }
 
 fn defies(s: &Status, signal: u8) -> &'static str {
-    let bit = 1_u64.checked_shl(u32::from(signal).wrapping_sub(1)).unwrap_or(0);
-    if s.blocked & bit != 0 { "blocks" } else { "ignores" }
+    if s.blocked & bit(signal) != 0 { "blocks" } else { "ignores" }
 }

@@ -8,7 +8,7 @@ use super::family::{Closeness, Family, ago, short};
 use super::look::{Doing, Look, Thread};
 use super::verdict::{self, ZombieFacts};
 use super::{Told, python};
-use crate::contract::{Evidence, Ref, State, Verdict};
+use crate::contract::{Evidence, Ref, SignalOutcome, State, Verdict};
 use crate::key::Key;
 use crate::proc::Stat;
 use crate::signal;
@@ -162,10 +162,13 @@ impl Family<'_> {
             told.lines.push(format!("{} from {by} stopped it.", signal::name(s.signal)));
             told.evidence.push(self.signal(s));
         } else {
-            told.evidence.push(note("the stop signal was not seen: it came before jobwarden started"));
+            told.lines.push("Who stopped it was not seen.".into());
+            told.evidence.push(note(
+                "the stop signal was not seen: it came before jobwarden started, or is forgotten",
+            ));
         }
         told.evidence.push(note(format!("{} is in state T (stopped)", short(&p.who))));
-        told.remedy = format!("kill -CONT {} # {}", p.who.pid, p.who.id);
+        told.remedy = format!("Let {} go on, if the stop is not meant: kill -CONT {}", p.who.id, p.who.pid);
     }
 
     fn uninterruptible(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut Told) {
@@ -284,13 +287,28 @@ impl Family<'_> {
     fn spared_by_signal(&self, parent: Key, child: &Ref, out: &mut Vec<Evidence>) -> Option<String> {
         let (name, by) = self.killed_by(parent)?;
         let dead = self.name_key(parent)?;
-        let got = self.signals_to(child.id, |s| signal::name(s) == name);
-        if got.is_empty() {
-            out.push(note(format!("{name} was not seen to be sent to {}", short(child))));
-            return Some(format!("{name}{by} ended {} and was not sent to {}.", short(&dead), short(child)));
+        let (dead, who) = (short(&dead), short(child));
+        match self.sent_too(parent, child.id, &name) {
+            Some(false) => {
+                out.push(note(format!("{name} was not seen to be sent to {who}")));
+                return Some(format!("{name}{by} ended {dead} and was not sent to {who}."));
+            }
+            None => {
+                out.push(note(format!("the {name} that ended {dead} was not seen")));
+                return Some(format!(
+                    "{name}{by} ended {dead}; whether it was sent to {who} too is not known."
+                ));
+            }
+            Some(true) => {}
         }
+        let got = self.signals_to(child.id, |s| signal::name(s.signal) == name);
+        let how = got.last().map_or_else(String::new, |s| match self.signal(s) {
+            Evidence::Signal { outcome: SignalOutcome::Ignored, .. } => ": it ignores it".into(),
+            Evidence::Signal { outcome: SignalOutcome::Blocked, .. } => ": it blocks it".into(),
+            _ => self.lives_on(child.id, s.signal),
+        });
         out.extend(got.into_iter().map(|s| self.signal(s)));
-        Some(format!("{name}{by} ended {}; {} got it too and lives on.", short(&dead), short(child)))
+        Some(format!("{name}{by} ended {dead}; {who} got it too and lives on{how}."))
     }
 
     fn other_child(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut Told) {

@@ -35,10 +35,10 @@ fn ready(made: &Made, verdict: Verdict) {
     }
 }
 
-/// All at once, each asked about in turn. `JOBWARDEN_WHY_ROUNDS` gives the number of rounds.
+/// All at once, each asked about in turn. `JWTEST_WHY_ROUNDS` gives the number of rounds.
 #[test]
 fn a_mixed_crowd() {
-    let rounds = std::env::var("JOBWARDEN_WHY_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(1);
+    let rounds = std::env::var("JWTEST_WHY_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(1);
     for round in 0..rounds {
         let mut crowd: Vec<(Made, Verdict)> = MIX.iter().map(|(script, v)| (Made::new(script), *v)).collect();
         let zombies: Vec<u32> = crowd.iter_mut().map(|(made, _)| pid(&made.said(), "z")).collect();

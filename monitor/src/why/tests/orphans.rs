@@ -133,3 +133,81 @@ os.read(r, 1)
     assert!(c.evidence.iter().any(waiter), "{c:#?}");
     assert_eq!(holders(&c)[0], (child, blocked_in(&c).2, "this orphan"));
 }
+
+/// CPython ignores SIGPIPE, and the kernel sends it to who writes: nobody wanted to end it by that.
+#[test]
+fn a_broken_pipe_is_no_signal_that_it_ignored() {
+    let broken = "        r, w = os.pipe(); os.close(r)
+        for _ in range(9):
+            try: os.write(w, b'x')
+            except BrokenPipeError: pass";
+    let (_made, child, parent) = orphaned(broken, WAIT);
+    let me = process(std::process::id(), None);
+    let mut q = question(child.clone(), vec![parent.clone()]);
+    q.signals.push(sent(15, &me, &parent, SignalResult::Delivered));
+    let pipe = sent(13, &child, &child, SignalResult::Ignored);
+    q.signals.extend((0..9).map(|_| pipe.clone()));
+    let c = ask(&q);
+    assert_eq!(c.verdict, Verdict::ParentKilled, "{c:#?}");
+    assert!(!c.evidence.iter().any(|e| matches!(e, Evidence::Signal { signal, .. } if signal == "SIGPIPE")));
+    // Nor do they push out the one that it did ignore.
+    q.signals.insert(1, sent(15, &me, &child, SignalResult::Ignored));
+    let c = ask(&q);
+    assert_eq!(c.verdict, Verdict::IgnoredSignal, "{c:#?}");
+    assert!(c.summary.contains("SIGTERM from"), "{}", c.summary);
+    // Its own kill of itself, and its own timer.
+    let timer =
+        SignalSeen { by: SignalBy::Timer, sender: None, ..sent(14, &me, &child, SignalResult::Ignored) };
+    q.signals = vec![sent(15, &child, &child, SignalResult::Ignored), timer];
+    assert_eq!(ask(&q).verdict, Verdict::ParentKilled);
+}
+
+#[test]
+fn what_was_not_seen_is_not_said() {
+    let (_made, child, parent) = orphaned("        pass", WAIT);
+    let q = question(child, vec![parent]);
+    let c = ask(&q);
+    assert_eq!(c.verdict, Verdict::ParentKilled, "{c:#?}");
+    assert!(c.summary.contains("is not known") && !c.summary.contains("not sent"), "{}", c.summary);
+}
+
+#[test]
+fn why_it_lives_on_after_the_signal() {
+    let handler = "        signal.signal(signal.SIGTERM, lambda *a: None)";
+    for (how, stop, word) in [(handler, false, "has a handler"), ("        pass", true, "it is stopped")] {
+        let (_made, child, parent) = orphaned(how, WAIT);
+        if stop {
+            kill(child.pid, libc::SIGSTOP);
+            until("stopped", || state(child.pid) == Some(b'T'));
+        }
+        kill(child.pid, libc::SIGTERM);
+        let me = process(std::process::id(), None);
+        let mut q = question(child.clone(), vec![parent.clone()]);
+        q.signals.push(sent(15, &me, &parent, SignalResult::Delivered));
+        q.signals.push(sent(15, &me, &child, SignalResult::Delivered));
+        let c = ask(&q);
+        assert_eq!(c.verdict, Verdict::ParentKilled, "{c:#?}");
+        assert!(c.summary.contains("got SIGTERM too") && c.summary.contains(word), "{}", c.summary);
+    }
+    // Neither: then nothing is claimed of a handler.
+    let (_made, child, parent) = orphaned("        pass", WAIT);
+    let me = process(std::process::id(), None);
+    let mut q = question(child.clone(), vec![parent.clone()]);
+    q.signals.push(sent(15, &me, &parent, SignalResult::Delivered));
+    q.signals.push(sent(15, &me, &child, SignalResult::Delivered));
+    assert!(ask(&q).summary.contains("lives on."), "{}", ask(&q).summary);
+}
+
+/// Where another thread takes it, the signal is not blocked.
+#[test]
+fn blocked_by_the_main_thread_alone() {
+    let how = "        signal.signal(signal.SIGTERM, lambda *a: None)
+        threading.Thread(target=time.sleep, args=(300,)).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])";
+    let (_made, child, parent) = orphaned(how, WAIT);
+    let me = process(std::process::id(), None);
+    let mut q = question(child.clone(), vec![parent.clone()]);
+    q.signals.push(sent(15, &me, &parent, SignalResult::Delivered));
+    q.signals.push(sent(15, &me, &child, SignalResult::Delivered));
+    assert_eq!(ask(&q).verdict, Verdict::ParentKilled, "{:#?}", ask(&q));
+}

@@ -129,9 +129,7 @@ fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
     for p in &mut tree.processes {
         core.redact.process(p);
         read.extend(core.looker.place(p, host_ns));
-        if let Some((letter, comm)) = core.looker.shown(p.id) {
-            (p.kernel_state, p.comm) = (Some(letter), comm);
-        }
+        core.looker.show(p);
     }
     // The next view need not read it again.
     let mut fx = Vec::new();
@@ -174,6 +172,7 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     }
     let mut alerts = core.engine.alerts(q.all);
     for a in &mut alerts {
+        a.subject.iter_mut().for_each(|p| core.looker.show(p));
         core.redact.alert(a);
     }
     let _ = reply.send(Ok(Alerts { alerts, undelivered: BTreeMap::new() }));
@@ -196,14 +195,9 @@ fn inside(core: &mut Core, pid: u32, container: &str) -> Result<Key, ApiError> {
     }
 }
 
-fn why(core: &mut Core, q: &WhyQuery, reply: Reply<Vec<crate::contract::Cause>>) {
+fn why(core: &mut Core, q: &WhyQuery, reply: Reply<crate::api::wire::Causes>) {
     let keys = match (&q.target, &q.container) {
-        (None, _) => Ok(core
-            .engine
-            .alerts(false)
-            .into_iter()
-            .filter_map(|a| Some((core.engine.alert_subject(&a.id)?, Some(a.id))))
-            .collect()),
+        (None, _) => return cause::of_all(core, reply),
         (Some(Asked::Alert(id)), _) => core
             .engine
             .alert_subject(id)

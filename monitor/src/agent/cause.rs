@@ -1,17 +1,43 @@
-//! Causes, sought beside the core: `why` reads /proc and may take a while.
+//! Causes, sought beside the core: `why` reads /proc and may take a while. Alerts and who asks share what was found, and
+//! no parent is ever looked at twice at the same time.
 
+use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout};
+
 use super::core::{Core, Internal};
+use super::look::Looker;
 use crate::api::Reply;
-use crate::contract::Cause;
+use crate::api::wire::Causes;
+use crate::contract::{Cause, State, Verdict};
 use crate::enforce::Lineage;
 use crate::host;
 use crate::kernel::Kernel;
 use crate::key::Key;
 use crate::why::{self, FdRow, Holders, Limits, Question};
+
+/// What was found this short a time ago is not sought again, even for who asks.
+const FRESH: Duration = Duration::from_secs(1);
+/// The cause of a firing alert is sought again this often, as receivers are told of it again ..
+const RENEWED: Duration = Duration::from_mins(1);
+/// .. and after this already, if it is about another process by now.
+const CHANGED: Duration = Duration::from_secs(10);
+/// What was found for somebody else this short a time ago will do for a renewal.
+const RECENT: Duration = Duration::from_secs(30);
+/// Most causes that are sought again in a second: a thousand alerts must not keep the machine busy.
+const RENEWALS: usize = 4;
+/// Looks under way for alerts, and as many for who asks: neither waits for the other.
+const AT_ONCE: usize = 2;
+/// Most causes that are sought for one who asks, and how long that may take; the rest is counted.
+const ASKED_MAX: usize = 32;
+const ASKED_TIME: Duration = Duration::from_secs(20);
+/// Most parents whose causes are remembered, and causes of one parent.
+const PARENTS: usize = 1_024;
+const OF_A_PARENT: usize = 8;
 
 /// `f_mode` bits of `include/linux/fs.h`.
 const FMODE_READ: u32 = 1;
@@ -41,54 +67,199 @@ impl Holders for Kernel {
 /// Of so many of a family it is read in which container and namespace they are, if that is not known yet.
 const PLACED: usize = 64;
 
-/// For an alert that has just fired; without an answer in time the alert goes out without a cause.
-pub(super) fn of_alert(core: &Core, alert: String, wait: Duration) {
+/// The causes of one parent's zombies, or of an orphan; locked while it is looked at.
+type Slot = Arc<tokio::sync::Mutex<Vec<(Instant, Cause)>>>;
+
+struct Finder {
+    looker: Looker,
+    holders: Arc<dyn Holders>,
+    parents: Mutex<HashMap<Key, Slot>>,
+    for_alerts: Semaphore,
+    for_askers: Semaphore,
+}
+
+/// Causes that were found, and when those of firing alerts were last sought.
+pub(super) struct Seeker {
+    finder: Arc<Finder>,
+    /// By alert; and about which process.
+    sought: HashMap<String, (Key, Instant)>,
+}
+
+impl Seeker {
+    pub(super) fn new(looker: Looker, holders: Arc<dyn Holders>) -> Self {
+        let finder = Arc::new(Finder {
+            looker,
+            holders,
+            parents: Mutex::default(),
+            for_alerts: Semaphore::new(AT_ONCE),
+            for_askers: Semaphore::new(AT_ONCE),
+        });
+        Self { finder, sought: HashMap::new() }
+    }
+}
+
+/// Who should reap, or the process itself.
+fn parent(q: &Question) -> Key {
+    let dead = matches!(q.subject.state, State::Zombie | State::Exiting);
+    let is_it = |pid| q.family.iter().find(|p| p.pid == pid && p.state != State::Gone);
+    q.subject.ppid.filter(|_| dead).and_then(is_it).map_or(q.subject.id, |p| p.id)
+}
+
+impl Finder {
+    fn slot(&self, parent: Key) -> Slot {
+        let mut all = self.parents.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= PARENTS {
+            // Only here are they cloned: what nobody else has is not in use.
+            let old = |s: &Slot| s.try_lock().is_ok_and(|f| f.iter().all(|(at, _)| at.elapsed() > RECENT));
+            all.retain(|_, s| Arc::strong_count(s) > 1 || !old(s));
+            if all.len() >= PARENTS {
+                all.retain(|_, s| Arc::strong_count(s) > 1);
+            }
+        }
+        Arc::clone(all.entry(parent).or_default())
+    }
+
+    /// The cause, unless it was found less than `fresh` ago. Not to be dropped half-way: the look would go on, and another one
+    /// might begin.
+    async fn find(&self, mut q: Question, fresh: Duration, turn: &Semaphore) -> Option<Cause> {
+        let slot = self.slot(parent(&q));
+        let mut found = slot.lock().await;
+        let known = found.iter().find(|(at, c)| c.process.id == q.subject.id && at.elapsed() < fresh);
+        if let Some((_, cause)) = known {
+            return Some(Cause { alert: q.alert, ..cause.clone() });
+        }
+        let _turn = turn.acquire().await.ok()?;
+        let (looker, holders) = (self.looker.clone(), Arc::clone(&self.holders));
+        let look = move || {
+            let host_ns = looker.own_pid_ns();
+            for p in std::iter::once(&mut q.subject).chain(q.family.iter_mut().take(PLACED)) {
+                looker.place(p, host_ns);
+            }
+            let mut cause = why::explain(&q, &looker.proc, &*holders, &Limits::default());
+            looker.show(&mut cause.process);
+            cause
+        };
+        let cause = tokio::task::spawn_blocking(look).await.ok()?;
+        found.retain(|(_, c)| c.process.id != cause.process.id);
+        if found.len() >= OF_A_PARENT {
+            found.remove(0);
+        }
+        found.push((Instant::now(), cause.clone()));
+        Some(cause)
+    }
+}
+
+/// For an alert that has just fired. If it takes longer than `wait`, the alert goes out without a cause, which follows.
+pub(super) fn of_alert(core: &mut Core, alert: String, wait: Duration) {
+    let found = core.engine.alert_subject(&alert).and_then(|k| seek(core, &alert, k, FRESH));
     let tx = core.internal.clone();
-    let question = core.engine.alert_subject(&alert).and_then(|k| core.engine.question(k, host::boot_now()));
-    let Some(mut question) = question else {
+    let Some(mut job) = found else {
         let _ = tx.send(Internal::Cause { alert, cause: None });
         return;
     };
-    question.alert = Some(alert.clone());
-    let job = explain(core, vec![question]);
     tokio::spawn(async move {
-        let cause = tokio::time::timeout(wait, job).await.ok().and_then(|mut all| all.pop());
-        let _ = tx.send(Internal::Cause { alert, cause: cause.map(Box::new) });
+        let soon = timeout(wait, &mut job).await;
+        let late = soon.is_err();
+        let cause = soon.ok().and_then(Result::ok).flatten().map(Box::new);
+        let _ = tx.send(Internal::Cause { alert: alert.clone(), cause });
+        if late && let Ok(Some(cause)) = job.await {
+            let _ = tx.send(Internal::Cause { alert, cause: Some(Box::new(cause)) });
+        }
     });
 }
 
-/// For `why`.
-pub(super) fn of(core: &Core, keys: Vec<(Key, Option<String>)>, reply: Reply<Vec<Cause>>) {
-    let now = host::boot_now();
-    let questions: Vec<Question> = keys
-        .into_iter()
-        .filter_map(|(key, alert)| core.engine.question(key, now).map(|q| Question { alert, ..q }))
-        .collect();
-    let job = explain(core, questions);
-    tokio::spawn(async move {
-        let _ = reply.send(Ok(job.await));
-    });
-}
-
-/// One after the other, on a thread for blocking work.
-fn explain(core: &Core, questions: Vec<Question>) -> impl Future<Output = Vec<Cause>> + use<> {
-    let (looker, holders, redact) =
-        (core.looker.clone(), Arc::clone(&core.kernel) as Arc<dyn Holders>, Arc::clone(&core.redact));
-    async move {
-        let job = tokio::task::spawn_blocking(move || {
-            let host_ns = looker.own_pid_ns();
-            questions
-                .into_iter()
-                .map(|mut q| {
-                    for p in std::iter::once(&mut q.subject).chain(q.family.iter_mut().take(PLACED)) {
-                        looker.place(p, host_ns);
-                    }
-                    let mut cause = why::explain(&q, &looker.proc, &*holders, &Limits::default());
-                    redact.cause(&mut cause);
-                    cause
-                })
-                .collect()
-        });
-        job.await.unwrap_or_default()
+/// Each second: the causes of firing alerts that are old, or about another process by now. Those from before a restart are
+/// among them.
+pub(super) fn renew(core: &mut Core) {
+    let mut due: Vec<(Option<Instant>, String, Key)> = Vec::new();
+    let mut firing = 0;
+    for (id, key) in core.engine.to_explain() {
+        firing += 1;
+        let sought = core.causes.sought.get(id);
+        let is_due = sought.is_none_or(|(k, at)| at.elapsed() > if *k == key { RENEWED } else { CHANGED });
+        if is_due {
+            due.push((sought.map(|s| s.1), id.to_owned(), key));
+        }
     }
+    if core.causes.sought.len() > firing {
+        let engine = &core.engine;
+        core.causes.sought.retain(|id, _| engine.alert_subject(id).is_some());
+    }
+    due.sort_unstable();
+    for (_, alert, key) in due.into_iter().take(RENEWALS) {
+        let Some(job) = seek(core, &alert, key, RECENT) else { continue };
+        let tx = core.internal.clone();
+        tokio::spawn(async move {
+            // On its way to be resolved: what was told of it is not to be unsaid.
+            let over = [Verdict::BeingReaped, Verdict::NotAZombie];
+            if let Ok(Some(cause)) = job.await
+                && !over.contains(&cause.verdict)
+            {
+                let _ = tx.send(Internal::Cause { alert, cause: Some(Box::new(cause)) });
+            }
+        });
+    }
+}
+
+fn seek(
+    core: &mut Core,
+    alert: &str,
+    key: Key,
+    fresh: Duration,
+) -> Option<tokio::task::JoinHandle<Option<Cause>>> {
+    core.causes.sought.insert(alert.to_owned(), (key, Instant::now()));
+    let mut question = core.engine.question(key, host::boot_now())?;
+    question.alert = Some(alert.to_owned());
+    let (finder, redact) = (Arc::clone(&core.causes.finder), Arc::clone(&core.redact));
+    Some(tokio::spawn(async move {
+        let mut cause = finder.find(question, fresh, &finder.for_alerts).await?;
+        redact.cause(&mut cause);
+        Some(cause)
+    }))
+}
+
+/// For `why` of these processes.
+pub(super) fn of(core: &Core, keys: Vec<(Key, Option<String>)>, reply: Reply<Causes>) {
+    ask(core, Vec::new(), keys, reply);
+}
+
+/// For `why` of every firing alert: what was found for the alert, and a new look where there is nothing.
+pub(super) fn of_all(core: &Core, reply: Reply<Causes>) {
+    let (mut known, mut keys) = (Vec::new(), Vec::new());
+    for a in core.engine.alerts(false) {
+        let Some(key) = core.engine.alert_subject(&a.id) else { continue };
+        match a.cause.filter(|c| c.process.id == key) {
+            Some(mut cause) => {
+                core.redact.cause(&mut cause);
+                known.push(Cause { alert: Some(a.id), ..cause });
+            }
+            None => keys.push((key, Some(a.id))),
+        }
+    }
+    ask(core, known, keys, reply);
+}
+
+fn ask(core: &Core, known: Vec<Cause>, keys: Vec<(Key, Option<String>)>, reply: Reply<Causes>) {
+    let now = host::boot_now();
+    let more = keys.len().saturating_sub(ASKED_MAX);
+    let question = |(key, alert)| core.engine.question(key, now).map(|q| Question { alert, ..q });
+    let questions: Vec<Question> = keys.into_iter().take(ASKED_MAX).filter_map(question).collect();
+    let (finder, redact) = (Arc::clone(&core.causes.finder), Arc::clone(&core.redact));
+    let end = Instant::now() + ASKED_TIME;
+    tokio::spawn(async move {
+        let mut all = Causes { causes: known, more };
+        for q in questions {
+            let finder = Arc::clone(&finder);
+            let job = tokio::spawn(async move { finder.find(q, FRESH, &finder.for_askers).await });
+            match tokio::time::timeout_at(end, job).await {
+                Ok(Ok(Some(mut cause))) => {
+                    redact.cause(&mut cause);
+                    all.causes.push(cause);
+                }
+                Ok(_) => {}
+                Err(_) => all.more += 1,
+            }
+        }
+        let _ = reply.send(Ok(all));
+    });
 }

@@ -88,6 +88,7 @@ pub(super) struct Core {
     pub boot_id: String,
     pub ready: watch::Sender<Readiness>,
     pub internal: mpsc::UnboundedSender<Internal>,
+    pub causes: super::cause::Seeker,
     /// New alerts that wait for their cause, as they are to be sent.
     waiting: HashMap<String, Alert>,
     /// Jobs that are labelled but could not be: what went wrong, for whoever asked.
@@ -134,7 +135,9 @@ impl Core {
     pub(super) fn new(p: Parts) -> Self {
         let mut counts = Counts { reload_ok: true, ..Counts::default() };
         counts.reload_at = wall_seconds();
+        let holders = Arc::clone(&p.kernel) as Arc<dyn crate::why::Holders>;
         Self {
+            causes: super::cause::Seeker::new(p.looker.clone(), holders),
             engine: p.engine,
             kernel: p.kernel,
             looker: p.looker,
@@ -349,6 +352,7 @@ impl Core {
     }
 
     fn alert(&mut self, change: AlertChange, mut alert: Alert) {
+        alert.subject.iter_mut().for_each(|p| self.looker.show(p));
         self.redact.alert(&mut alert);
         match change {
             AlertChange::Pending | AlertChange::Dropped => {}
@@ -489,6 +493,7 @@ impl Core {
         self.audit.retry();
         self.storage.set(Source::Audit, self.audit.error());
         self.tell_storage();
+        super::cause::renew(self);
         let lost = match self.kernel.lost() {
             Ok(n) if n > self.lost => n,
             Ok(_) => return,

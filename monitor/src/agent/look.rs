@@ -129,9 +129,13 @@ impl Looker {
         self.pid_ns(std::process::id())
     }
 
-    /// The letter of /proc/PID/stat at this moment, and the name (no event tells of a prctl), for views.
-    pub(super) fn shown(&self, key: Key) -> Option<(String, String)> {
-        let stat = self.proc.stat(key.pid).ok()?;
-        (stat.start_ticks == self.ticks(key)).then(|| (text(&[stat.state]), text(stat.comm.bytes())))
+    /// Fills in the letter of /proc/PID/stat at this moment, and the name (no event tells of a prctl), for views.
+    pub(super) fn show(&self, p: &mut Process) {
+        if p.state != State::Gone
+            && let Ok(stat) = self.proc.stat(p.pid)
+            && stat.start_ticks == self.ticks(p.id)
+        {
+            (p.kernel_state, p.comm) = (Some(text(&[stat.state])), text(stat.comm.bytes()));
+        }
     }
 }

@@ -156,7 +156,7 @@ async fn alerts(State(core): State<Core>, Args(q): Args<AlertQuery>) -> Answer<c
 }
 
 async fn why(State(core): State<Core>, Args(q): Args<WhyQuery>) -> Answer<Causes> {
-    ask(&core, Some(ANSWER), |r| Request::Why(q, r)).await.map(|causes| Json(Causes { causes }))
+    ask(&core, Some(ANSWER), |r| Request::Why(q, r)).await.map(Json)
 }
 
 async fn status(State(core): State<Core>) -> Answer<super::Status> {

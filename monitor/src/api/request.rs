@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::{ApiError, Matched, Subscription, Target};
-use crate::contract::{Alerts, Cause, JobId, Jobs, KillReport, Tree};
+use crate::contract::{Alerts, JobId, Jobs, KillReport, Tree};
 use crate::enforce::audit;
 use crate::enforce::order::AskedBy;
 
@@ -252,7 +252,7 @@ pub enum Request {
     },
     Alerts(AlertQuery, Reply<Alerts>),
     Events(EventFilter, Reply<Subscription>),
-    Why(WhyQuery, Reply<Vec<Cause>>),
+    Why(WhyQuery, Reply<super::wire::Causes>),
     /// What a target means at this moment.
     Resolve(Target, Reply<Vec<Matched>>),
     Kill {

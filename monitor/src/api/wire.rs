@@ -43,6 +43,9 @@ pub struct AuditQuery {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Causes {
     pub causes: Vec<Cause>,
+    /// Further ones that were not looked for: there are too many.
+    #[serde(default)]
+    pub more: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

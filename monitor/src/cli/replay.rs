@@ -67,7 +67,9 @@ fn text(line: &Line, style: Style) -> String {
         Line::End { truncated, events, jobs, tree, .. } => {
             let broken = if *truncated { "; the recording breaks off here" } else { "" };
             let names: HashMap<_, _> = jobs.iter().map(|j| (j.id, j.name.clone())).collect();
-            let view = TreeView { tree, jobs: &names, users: &user_name, kernel_threads: false };
+            let causes = HashMap::new();
+            let view =
+                TreeView { tree, jobs: &names, users: &user_name, causes: &causes, kernel_threads: false };
             let count = jobs.len();
             format!("\n{}\n{events} events, {count} jobs{broken}\n", render::tree(&view, style))
         }

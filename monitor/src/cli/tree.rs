@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::process::ExitCode;
 
-use jobwarden::api::{Target, TreeQuery};
+use jobwarden::api::{AlertQuery, Target, TreeQuery};
 use jobwarden::config::user_name;
-use jobwarden::contract::{Jobs, Tree};
+use jobwarden::contract::{Alerts, Jobs, Tree};
 use jobwarden::render::{self, TreeView};
 
 use super::output::Context;
@@ -55,8 +55,12 @@ impl Args {
         // Names are a help only: a tree without them is better than none.
         let names = if context.json { None } else { client.get::<Jobs>("/v1/jobs", &()).ok() };
         let jobs: HashMap<_, _> = names.into_iter().flat_map(|j| j.jobs).map(|j| (j.id, j.name)).collect();
+        let alerts =
+            if context.json { None } else { client.get::<Alerts>("/v1/alerts", &AlertQuery::default()).ok() };
+        let causes = render::causes(&alerts.map(|a| a.alerts).unwrap_or_default());
         context.show(&tree, |style| {
-            let view = TreeView { tree: &tree, jobs: &jobs, users: &user_name, kernel_threads: self.all };
+            let (users, kernel_threads) = (&user_name, self.all);
+            let view = TreeView { tree: &tree, jobs: &jobs, users, causes: &causes, kernel_threads };
             render::tree(&view, style)
         })?;
         Ok(ExitCode::SUCCESS)

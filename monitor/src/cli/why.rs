@@ -39,7 +39,15 @@ impl Args {
         } else {
             context.show(&found, |style| {
                 let all: Vec<String> = found.causes.iter().map(|c| render::why(c, style)).collect();
-                if all.is_empty() { "no alert is firing\n".into() } else { all.join("\n") }
+                let more = match found.more {
+                    0 => String::new(),
+                    n => format!("\n{n} more were not looked for; ask for one: jobwarden why ALERT_ID\n"),
+                };
+                if all.is_empty() && more.is_empty() {
+                    "no alert is firing\n".into()
+                } else {
+                    all.join("\n") + &more
+                }
             })?;
         }
         Ok(ExitCode::SUCCESS)

@@ -213,10 +213,13 @@ impl Engine {
         let Some(e) = self.alerts.table.get_mut(&name) else { return };
         let (count, cause, severity) = &e.sent;
         let (few, many) = (e.alert.count.min(*count), e.alert.count.max(*count));
-        // A count matters when it has doubled or halved; a cause when its verdict is another.
+        // A count matters when it has doubled or halved; a cause when its verdict is another, or what is to be done.
         let counts = many > few && many >= 2 * few;
-        let verdict = |c: &Option<Cause>| c.as_ref().map(|c| c.verdict);
-        if !counts && verdict(cause) == verdict(&e.alert.cause) && *severity == e.alert.severity {
+        let same = match (cause, &e.alert.cause) {
+            (Some(was), Some(is)) => was.verdict == is.verdict && was.remedy == is.remedy,
+            (was, is) => was.is_some() == is.is_some(),
+        };
+        if !counts && same && *severity == e.alert.severity {
             return;
         }
         let first_cause = cause.is_none() && e.alert.cause.is_some();

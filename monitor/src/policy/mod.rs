@@ -345,6 +345,18 @@ impl Engine {
         e.oldest.or_else(|| e.alert.subject.as_ref().map(|p| p.id))
     }
 
+    /// The firing alerts that have a cause, each with the process that it is about.
+    pub fn to_explain(&self) -> impl Iterator<Item = (&str, Key)> {
+        let explained = |e: &&alerts::Entry| {
+            let kind = matches!(e.alert.kind, AlertKind::Zombie | AlertKind::Orphan);
+            kind && e.alert.state == crate::contract::AlertState::Firing
+        };
+        self.alerts.iter().filter(explained).filter_map(|e| {
+            let subject = e.oldest.or_else(|| e.alert.subject.as_ref().map(|p| p.id))?;
+            Some((e.alert.id.as_str(), subject))
+        })
+    }
+
     /// PID, ID, JOB or name:NAME; the several matches of a name oldest first. Empty never: that is `Refused`.
     pub fn resolve(&self, target: &str) -> Result<Vec<Target>, Refused> {
         self.targets(target)

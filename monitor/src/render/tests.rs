@@ -93,7 +93,21 @@ fn draw(processes: Vec<Process>, style: Style) -> String {
     let t = Tree { at: NOW.into(), host: "h".into(), processes };
     let jobs = HashMap::from([(JOB, "etl".to_owned())]);
     let users = |uid| (uid == 0).then(|| "root".to_owned());
-    tree(&TreeView { tree: &t, jobs: &jobs, users: &users, kernel_threads: false }, style)
+    let causes = HashMap::new();
+    tree(&TreeView { tree: &t, jobs: &jobs, users: &users, causes: &causes, kernel_threads: false }, style)
+}
+
+/// The subject of a firing alert: what is known of its cause, and what to type.
+#[test]
+fn a_cause_among_the_notes() {
+    let t = Tree { at: NOW.into(), host: "h".into(), processes: incident() };
+    let (worker, orphan) = (t.processes[1].id, t.processes[4].id);
+    let causes = HashMap::from([(worker, Some(Verdict::ParentBlockedOnPipe)), (orphan, None)]);
+    let (jobs, users) = (HashMap::new(), |_| None);
+    let view = TreeView { tree: &t, jobs: &jobs, users: &users, causes: &causes, kernel_threads: false };
+    let got = tree(&view, Style::default());
+    assert!(got.contains("<parent-blocked-on-pipe, see: jobwarden why 410:410>"), "\n{got}");
+    assert!(got.contains("<see: jobwarden why 413:413>"), "\n{got}");
 }
 
 #[test]

@@ -3,8 +3,9 @@
 use std::collections::{HashMap, HashSet};
 
 use super::style::{Paint, Style, cut, width};
+use super::why::word;
 use super::words::{age, argv, between, count, escape, exit, process, wall};
-use crate::contract::{JobId, LineageKnown, Process, State, Tree};
+use crate::contract::{Alert, AlertKind, AlertState, JobId, LineageKnown, Process, State, Tree, Verdict};
 use crate::key::Key;
 
 /// What is drawn, and what is needed to know beside it.
@@ -14,7 +15,17 @@ pub struct TreeView<'a> {
     pub jobs: &'a HashMap<JobId, String>,
     /// Names of users; one that is missing is shown by its number.
     pub users: &'a dyn Fn(u32) -> Option<String>,
+    /// The subjects of firing alerts, with the verdict where there is one yet.
+    pub causes: &'a HashMap<Key, Option<Verdict>>,
     pub kernel_threads: bool,
+}
+
+/// Of firing alerts that have a cause to be told: about whom, and the verdict.
+#[must_use]
+pub fn causes(alerts: &[Alert]) -> HashMap<Key, Option<Verdict>> {
+    let firing = alerts.iter().filter(|a| a.state == AlertState::Firing);
+    let explained = firing.filter(|a| matches!(a.kind, AlertKind::Zombie | AlertKind::Orphan));
+    explained.filter_map(|a| Some((a.subject.as_ref()?.id, a.cause.as_ref().map(|c| c.verdict)))).collect()
 }
 
 /// The least of a command that is shown before the notes behind it are cut too.
@@ -233,6 +244,10 @@ impl Lines<'_> {
         if p.orphan {
             let by = p.adopter.as_ref().map_or_else(String::new, |a| format!(", adopted by {}", process(a)));
             notes.push((Paint::Odd, format!("<orphan{by}>")));
+        }
+        if let Some(verdict) = self.view.causes.get(&p.id) {
+            let verdict = verdict.map_or_else(String::new, |v| format!("{}, ", word(v)));
+            notes.push((Paint::Bad, format!("<{verdict}see: jobwarden why {}>", p.id)));
         }
         notes
     }

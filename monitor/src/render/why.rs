@@ -164,7 +164,7 @@ const fn verdict_paint(v: Verdict) -> Paint {
 }
 
 /// As in JSON.
-fn word(v: Verdict) -> String {
+pub(super) fn word(v: Verdict) -> String {
     match serde_json::to_value(v) {
         Ok(serde_json::Value::String(s)) => s,
         _ => format!("{v:?}"),

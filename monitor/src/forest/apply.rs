@@ -175,9 +175,14 @@ impl Forest {
 
     pub(crate) fn leader_exit(&mut self, key: Key, comm: Comm, at: u64) {
         let Some(i) = self.known(key, at) else { return };
-        if self.node(i).state == State::Running {
-            self.node_mut(i).comm = comm;
-            self.set_state(i, State::LeaderExited, at);
+        match self.node(i).state {
+            State::Running => {
+                self.node_mut(i).comm = comm;
+                self.set_state(i, State::LeaderExited, at);
+            }
+            // Once more: the exec of another thread between the two was lost. A row from between them must not win.
+            State::LeaderExited if at > self.node(i).since => self.node_mut(i).since = at,
+            _ => {}
         }
     }
 

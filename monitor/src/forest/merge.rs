@@ -62,12 +62,20 @@ impl Forest {
                 self.node_mut(i).flags.set(Flags::ADOPTS);
             }
         }
-        // The dead first: whether a lineage parent lives tells whether its child is an orphan.
-        let (gone, rest): (Vec<&Row>, Vec<&Row>) = rows().partition(|r| r.state == RowState::Gone);
-        for row in gone.into_iter().chain(rest) {
+        let mut placed = Vec::new();
+        for row in rows() {
             if let Some(i) = self.find(row.key) {
+                let n = self.node(i);
+                if n.parent == NONE || !n.flags.has(Flags::LINEAGE) || n.flags.has(Flags::INFERRED) {
+                    placed.push(i);
+                }
                 m.corrected += usize::from(self.row(i, row, s.t0, execed.contains(&row.key), group, now));
             }
+        }
+        placed.sort_unstable();
+        // When it is known of all of them who lives.
+        for row in rows() {
+            self.orphaned_in_row(row, &placed, s.t0, now);
         }
         self.inherit_groups(s);
         for i in 0..self.nodes.len() as Idx {
@@ -179,19 +187,61 @@ impl Forest {
                 self.inferred(i);
             }
         }
-        let Some(p) = parent.filter(|&p| p != i && p != old) else { return false };
+        let Some(p) = parent.filter(|&p| p != i) else { return false };
+        let n = self.node(i);
+        if n.lineage == p && n.flags.has(Flags::LINEAGE) && !n.flags.has(Flags::INFERRED) {
+            // With whom forked it: never given to another, whatever was believed. (/proc names parents by pid, and that may
+            // have been taken for its predecessor, who is dead.)
+            self.unorphan(i);
+            if p == old {
+                return false;
+            }
+            self.link_parent(i, p);
+            self.changes.push(Change::Parent { node: i, from: old });
+            return old != NONE;
+        }
+        if p == old {
+            return false;
+        }
         if old != NONE {
             self.move_to(i, p, now);
             return true;
         }
         self.link_parent(i, p);
         self.changes.push(Change::Parent { node: i, from: NONE });
-        let l = self.node(i).lineage;
-        // CLONE_PARENT leaves a forker beside the parent, dead or alive; but only who adopts has got the child of another.
-        if l != NONE && l != p && self.adopts(p) && rank(self.node(l).state) >= rank(State::Exiting) {
+        false
+    }
+
+    fn unorphan(&mut self, i: Idx) {
+        if self.node(i).flags.has(Flags::ORPHAN) {
+            self.change(i, |n| {
+                n.flags.clear(Flags::ORPHAN);
+                n.flags.clear(Flags::ADOPTED);
+            });
+            self.changes.retain(|c| *c != Change::Orphan(i));
+        }
+    }
+
+    /// A living process whose parent is dying; or that is with an adopter, and its fork was never heard of (`placed`): its
+    /// own parent died unheard.
+    fn orphaned_in_row(&mut self, row: &Row, placed: &[Idx], t0: u64, now: u64) {
+        let Some(i) = self.find(row.key).filter(|&i| self.node(i).alive()) else { return };
+        let (p, l) = (self.node(i).parent, self.node(i).lineage);
+        let dead = |f: &Self, x: Idx| x != NONE && rank(f.node(x).state) >= rank(State::Exiting);
+        // Believed to live and in no row: its death was not heard of either.
+        let missing =
+            |f: &Self, x: Idx| f.get(x).is_some_and(|n| !n.flags.has(Flags::SEEN) && n.key.start < t0);
+        if dead(self, p) {
+            self.orphan(i, now);
+        } else if p != NONE
+            && l != p
+            && (dead(self, l) || missing(self, l))
+            && self.adopts(p)
+            && placed.binary_search(&i).is_ok()
+        {
+            // CLONE_PARENT leaves a forker beside the parent, dead or alive; but only who adopts has got another's child.
             self.adopted(i, now);
         }
-        false
     }
 
     /// Those whose fork was lost belong where their lineage parent does, if the kernel's map did not say better.

@@ -227,6 +227,8 @@ impl Engine {
                 (1.., true) => self.revive(g, now, fx),
                 _ => {}
             }
+            // Some may be no orphans after all.
+            self.orphan_left(g, now);
         }
     }
 

@@ -1,6 +1,7 @@
 //! What the agent must know again after it was killed: its jobs. One small JSON file in the state directory, written to
 //! a temporary file, synced and renamed, so that a crash at any moment leaves the old state or the new one.
 
+use std::collections::VecDeque;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -22,6 +23,49 @@ pub struct State {
     pub jobs: Vec<JobRecord>,
     /// The operator's word and the fuse hold over a restart.
     pub enforcement: EnforcementState,
+    /// Wall clock minus boot clock (ns) when it was saved.
+    #[serde(default)]
+    pub boot_to_wall: u64,
+    /// Lost records of this boot's probes that were told.
+    #[serde(default)]
+    pub lost: u64,
+}
+
+impl State {
+    /// What is left of it on another boot: no jobs, but what an operator said holds until its time by the wall clock, and
+    /// the fuse stays open.
+    #[must_use]
+    pub fn on_another_boot(self, boot_id: &str, boot_to_wall: u64) -> Self {
+        let EnforcementState { by_operator, until, fuse_open, ended: _ } = self.enforcement;
+        let until = until.map(|u| u.saturating_add(self.boot_to_wall).saturating_sub(boot_to_wall));
+        let ended = VecDeque::new();
+        let enforcement = EnforcementState { by_operator, until, fuse_open, ended };
+        Self { version: VERSION, boot_id: boot_id.to_owned(), enforcement, boot_to_wall, ..Self::default() }
+    }
+}
+
+/// The state directory, held by its lock (flock) for the agent's whole life: two agents would write over each other's jobs
+/// and alerts.
+#[derive(Debug)]
+pub struct Held(std::fs::File);
+
+impl Held {
+    pub fn lock(state_dir: &Path) -> Result<Self, StateError> {
+        let io = |source| StateError::Io { path: state_dir.to_owned(), source };
+        let dir = std::fs::File::open(state_dir).map_err(io)?;
+        match rustix::fs::flock(&dir, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self(dir)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(StateError::Held { path: state_dir.to_owned() }),
+            Err(e) => Err(io(e.into())),
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // By hand: a receiver's program that was forked and has not come to its exec holds a copy of the descriptor.
+        let _ = rustix::fs::flock(&self.0, rustix::fs::FlockOperation::Unlock);
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +76,10 @@ pub enum StateError {
         "{path} is no state of this program ({why}). Move it away to start without the jobs that it may hold"
     )]
     Foreign { path: PathBuf, why: String },
+    #[error(
+        "{path} is the state directory of another agent that runs; stop that one, or give this one another with --state-dir"
+    )]
+    Held { path: PathBuf },
 }
 
 /// The state file in one state directory.
@@ -127,5 +175,45 @@ mod tests {
             std::fs::write(dir.path().join("jobs.json"), bad).unwrap();
             assert!(matches!(store.load(), Err(StateError::Foreign { .. })), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn another_boot_keeps_the_word_and_the_fuse() {
+        let enforcement = EnforcementState {
+            by_operator: Some(false),
+            until: Some(70),
+            fuse_open: true,
+            ended: VecDeque::from([(60, 1)]),
+        };
+        let old = State {
+            boot_id: "a".into(),
+            enforcement,
+            boot_to_wall: 1000,
+            lost: 7,
+            jobs: Vec::new(),
+            version: VERSION,
+        };
+        // Booted at 1030 by the wall clock: the word holds until 1070.
+        let new = old.on_another_boot("b", 1030);
+        assert_eq!((new.boot_id.as_str(), new.lost), ("b", 0));
+        assert_eq!(
+            new.enforcement,
+            EnforcementState {
+                by_operator: Some(false),
+                until: Some(40),
+                fuse_open: true,
+                ended: VecDeque::new()
+            }
+        );
+    }
+
+    #[test]
+    fn one_holder_of_a_state_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = Held::lock(dir.path()).unwrap();
+        let second = Held::lock(dir.path()).unwrap_err();
+        assert!(matches!(second, StateError::Held { .. }), "{second}");
+        drop(held);
+        Held::lock(dir.path()).unwrap();
     }
 }

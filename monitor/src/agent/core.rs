@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::driver::Driver;
 use super::look::Looker;
 use super::storage::{Source, Storage};
+use super::sync::Sync;
 use super::{AgentError, Options};
 use crate::alert::{Center, Submission};
 use crate::api::{ApiError, Class, Feed, JobRef, Peer, Readiness, Reloaded, Reply, Request};
@@ -39,8 +40,6 @@ const HOLD: Duration = Duration::from_millis(1_500);
 const LOOKS_A_TURN: usize = 8;
 /// Keys whose facts are read by one blocking task: one process that blocks its readers holds up only so many.
 const FACTS_BATCH: usize = 64;
-/// Resyncs back off up to this while records go on being lost.
-const RESYNC_MAX: Duration = Duration::from_secs(8);
 
 /// What comes back from the work that runs beside the core.
 #[derive(Debug)]
@@ -100,16 +99,15 @@ pub(super) struct Core {
     /// A reload is under way; these wait for its end, so that the last config that was read is the one in force.
     reloading: bool,
     reloads: VecDeque<(Option<Peer>, Option<Reply<Reloaded>>)>,
-    state_dirty: bool,
+    pub(super) state_dirty: bool,
     facts_wanted: Vec<Key>,
     cgroups_wanted: Vec<(Key, u64)>,
-    looks_wanted: Vec<Key>,
+    pub(super) looks_wanted: Vec<Key>,
     /// Time of the last record that was read.
     read_to: u64,
-    /// Lost records of all kinds, as last read.
-    lost: u64,
-    resync_at: Option<Instant>,
-    resync_after: Duration,
+    pub(super) sync: Sync,
+    /// Lost records that an earlier agent has told of.
+    told: u64,
 }
 
 /// What [`Core::new`] is made of.
@@ -129,6 +127,8 @@ pub(super) struct Parts {
     pub ready: watch::Sender<Readiness>,
     pub internal: mpsc::UnboundedSender<Internal>,
     pub store: Store,
+    /// Lost records that an earlier agent has told of.
+    pub told: u64,
 }
 
 impl Core {
@@ -166,9 +166,8 @@ impl Core {
             cgroups_wanted: Vec::new(),
             looks_wanted: Vec::new(),
             read_to: 0,
-            lost: 0,
-            resync_at: None,
-            resync_after: Duration::ZERO,
+            sync: Sync::default(),
+            told: p.told,
         }
     }
 
@@ -181,9 +180,7 @@ impl Core {
         mut stop: watch::Receiver<bool>,
         mut reload: mpsc::Receiver<()>,
     ) -> Result<(), AgentError> {
-        // Pinned maps: what was written while the agent was down is older than the snapshot.
-        while self.drain(&mut ring) > 0 {}
-        self.resync("start")?;
+        self.first_sync(&mut ring, self.told)?;
         self.settle(&mut ring);
         let mut check = tokio::time::interval(CHECK);
         check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -211,8 +208,8 @@ impl Core {
                     super::answer::answer(&mut self, r);
                 }
                 () = at(wake) => self.tick(),
-                () = at(self.resync_at) => self.resync("loss")?,
-                _ = check.tick() => self.check(),
+                () = at(self.sync.resync_at) => self.resync("loss", &mut ring),
+                _ = check.tick() => self.check(&mut ring),
                 Some(()) = reload.recv() => self.reload(None, None),
             }
             self.settle(&mut ring);
@@ -225,7 +222,7 @@ impl Core {
 
     /// Reads what is in the ring, up to a bound of its own. A job's registration is saved and labelled before its exec
     /// record is let go: after a SIGKILL in between, the record comes again.
-    fn drain(&mut self, ring: &mut Ring) -> usize {
+    pub(super) fn drain(&mut self, ring: &mut Ring) -> usize {
         let mut fx = Vec::new();
         let mut now = host::boot_now();
         let mut n = 0_u32;
@@ -263,7 +260,7 @@ impl Core {
             .collect();
         let refs: Vec<JobRef<'_>> = named.iter().map(|(id, n)| (*id, n.as_str())).collect();
         self.feed.publish(e.at, &refs, line);
-        if fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. })) {
+        if fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. } | Effect::Enter { .. })) {
             let taken = std::mem::take(fx);
             self.apply(taken);
         }
@@ -294,6 +291,8 @@ impl Core {
                         self.save();
                     }
                 }
+                Effect::Enter { process, parent, job, missed } => self.enter(process, parent, job, missed),
+                Effect::Emptied(number) => self.sync.emptied.push(number),
                 Effect::JobEnded(job) => {
                     self.state_dirty = true;
                     self.cgroups.remove(&job.id);
@@ -325,6 +324,8 @@ impl Core {
             jobs: self.engine.job_records(),
             enforcement: self.engine.enforcement_state(),
             version: crate::state::VERSION,
+            boot_to_wall: host::boot_to_wall(),
+            lost: self.sync.lost,
         };
         let wrong = self.store.save(&state).err().map(|e| e.to_string());
         match &wrong {
@@ -338,12 +339,26 @@ impl Core {
         self.tell_storage();
     }
 
+    /// What could not be written is tried again.
+    pub(super) fn check_storage(&mut self) {
+        if self.storage.failed(Source::Jobs) {
+            self.save();
+        }
+        self.audit.retry();
+        self.storage.set(Source::Audit, self.audit.error());
+        self.tell_storage();
+    }
+
     fn tell_storage(&mut self) {
         let ready = self.ready.borrow().ready;
         let Some(health) = self.storage.news(ready) else { return };
         let mut fx = Vec::new();
         self.engine.condition(AlertKind::StorageFailed, health.wrong(), host::boot_now(), &mut fx);
-        // Not `apply`: an alert about storage must not come back here. It is submitted like any other.
+        self.alerts_of(fx);
+    }
+
+    /// Not `apply`: an alert about what is done there must not come back to it. It is submitted like any other.
+    pub(super) fn alerts_of(&mut self, fx: Vec<Effect>) {
         for f in fx {
             if let Effect::Alert { change, alert } = f {
                 self.alert(change, *alert);
@@ -448,6 +463,10 @@ impl Core {
         while self.drain(ring) == DRAIN_MAX && self.read_to < until {}
         let mut fx = Vec::new();
         for (key, at, seen) in seen {
+            let Some(seen) = seen else {
+                self.sync.unseen.push(key);
+                continue;
+            };
             self.engine.observe(Observation::Look { key, at, seen }, host::boot_now(), &mut fx);
         }
         self.apply(fx);
@@ -470,6 +489,7 @@ impl Core {
                 let _ = tx.send(Internal::Cgroups(all));
             });
         }
+        self.count_emptied(ring);
         if self.facts_wanted.is_empty() {
             return;
         }
@@ -481,64 +501,6 @@ impl Core {
                 let _ = tx.send(Internal::Facts(all));
             });
         }
-    }
-
-    /// Each second: whatever the probes lost since the last look makes the forest doubtful until the next snapshot.
-    fn check(&mut self) {
-        self.engine.set_clock(host::boot_to_wall().cast_signed());
-        self.engine.flush();
-        if self.storage.failed(Source::Jobs) {
-            self.save();
-        }
-        self.audit.retry();
-        self.storage.set(Source::Audit, self.audit.error());
-        self.tell_storage();
-        super::cause::renew(self);
-        let lost = match self.kernel.lost() {
-            Ok(n) if n > self.lost => n,
-            Ok(_) => return,
-            Err(e) => {
-                tracing::error!(error = %e, "the loss counters cannot be read");
-                return;
-            }
-        };
-        let n = lost - self.lost;
-        self.lost = lost;
-        tracing::warn!(records = n, "records were lost: the forest is taken anew from the kernel");
-        let now = host::boot_now();
-        let mut fx = Vec::new();
-        self.engine.events_lost(n, now, &mut fx);
-        self.feed.publish(now, &[], super::answer::lost_line(n));
-        self.apply(fx);
-        self.counts.synced = false;
-        self.resync_at.get_or_insert_with(Instant::now);
-    }
-
-    /// A snapshot, merged. Synced if nothing was lost while it was taken.
-    pub(super) fn resync(&mut self, reason: &'static str) -> Result<(), AgentError> {
-        self.resync_at = None;
-        *self.counts.resyncs.entry(reason).or_default() += 1;
-        // The ring is not read meanwhile, so no event is handed over between T0 and the merge.
-        let taken = self.kernel.snapshot().map_err(AgentError::Snapshot)?;
-        if reason == "start" {
-            // What pinned maps lost before this agent's time is mended by this snapshot.
-            self.lost = taken.lost_before;
-        }
-        let now = host::boot_now();
-        let mut fx = Vec::new();
-        let merge = self.engine.snapshot(taken.snapshot, now, &mut fx);
-        tracing::debug!(?merge, reason, from_proc = taken.from_proc, "snapshot");
-        if taken.lost_before == taken.lost_after && !merge.overrun {
-            self.resync_after = Duration::ZERO;
-            self.counts.synced = true;
-            self.engine.ready(now, &mut fx);
-            let _ = self.ready.send(Readiness { ready: true, reasons: Vec::new() });
-        } else {
-            self.resync_after = (self.resync_after * 2).clamp(Duration::from_millis(50), RESYNC_MAX);
-            self.resync_at = Some(Instant::now() + self.resync_after);
-        }
-        self.apply(fx);
-        Ok(())
     }
 
     /// The config file again; all of it or nothing. The receivers are tried first, beside the core, and the rest is

@@ -71,9 +71,9 @@ impl Driver {
         self.engine.event(e, fx);
     }
 
-    /// What was saved of this boot.
+    /// What was saved: of another boot without jobs.
     pub(super) fn restore(&mut self, s: State) {
-        self.note(|| Input::RestoreEnforcement(s.enforcement));
+        self.note(|| Input::RestoreEnforcement(s.enforcement.clone()));
         self.engine.restore_enforcement(s.enforcement);
         self.note(|| Input::RestoreJobs(s.jobs.clone()));
         self.engine.restore_jobs(s.jobs);
@@ -88,6 +88,16 @@ impl Driver {
     ) {
         self.note(|| Input::RestoreAlerts { alerts: alerts.clone(), this_boot, now });
         self.engine.restore_alerts(alerts, this_boot, now, fx);
+    }
+
+    pub(super) fn snapshot_started(&mut self, t0: u64) {
+        self.note(|| Input::SnapshotStarted { t0 });
+        self.engine.snapshot_started(t0);
+    }
+
+    pub(super) fn emptied(&mut self, number: u64, alive: bool, now: u64, fx: &mut Vec<Effect>) {
+        self.note(|| Input::Emptied { number, alive, now });
+        self.engine.emptied(number, alive, now, fx);
     }
 
     pub(super) fn snapshot(&mut self, snapshot: Snapshot, now: u64, fx: &mut Vec<Effect>) -> Merge {

@@ -13,7 +13,7 @@ use crate::forest::{Facts, Look, Seen};
 use crate::host;
 use crate::key::Key;
 use crate::policy::Observation;
-use crate::proc::Proc;
+use crate::proc::{self, Proc};
 
 /// A reader of /proc that knows how its clock relates to the kernel's.
 #[derive(Clone, Debug)]
@@ -32,19 +32,21 @@ impl Looker {
         key.start.saturating_add_signed(host::time_offset()) / (1_000_000_000 / self.ticks_per_second.max(1))
     }
 
-    /// State, parent and whether any thread lives: two or three small files that never block on the process's memory.
-    pub(super) fn look(&self, key: Key) -> Seen {
-        let Ok(stat) = self.proc.stat(key.pid) else { return Seen::Absent };
-        if stat.start_ticks != self.ticks(key) {
-            return Seen::Absent;
-        }
-        Seen::Present(Look {
+    /// State, parent and whether any thread lives: two or three small files that never block on the process's memory. None:
+    /// it could not be found out (no descriptor was left, say), which is no sign of death.
+    pub(super) fn look(&self, key: Key) -> Option<Seen> {
+        let stat = match self.proc.stat(key.pid) {
+            Ok(stat) if stat.start_ticks == self.ticks(key) => stat,
+            Ok(_) => return Some(Seen::Absent),
+            Err(e) => return proc::is_absence(&e).then_some(Seen::Absent),
+        };
+        Some(Seen::Present(Look {
             state: stat.state,
             ppid: stat.ppid,
             pgrp: stat.pgrp,
             session: stat.session,
             live_thread: stat.state != b'Z' || self.proc.has_live_thread(key.pid),
-        })
+        }))
     }
 
     /// What rules and views want to know beside that. May block: /proc/PID/cmdline takes the process's `mmap_lock`.

@@ -11,6 +11,7 @@ mod records;
 mod scrape;
 mod storage;
 mod stores;
+mod sync;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -33,7 +34,7 @@ use crate::key::Key;
 use crate::policy::Settings;
 use crate::proc::Proc;
 use crate::redact::Redactor;
-use crate::state::{State, StateError, Store};
+use crate::state::{Held, State, StateError, Store};
 use crate::{host, privileges, recording};
 
 /// How long deliveries under way may take at a stop; what is left is sent after the next start.
@@ -103,6 +104,8 @@ pub fn run(options: Options) -> Result<(), AgentError> {
 
 /// What needs privileges that are given up then: made by the one thread that there is.
 struct Begun {
+    /// The state directory is this agent's alone while it runs.
+    held: Held,
     boot_id: String,
     store: Store,
     saved: Option<State>,
@@ -119,6 +122,7 @@ impl Begun {
         std::fs::create_dir_all(dir)
             .and_then(|()| std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)))
             .map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
+        let held = Held::lock(dir)?;
         let boot_id = host::boot_id().map_err(|source| AgentError::Host { what: "boot id", source })?;
         let store = Store::new(dir);
         let saved = store.load()?;
@@ -134,12 +138,12 @@ impl Begun {
             bounding = left.bounding,
             "other capabilities are given up"
         );
-        Ok(Self { boot_id, store, saved, audit: Arc::new(audit), recorder, listeners, kernel })
+        Ok(Self { held, boot_id, store, saved, audit: Arc::new(audit), recorder, listeners, kernel })
     }
 }
 
 async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
-    let Begun { boot_id, store, saved, audit, recorder, listeners, kernel } = begun;
+    let Begun { held: _held, boot_id, store, saved, audit, recorder, listeners, kernel } = begun;
     let config = options.config.clone();
     let dir = &config.agent.state_dir;
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
@@ -170,9 +174,11 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
 
     let proc = Proc::default();
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
+    let told = saved.as_ref().filter(|s| s.boot_id == boot_id).map_or(0, |s| s.lost);
     let engine = engine(&config, &boot_id, &kernel, &center, saved, recorder).await;
     let parts = Parts {
         engine,
+        told,
         looker: Looker::new(proc.clone()),
         enforcer: Enforcer {
             lineage: Arc::clone(&kernel) as Arc<dyn crate::enforce::Lineage>,
@@ -251,7 +257,7 @@ fn kernel_options(o: &Options) -> kernel::Options {
     }
 }
 
-/// The engine, with what was saved of this boot.
+/// The engine, with what was saved.
 async fn engine(
     config: &Config,
     boot_id: &str,
@@ -275,8 +281,8 @@ async fn engine(
     let now = host::boot_now();
     let mut fx = Vec::new();
     let same_boot = saved.as_ref().is_none_or(|s| s.boot_id == boot_id);
-    if let Some(s) = saved.filter(|_| same_boot) {
-        engine.restore(s);
+    if let Some(s) = saved {
+        engine.restore(if same_boot { s } else { s.on_another_boot(boot_id, host::boot_to_wall()) });
     }
     engine.restore_alerts(center.restore().await, same_boot, now, &mut fx);
     engine

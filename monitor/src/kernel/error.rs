@@ -14,6 +14,8 @@ pub enum KernelError {
     NoBtf(#[source] io::Error),
     #[error("cannot understand the kernel's types at /sys/kernel/btf/vmlinux: {0}")]
     Btf(#[source] BtfError),
+    #[error("this kernel is {found}: Linux {}.{} or later is needed", oldest.0, oldest.1)]
+    TooOld { found: String, oldest: (u32, u32) },
     #[error("this kernel has no field {0}: it is not supported (Linux 5.10 or later is needed)")]
     NoField(&'static str),
     #[error(

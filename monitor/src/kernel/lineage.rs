@@ -44,7 +44,7 @@ pub(super) enum Edited {
 }
 
 /// The jobs from `job` outwards, itself first.
-fn outwards(jobs: &HashMap<u64, Job>, job: u64) -> impl Iterator<Item = u64> {
+pub(super) fn outwards(jobs: &HashMap<u64, Job>, job: u64) -> impl Iterator<Item = u64> {
     let mut at = job;
     // More than that is a circle, which the agent never makes.
     std::iter::from_fn(move || {

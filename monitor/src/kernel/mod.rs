@@ -4,6 +4,7 @@
 //! of them may run beside each other, each with maps and links of its own.
 
 pub mod btf;
+mod entry;
 mod error;
 mod lineage;
 mod load;
@@ -113,6 +114,8 @@ pub struct Kernel {
     /// Held for the agent's whole life.
     pins: Option<Pins>,
     pinned: bool,
+    /// Whether this kernel's types tell who is a subreaper.
+    knows_subreapers: bool,
     lineage_max: u32,
     dead_max: u32,
     ticks_per_second: u64,
@@ -128,6 +131,7 @@ impl Kernel {
     /// Loads and attaches everything, or opens what an earlier agent pinned; records are written from here on. Minimum
     /// kernel: 5.10 with BTF.
     pub fn start(options: &Options) -> Result<Self, KernelError> {
+        recent_enough(&rustix::system::uname().release().to_string_lossy())?;
         in_initial_pid_namespace()?;
         let layout = Layout::read()?;
         let sizes = load::sizes(options);
@@ -174,6 +178,7 @@ impl Kernel {
             looking: Mutex::new(()),
             pins,
             pinned,
+            knows_subreapers: !layout.missing.contains(&offsets::SUBREAPER),
             lineage_max,
             dead_max,
             ticks_per_second: rustix::param::clock_ticks_per_second().max(1),
@@ -271,6 +276,16 @@ fn left_out(set: &Set, layout: &Layout) -> Vec<(&'static str, String)> {
             (p.name, why)
         })
         .collect()
+}
+
+/// A release that names no version is let through: what it lacks is found out by its types.
+fn recent_enough(release: &str) -> Result<(), KernelError> {
+    match offer::version(release) {
+        Some(v) if v < offer::OLDEST => {
+            Err(KernelError::TooOld { found: release.to_owned(), oldest: offer::OLDEST })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// `PROC_PID_INIT_INO` in `include/linux/proc_ns.h`.

@@ -75,7 +75,7 @@ const CAPABILITIES: &[(&str, u32)] = &[
     ("CAP_PERFMON", 38),
     ("CAP_BPF", 39),
 ];
-const OLDEST: (u32, u32) = (5, 10);
+pub(super) const OLDEST: (u32, u32) = (5, 10);
 
 fn text(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok().map(|s| s.trim().to_owned())

@@ -51,6 +51,9 @@ fields! {
     sb_dev = "super_block.s_dev";
 }
 
+/// A bit field. Without it anybody may be one who adopts: who forked those that ran before the probes is not inferred then.
+pub(super) const SUBREAPER: &str = "signal_struct.is_child_subreaper";
+
 /// What this kernel's types say: offsets, features, and what is missing.
 #[derive(Clone, Debug)]
 pub(super) struct Layout {
@@ -70,9 +73,10 @@ impl Layout {
                 ABSENT
             });
         }
-        // Without it nobody but init is known to adopt.
-        (offsets.signal_subreaper, offsets.signal_subreaper_mask) =
-            btf.bit("signal_struct.is_child_subreaper").unwrap_or((0, 0));
+        (offsets.signal_subreaper, offsets.signal_subreaper_mask) = btf.bit(SUBREAPER).unwrap_or_else(|_| {
+            missing.push(SUBREAPER);
+            (0, 0)
+        });
         let features = Features {
             exit_group_dead: u32::from(btf.tracepoint_args("sched_process_exit").is_some_and(|n| n > 1)),
         };
@@ -149,9 +153,9 @@ pub(super) const PROBES: &[Probe] = &[
     tracer("trace_free", "sched_process_free"),
 ];
 
-/// Fields that only a probe which can be done without needs.
+/// Fields that can be done without, or only a probe needs that can.
 pub(super) fn optional(field: &str) -> bool {
-    PROBES.iter().any(|p| !p.essential && p.needs.contains(&field))
+    field == SUBREAPER || PROBES.iter().any(|p| !p.essential && p.needs.contains(&field))
 }
 
 impl Layout {

@@ -116,9 +116,14 @@ impl Gauge {
     }
 
     pub(super) fn used(&self) -> u64 {
-        // The consumer's first: it never overtakes the producer.
+        let (read, written) = self.positions();
+        written.saturating_sub(read)
+    }
+
+    /// Read and written. The consumer's first: it never overtakes the producer.
+    pub(super) fn positions(&self) -> (u64, u64) {
         let read = self.consumer.position();
-        self.producer.position().saturating_sub(read)
+        (read, self.producer.position())
     }
 
     pub(super) fn size(&self) -> u64 {

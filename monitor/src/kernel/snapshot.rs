@@ -29,6 +29,8 @@ pub struct Taken {
     pub lost_after: u64,
     /// Processes that the iterator did not return and /proc did (PID 1 on some hosts).
     pub from_proc: usize,
+    /// Processes for which the lineage map had no room.
+    pub unentered: usize,
 }
 
 /// Nanoseconds of boot time, of the initial time namespace if `offset` is this one's.
@@ -57,7 +59,8 @@ fn lineage(l: &abi::Lineage) -> RowLineage {
     RowLineage { parent: l.parent.into(), mended: l.flags & abi::LINEAGE_MENDED != 0 }
 }
 
-fn row(r: &TaskRow) -> Row {
+/// `knows_subreapers`: else everybody may adopt.
+fn row(r: &TaskRow, knows_subreapers: bool) -> Row {
     Row {
         key: r.key.into(),
         parent: real(r.parent),
@@ -69,7 +72,7 @@ fn row(r: &TaskRow) -> Row {
         uid: Some(r.uid),
         comm: Comm(r.comm),
         kernel_thread: r.flags & u32::from(abi::KERNEL_THREAD) != 0,
-        adopts: r.flags & abi::ROW_ADOPTS != 0,
+        adopts: r.flags & abi::ROW_ADOPTS != 0 || !knows_subreapers,
         argv: None,
         exe: None,
     }
@@ -85,12 +88,12 @@ impl Kernel {
         let lost_before = self.lost()?;
         let t0 = self.now();
         let tasks = self.rows()?;
-        let mut rows: Vec<Row> = tasks.iter().map(row).collect();
+        let mut rows: Vec<Row> = tasks.iter().map(|r| row(r, self.knows_subreapers)).collect();
         let from_proc = self.add_from_proc(&mut rows, t0)?;
-        self.mend(&mut rows, t0)?;
+        let unentered = self.mend(&mut rows, t0)?;
         self.add_dead_ancestors(&mut rows)?;
         let lost_after = self.lost()?;
-        Ok(Taken { snapshot: Snapshot { t0, rows }, lost_before, lost_after, from_proc })
+        Ok(Taken { snapshot: Snapshot { t0, rows }, lost_before, lost_after, from_proc, unentered })
     }
 
     /// Who is in /proc, was there before the snapshot began, and is not in `rows`.
@@ -147,10 +150,15 @@ impl Kernel {
         Ok(found.next().filter(|_| found.next().is_none()).map(Key::from))
     }
 
-    /// Entries for rows that have none, and no entries for who is gone.
-    fn mend(&self, rows: &mut [Row], t0: u64) -> io::Result<()> {
+    /// Entries for rows that have none, and no entries for who is gone. How many rows found no room: a full map is no reason
+    /// to know nothing of them.
+    fn mend(&self, rows: &mut [Row], t0: u64) -> io::Result<usize> {
+        let mut unentered = 0;
         for r in rows.iter_mut().filter(|r| r.lineage.is_none()) {
-            self.edit(&super::Edit { parent: r.parent, create: true, ..super::Edit::of(r.key) })?;
+            match self.edit(&super::Edit { parent: r.parent, create: true, ..super::Edit::of(r.key) }) {
+                Err(e) if super::entry::is_full(&e) => unentered += 1,
+                done => drop(done?),
+            }
             // As the map has it now: the fork probe may have been faster.
             if let Some(l) = self.maps.lineage.get(&r.key.into())? {
                 r.lineage = Some(lineage(&l));
@@ -165,15 +173,17 @@ impl Kernel {
                 continue;
             }
             // It may have been hidden from the iterator: gone is only what /proc does not have either.
-            if proc.stat(k.pid).is_ok_and(|s| s.start_ticks == self.ns_to_ticks(k.start)) {
-                continue;
+            match proc.stat(k.pid) {
+                Ok(s) if s.start_ticks == self.ns_to_ticks(k.start) => continue,
+                Err(e) if !crate::proc::is_absence(&e) => continue,
+                _ => {}
             }
             if let Some(l) = self.maps.lineage.get(&key)? {
                 self.maps.dead.put(&key, &l)?;
                 self.maps.lineage.delete(&key)?;
             }
         }
-        Ok(())
+        Ok(unentered)
     }
 
     /// The dead through whom the lineage of the living leads.

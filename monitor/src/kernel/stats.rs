@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use aya::maps::MapData;
 use monitor_abi::{Counter, KINDS, KillCounter};
 
-use super::offsets::{Kind, PROBES, SYS_ENTER};
+use super::offsets::{FORK, Kind, PROBES, SYS_ENTER};
 use super::{Kernel, sys};
 
 /// One program.
@@ -34,6 +34,15 @@ pub struct Fill {
     pub max: u64,
 }
 
+/// The programs that write records, and of which kind (that of exits writes leaders' too).
+const KIND_OF: &[(&str, u16)] = &[
+    (FORK, monitor_abi::KIND_FORK),
+    ("exec", monitor_abi::KIND_EXEC),
+    ("exit", monitor_abi::KIND_EXIT),
+    ("free", monitor_abi::KIND_REAP),
+    ("signal", monitor_abi::KIND_SIGNAL),
+];
+
 pub(super) fn max_entries(map: &OwnedFd) -> io::Result<u32> {
     let info = MapData::from_fd(sys::dup(map.as_fd())?).and_then(|m| m.info()).map_err(io::Error::other)?;
     Ok(info.max_entries())
@@ -45,9 +54,18 @@ impl Kernel {
         self.maps.counters()
     }
 
-    /// The counters of all CPUs, by kind.
+    /// The counters of all CPUs, by kind. Runs that the kernel skipped are hits that were lost, of the kind that the program
+    /// is for.
     pub fn totals(&self) -> io::Result<[Counter; KINDS]> {
         let mut sum = [Counter::default(); KINDS];
+        for (name, kind) in KIND_OF {
+            if let Some(p) = self.programs.get(name).filter(|_| self.links.contains_key(name)) {
+                let skipped = sys::prog_info(p.as_fd())?.recursion_misses.unwrap_or(0);
+                let c = &mut sum[usize::from(*kind)];
+                c.hits += skipped;
+                c.lost += skipped;
+            }
+        }
         for cpu in self.counters()? {
             for (s, c) in sum.iter_mut().zip(cpu) {
                 s.hits += c.hits;
@@ -61,14 +79,7 @@ impl Kernel {
 
     /// All that was lost since the maps were made: records that found no room, and runs that the kernel skipped.
     pub fn lost(&self) -> io::Result<u64> {
-        let records: u64 = self.totals()?.iter().map(|c| c.lost).sum();
-        let mut skipped = 0;
-        for name in self.links.keys() {
-            if let Some(p) = self.programs.get(name) {
-                skipped += sys::prog_info(p.as_fd())?.recursion_misses.unwrap_or(0);
-            }
-        }
-        Ok(records + skipped)
+        Ok(self.totals()?.iter().map(|c| c.lost).sum())
     }
 
     /// What became of the probes' own SIGKILLs.
@@ -96,6 +107,18 @@ impl Kernel {
                 })
             })
             .collect()
+    }
+
+    /// How far the ring has been read, and written, in bytes since it was made.
+    #[must_use]
+    pub fn ring_positions(&self) -> (u64, u64) {
+        self.gauge.positions()
+    }
+
+    /// Entries that the lineage map has room for.
+    #[must_use]
+    pub fn lineage_max(&self) -> u32 {
+        self.lineage_max
     }
 
     /// Bytes in the ring that are not read yet.

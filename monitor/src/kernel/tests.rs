@@ -221,3 +221,64 @@ async fn writers_of_lines_load_and_attach() {
     let plain = start("writers_of_lines_load_and_attach", &Options::default()).unwrap();
     assert!(plain.trace().await.is_err());
 }
+
+#[test]
+fn an_old_kernel_is_refused_by_both_versions() {
+    let said = recent_enough("5.4.0-150-generic").unwrap_err();
+    assert!(matches!(said, KernelError::TooOld { .. }));
+    let text = said.to_string();
+    assert!(text.contains("5.4.0-150-generic") && text.contains("5.10"), "{text}");
+    for fine in ["5.10.0-30-amd64", "6.18.44-fc", "7.3.0", "odd"] {
+        recent_enough(fine).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn whom_the_full_map_lacks_is_entered_when_there_is_room() {
+    let options = Options { lineage_entries: Some(16), ..Options::default() };
+    let Some(kernel) = start("whom_the_full_map_lacks_is_entered_when_there_is_room", &options) else {
+        return;
+    };
+    let mut ring = kernel.take_ring().unwrap();
+    // A preallocated map has some spare elements for each CPU.
+    let mut all: Vec<Child> =
+        (0..100).map(|_| Child::spawn(Command::new("/bin/sleep").arg("1000"))).collect();
+    let mut missed = Vec::new();
+    let mut drain = |missed: &mut Vec<(Key, Key)>| {
+        ring.drain(&mut |b| {
+            let e = decode(b).unwrap();
+            if let Body::Fork { lineage_parent, no_entry: true, .. } = e.body
+                && lineage_parent.pid == std::process::id()
+            {
+                missed.push((e.process, lineage_parent));
+            }
+        })
+    };
+    while drain(&mut missed) > 0 {}
+    let (key, parent) = *missed.last().expect("no fork found the map full");
+    assert_eq!(kernel.lineage_of(key).unwrap(), None);
+    let job = kernel.now();
+    let error = kernel.enter(key, parent, job).unwrap_err();
+    assert!(entry::is_full(&error), "{error}");
+    // A snapshot does not fail for it.
+    assert!(kernel.snapshot().unwrap().unentered > 0);
+    // Whoever has an entry goes; the newest has none and stays.
+    all.retain_mut(|c| {
+        let stays = c.0.id() == key.pid;
+        if !stays {
+            c.end();
+        }
+        stays
+    });
+    let end = Instant::now() + Duration::from_secs(20);
+    while let Err(e) = kernel.enter(key, parent, job) {
+        assert!(entry::is_full(&e) && Instant::now() < end, "{e}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let l = kernel.lineage_of(key).unwrap().unwrap();
+    assert_eq!((Key::from(l.parent), l.job, l.flags), (parent, job, 0));
+    // Who is gone leaves no entry behind.
+    all[0].end();
+    kernel.enter(key, parent, job).unwrap();
+    assert_eq!(kernel.maps.lineage.get(&key.into()).unwrap().map(|l| l.job), None);
+}

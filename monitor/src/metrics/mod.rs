@@ -85,6 +85,8 @@ pub struct Counts {
     /// By reason: start, loss, request.
     pub resyncs: BTreeMap<&'static str, u64>,
     pub synced: bool,
+    /// Processes for which the kernel's lineage map had no room.
+    pub lineage_inserts_failed: u64,
     /// By why, and `ended` or `survived`.
     pub job_kills: BTreeMap<(Reason, &'static str), u64>,
     /// By signal number and what became of the process.
@@ -103,6 +105,7 @@ impl Default for Counts {
             events: [0; KINDS],
             resyncs: BTreeMap::new(),
             synced: false,
+            lineage_inserts_failed: 0,
             job_kills: BTreeMap::new(),
             signals_sent: BTreeMap::new(),
             signals_passed: BTreeMap::new(),

@@ -64,6 +64,11 @@ pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts, outside: &[StoreNumb
     for reason in ["start", "loss", "request"] {
         e.sample(&[("reason", reason)], c.resyncs.get(reason).copied().unwrap_or(0) as f64);
     }
+    e.counter(
+        "jobwarden_lineage_inserts_failed_total",
+        "Processes for which the kernel's lineage map had no room; each is tried again.",
+    )
+    .sample(&[], c.lineage_inserts_failed as f64);
     e.gauge("jobwarden_synced", "1 when the forest is known to equal the kernel's truth.")
         .sample(&[], bit(c.synced));
     e.gauge("jobwarden_store_entries", "Entries in each bounded table.");
@@ -139,9 +144,11 @@ pub(super) fn kernel(e: &mut Encoder, c: &Counts, k: &Kernel) {
         by_kind("jobwarden_events_filtered_total", "What a mask kept out of the ring.", &|i| {
             counters[i].filtered
         });
-        by_kind("jobwarden_events_lost_total", "Records for which the ring had no room.", &|i| {
-            counters[i].lost
-        });
+        by_kind(
+            "jobwarden_events_lost_total",
+            "Records that were lost: the ring had no room, or the kernel skipped the probe.",
+            &|i| counters[i].lost,
+        );
     }
     by_kind("jobwarden_events_total", "Records received from the ring.", &|i| c.events[i]);
     e.gauge("jobwarden_ring_used_bytes", "Bytes in the ring that are not read yet.")

@@ -1,5 +1,7 @@
 //! What the engine wants done in the world. The edge does it and answers with an `Observation` or a command.
 
+use std::collections::VecDeque;
+
 use serde::{Deserialize, Serialize};
 
 use crate::contract::{Alert, JobId, Severity};
@@ -20,6 +22,11 @@ pub enum Effect {
     /// A job began (or was moved, on `extend`/`reload`): save the record. If `label` is set, first write it into the
     /// kernel: `Lineage::label(job.number, job.outer, job.id.root)`.
     Job { job: Box<JobRecord>, label: bool },
+    /// The kernel's lineage map lacks this process, or its job in it (a full map, a lost fork record): enter it. Whoever is
+    /// not in it escapes kills. `missed`: the fork probe found no room.
+    Enter { process: Key, parent: Key, job: u64, missed: bool },
+    /// The job with this number seems to be over. Ask the kernel who of it lives and answer with `Engine::emptied`.
+    Emptied(u64),
     /// The job has ended: `Lineage::forget(number)`, drop its record, write its history.
     JobEnded(Box<JobEnded>),
     /// An alert changed; the whole alert as it is now.
@@ -114,11 +121,14 @@ pub struct JobEnded {
 }
 
 /// What `enforcement on|off --for` and the fuse left behind; saved by the edge, given back by `restore_enforcement`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EnforcementState {
     /// What an operator said; None: the config decides.
     pub by_operator: Option<bool>,
     /// Until when (boot-time ns) the operator's word holds; None: until the next word.
     pub until: Option<u64>,
     pub fuse_open: bool,
+    /// Jobs ended by policy in the last minute, which the fuse counts: when (boot-time ns), and which.
+    #[serde(default)]
+    pub ended: VecDeque<(u64, u64)>,
 }

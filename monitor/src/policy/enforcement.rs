@@ -1,8 +1,6 @@
 //! Deadlines, and when policy may kill: `enforcement.enabled`, the operator's word, the fuse, what is never enforced upon.
 //! It makes orders; whom to spare and how to end the rest is `enforce`'s.
 
-use std::collections::VecDeque;
-
 use super::alerts::{About, Raise};
 use super::timers::Timer;
 use super::{Effect, EnforcementState, Engine, JobRecord, KillOrder, SECOND, summary};
@@ -21,8 +19,6 @@ pub(super) struct Enforcement {
     pub(super) enabled: bool,
     pub(super) max_per_minute: u32,
     pub(super) state: EnforcementState,
-    /// Jobs ended by policy in the last minute: when, and which.
-    pub(super) ended: VecDeque<(u64, u64)>,
 }
 
 impl Enforcement {
@@ -44,16 +40,17 @@ impl Enforcement {
 
     /// Counts a job; false: one too many within a minute. A job that is counted already costs nothing more.
     fn count(&mut self, number: u64, now: u64) -> bool {
-        while self.ended.front().is_some_and(|(at, _)| at.saturating_add(MINUTE) <= now) {
-            self.ended.pop_front();
+        let ended = &mut self.state.ended;
+        while ended.front().is_some_and(|(at, _)| at.saturating_add(MINUTE) <= now) {
+            ended.pop_front();
         }
-        if self.ended.iter().any(|&(_, n)| n == number) {
+        if ended.iter().any(|&(_, n)| n == number) {
             return true;
         }
-        if self.ended.len() >= self.max_per_minute as usize {
+        if ended.len() >= self.max_per_minute as usize {
             return false;
         }
-        self.ended.push_back((now, number));
+        ended.push_back((now, number));
         true
     }
 }
@@ -80,7 +77,7 @@ impl Engine {
         let mut kill = None;
         if j.record.policy.kill_on_timeout && j.killing.is_none() && !j.timed_kill {
             let waits = ready.saturating_add(j.record.policy.grace_ns);
-            if j.restored && now < waits {
+            if j.restored && deadline <= ready && now < waits {
                 self.timers.set(waits, Timer::Deadline(number));
                 kill = Some("It passed while jobwarden was down; the job has one more grace.".to_owned());
             } else {
@@ -157,11 +154,13 @@ impl Engine {
         if self.ready.is_none() {
             return Err("the forest is not synced yet".into());
         }
-        if self.enforcement.count(number, now) {
+        let counted = self.enforcement.count(number, now);
+        self.enforcement.state.fuse_open = !counted;
+        // Saved before the first signal: a restart must not give the fuse a new minute.
+        fx.push(Effect::Enforcement(self.enforcement.state.clone()));
+        if counted {
             return Ok(());
         }
-        self.enforcement.state.fuse_open = true;
-        fx.push(Effect::Enforcement(self.enforcement.state));
         self.fuse_alert(now, fx);
         Err("the fuse has opened: too many jobs ended within a minute".into())
     }
@@ -226,8 +225,13 @@ impl Engine {
         fx: &mut Vec<Effect>,
     ) {
         let Some(g) = self.jobs.by_id(id) else { return };
-        let Some(j) = self.jobs.get_mut(g).filter(|j| j.done.is_none()) else { return };
+        let Some(j) = self.jobs.get_mut(g) else { return };
+        // Also of one that is over: its end waits for this.
         j.killing = None;
+        if j.done.is_some() {
+            j.killed |= whole;
+            return;
+        }
         // A kill of some orphans does not make the job a killed one, unless the job ends by it.
         j.killed |= whole || j_is_empty(&self.forest, g);
         let failed = match report {
@@ -282,11 +286,11 @@ impl Engine {
             self.timers.set(until, Timer::EnforcementOver);
         }
         if on && std::mem::take(&mut self.enforcement.state.fuse_open) {
-            self.enforcement.ended.clear();
+            self.enforcement.state.ended.clear();
             let text = "Enforcement was switched on again: the fuse is closed.".to_owned();
             self.clear((AlertKind::EnforcementStopped, About::Host), text, now, fx);
         }
-        fx.push(Effect::Enforcement(self.enforcement.state));
+        fx.push(Effect::Enforcement(self.enforcement.state.clone()));
         self.reconsider(now);
     }
 
@@ -294,7 +298,7 @@ impl Engine {
         let s = &mut self.enforcement.state;
         if s.until.is_some_and(|u| u <= now) {
             (s.by_operator, s.until) = (None, None);
-            fx.push(Effect::Enforcement(self.enforcement.state));
+            fx.push(Effect::Enforcement(self.enforcement.state.clone()));
             self.reconsider(now);
         }
     }

@@ -29,6 +29,6 @@ impl Engine {
     /// How many jobs policy has ended within the last minute: what the fuse counts.
     #[must_use]
     pub fn kills_last_minute(&self, now: u64) -> u32 {
-        self.enforcement.ended.iter().filter(|(at, _)| at.saturating_add(MINUTE) > now).count() as u32
+        self.enforcement.state.ended.iter().filter(|(at, _)| at.saturating_add(MINUTE) > now).count() as u32
     }
 }

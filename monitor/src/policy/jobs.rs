@@ -37,7 +37,7 @@ pub(super) struct Job {
     /// Boot-time ns of its end.
     pub(super) done: Option<u64>,
     /// `JobEnded` was said: it does not come back.
-    told: bool,
+    pub(super) told: bool,
     /// From the saved state: what expired while the agent was down is not killed at once.
     pub(super) restored: bool,
     /// A row of a snapshot had its number: the kernel knows it.
@@ -255,19 +255,33 @@ impl Engine {
             return;
         };
         j.done = Some(at);
-        j.killing = None;
         let number = j.record.number;
         self.jobs.done += 1;
         self.timers.set(at + SETTLES, Timer::Ended(number));
         self.clear_job_alerts(g, at, fx);
     }
 
-    /// The job is still empty and nothing was lost: it has ended.
+    /// The job is still empty, nothing was lost and nobody is killing it. The forest may be wrong all the same, and a job
+    /// that is forgotten lets its members go: the kernel is asked first.
     pub(super) fn ended(&mut self, number: u64, now: u64, fx: &mut Vec<Effect>) {
+        let Some(j) = self.jobs.by_number(number).and_then(|g| self.jobs.get(g)) else { return };
+        if j.told || j.done.is_none() {
+            return;
+        }
+        if self.unsynced || j.killing.is_some() {
+            return self.timers.set(now + SETTLES, Timer::Ended(number));
+        }
+        fx.push(Effect::Emptied(number));
+    }
+
+    /// What the kernel says to that.
+    pub(super) fn counted(&mut self, number: u64, alive: bool, now: u64, fx: &mut Vec<Effect>) {
         let Some(g) = self.jobs.by_number(number) else { return };
         let Some(j) = self.jobs.get(g).filter(|j| !j.told) else { return };
         let Some(at) = j.done else { return };
-        if self.unsynced {
+        // Until a snapshot has shown who it is.
+        self.unsynced |= alive;
+        if self.unsynced || j.killing.is_some() {
             return self.timers.set(now + SETTLES, Timer::Ended(number));
         }
         let outcome = match j.root_status.and_then(WaitStatus::code) {
@@ -405,9 +419,8 @@ impl Engine {
                     j.root = Some(i);
                 }
             }
-            if in_kernel {
-                continue;
-            }
+            // The rows of the others have said it, if the kernel knows the job.
+            let members = if in_kernel { Vec::new() } else { members };
             let known: Vec<Idx> =
                 members.iter().chain([&root]).filter_map(|&k| self.forest.find(k)).collect();
             let outer = self.forest.groups.get(g).map_or(NONE, |g| g.outer);

@@ -252,6 +252,13 @@ impl Engine {
         self.edge_condition(kind, wrong, now, fx);
     }
 
+    /// The answer to `Effect::Emptied`: whether the kernel knows somebody alive in the job. True also when it could not be
+    /// asked; then take a snapshot.
+    pub fn emptied(&mut self, number: u64, alive: bool, now: u64, fx: &mut Vec<Effect>) {
+        let now = self.later(now);
+        self.counted(number, alive, now, fx);
+    }
+
     /// The cause of a firing alert, from `why`; makes an `Updated` if it differs materially.
     pub fn set_cause(&mut self, alert: &str, cause: Cause, now: u64, fx: &mut Vec<Effect>) {
         let now = self.later(now);
@@ -273,10 +280,10 @@ impl Engine {
     }
 
     pub fn restore_enforcement(&mut self, s: EnforcementState) {
-        self.enforcement.state = s;
         if let Some(until) = s.until {
             self.timers.set(until, timers::Timer::EnforcementOver);
         }
+        self.enforcement.state = s;
     }
 
     // Views.
@@ -381,7 +388,7 @@ impl Engine {
 
     #[must_use]
     pub fn enforcement_state(&self) -> EnforcementState {
-        self.enforcement.state
+        self.enforcement.state.clone()
     }
 
     /// Whether policy kills now: config, operator and fuse taken together.

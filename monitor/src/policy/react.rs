@@ -8,7 +8,8 @@ use super::{Effect, Engine, LOSS_OVER, Observation, SECOND, nanos, rules, summar
 use crate::config::Config;
 use crate::contract::{Alert, AlertKind, State};
 use crate::event::{Body, Event};
-use crate::forest::{Change, Facts, Flags, Idx, Merge, Moved, NONE, Snapshot, apply::Born};
+use crate::forest::{Change, Facts, Flags, Idx, Merge, Moved, NONE, RowState, Snapshot, apply::Born};
+use crate::key::Key;
 
 /// A store that was full has room again when it is filled to less than this, in percent.
 const ROOM: usize = 90;
@@ -18,11 +19,12 @@ impl Engine {
         let now = self.later(e.at);
         let key = e.process;
         match e.body {
-            Body::Fork { lineage_parent, parent, job, uid, comm, kernel_thread, no_entry: _ } => {
+            Body::Fork { lineage_parent, parent, job, uid, comm, kernel_thread, no_entry } => {
                 let group = if job == 0 { None } else { self.jobs.by_number(job) };
                 let born = Born { child: key, lineage_parent, parent, group, uid, comm, kernel_thread };
-                if self.forest.fork(&born, e.at).is_none() {
-                    self.check_capacity(now, fx);
+                match self.forest.fork(&born, e.at) {
+                    Some(i) => self.enter_kernel(i, lineage_parent, job, no_entry, fx),
+                    None => self.check_capacity(now, fx),
                 }
             }
             Body::Exec { uid, comm, filename, argv, cgroup, .. } => {
@@ -38,6 +40,19 @@ impl Engine {
             Body::Kill { result, .. } => return self.forest.probe_kill(key, result, e.at),
         }
         self.settle(now, fx);
+    }
+
+    /// The kernel put the child of `parent` into `job`. If it had no room, or does not know the job that the child belongs
+    /// to here (its forker was not in the map either), it is told.
+    fn enter_kernel(&self, i: Idx, parent: Key, job: u64, missed: bool, fx: &mut Vec<Effect>) {
+        let g = self.forest.node(i).group;
+        let told = self.jobs.get(g).filter(|j| !j.told).map_or(0, |j| j.record.number);
+        let known = |j: &Idx| self.forest.groups.chain(*j).any(|x| x == g);
+        let lacks = told != 0 && told != job && !self.jobs.by_number(job).as_ref().is_some_and(known);
+        if missed || lacks {
+            let job = if told == 0 { job } else { told };
+            fx.push(Effect::Enter { process: self.forest.node(i).key, parent, job, missed });
+        }
     }
 
     /// Hands out what changed, until nothing does any more; then what nobody needs is dropped.
@@ -211,9 +226,21 @@ impl Engine {
         if self.ready.is_some() {
             self.recount_jobs(now, fx);
             self.scan(false, now, fx);
+            self.enter_rows(s, fx);
         }
         self.settle(now, fx);
         m
+    }
+
+    /// Members by lineage whom the kernel does not have in their job: their fork found no room, or their forker's did.
+    fn enter_rows(&self, s: &Snapshot, fx: &mut Vec<Effect>) {
+        for row in s.rows.iter().filter(|r| r.job == 0 && r.state != RowState::Gone) {
+            let Some(i) = self.forest.find(row.key).filter(|&i| self.forest.node(i).group != NONE) else {
+                continue;
+            };
+            let parent = self.forest.get(self.forest.node(i).lineage).map(|n| n.key).or(row.parent);
+            self.enter_kernel(i, parent.unwrap_or_default(), 0, false, fx);
+        }
     }
 
     /// A snapshot may have brought members of jobs that seemed empty, or told that the last one is gone.
@@ -241,6 +268,12 @@ impl Engine {
         self.settle(now, fx);
         self.settle_alerts(now, fx);
         self.fuse_alert(now, fx);
+        // Supervisors of `exec` that died while the agent was down.
+        let dead = |k: &&Key| self.forest.find(**k).is_none_or(|i| !self.forest.node(i).alive());
+        let dead: Vec<Key> = self.supervisors.keys().filter(dead).copied().collect();
+        for key in dead {
+            self.supervisor_died(key, fx);
+        }
         // Deadlines that passed before are looked at again.
         let all: Vec<Idx> = self.jobs.iter().map(|(g, _)| g).collect();
         for g in all {

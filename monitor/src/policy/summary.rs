@@ -156,7 +156,7 @@ pub(super) fn fuse(max: u32) -> String {
 
 pub(super) fn lost(n: usize, now: u64, since: u64) -> String {
     format!(
-        "The kernel's ring was full: {n} records were lost in {}. The forest is read anew from the kernel.",
+        "{n} records of the kernel were lost in {}. The forest is read anew from the kernel.",
         span(now.saturating_sub(since))
     )
 }

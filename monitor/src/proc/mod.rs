@@ -62,6 +62,12 @@ pub struct Status {
     pub switches: u64,
 }
 
+/// Whether an error of a read below /proc/PID says that there is no such process; any other one says nothing about it.
+#[must_use]
+pub fn is_absence(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
 fn bad(what: &str, path: &Path) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("{}: {what}", path.display()))
 }

@@ -94,6 +94,14 @@ pub enum Input {
     FreeNumber {
         now: u64,
     },
+    SnapshotStarted {
+        t0: u64,
+    },
+    Emptied {
+        number: u64,
+        alive: bool,
+        now: u64,
+    },
 }
 
 /// A config as it was recorded.
@@ -136,6 +144,8 @@ impl Input {
             Self::Lost { n, now } => e.events_lost(n, now, fx),
             Self::Condition { kind, wrong, now } => e.condition(kind, wrong, now, fx),
             Self::Cause { alert, cause, now } => e.set_cause(&alert, *cause, now, fx),
+            Self::SnapshotStarted { t0 } => e.snapshot_started(t0),
+            Self::Emptied { number, alive, now } => e.emptied(number, alive, now, fx),
             Self::FreeNumber { now } => {
                 e.free_number(now);
             }

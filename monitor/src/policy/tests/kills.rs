@@ -57,9 +57,17 @@ fn a_deadline_counts_from_the_start_and_ends_the_job() {
     w.drain();
     assert_eq!(w.e.jobs()[0].state, JobState::Done);
     assert_eq!(w.told().last().unwrap().0, AlertChange::Resolved);
+    w.pass(5 * S);
+    let over = |w: &World| {
+        w.out.iter().find_map(|f| if let Effect::JobEnded(e) = f { Some(e.outcome) } else { None })
+    };
+    assert_eq!(over(&w), None, "its end waits for the kill's");
+    let mut fx = Vec::new();
+    let id = w.e.jobs()[0].id;
+    w.e.kill_finished(id, Reason::Timeout, true, Ok(&KillReport::default()), w.sim.now, &mut fx);
+    w.answer(fx);
     w.pass(2 * S);
-    let ended = w.out.iter().find_map(|f| if let Effect::JobEnded(e) = f { Some(e.outcome) } else { None });
-    assert_eq!(ended, Some(Outcome::Killed));
+    assert_eq!(over(&w), Some(Outcome::Killed));
     let g = w.e.gauges(w.sim.now);
     assert_eq!(g.jobs["w"].finished[&Outcome::Killed], 1);
     w.pass(61 * S);
@@ -83,7 +91,8 @@ fn off_means_told_what_would_be_done_and_on_does_it() {
     assert_eq!(w.kills().len(), 1);
     w.pass(60 * S);
     assert!(!w.e.enforcing(w.sim.now), "the word has run out");
-    assert_eq!(w.e.enforcement_state(), EnforcementState::default());
+    let s = w.e.enforcement_state();
+    assert_eq!((s.by_operator, s.until, s.fuse_open), (None, None, false));
 }
 
 #[test]

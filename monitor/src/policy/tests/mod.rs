@@ -35,6 +35,8 @@ struct World {
     /// All effects but looks, in order.
     out: Vec<Effect>,
     looks: usize,
+    /// Whom the kernel was told of, and their jobs.
+    entered: Vec<(Key, u64)>,
     /// Facts that /proc would give, by pid; none: nothing beside argv.
     facts: BTreeMap<u32, Facts>,
 }
@@ -63,6 +65,7 @@ impl World {
             e: Engine::new(settings(), &config(text)),
             out: Vec::new(),
             looks: 0,
+            entered: Vec::new(),
             facts: BTreeMap::new(),
         }
     }
@@ -109,6 +112,17 @@ impl World {
                             Facts { argv: f.argv.clone().or(Some(p.argv.clone())), ..f }
                         });
                         self.e.observe(Observation::Facts { key, facts }, self.sim.now, &mut next);
+                    }
+                    Effect::Emptied(number) => {
+                        let lives = |p: &&sim::P| matches!(p.state, State::Running | State::LeaderExited);
+                        let alive = self.sim.procs.values().filter(lives).any(|p| p.job == number);
+                        self.e.emptied(number, alive, self.sim.now, &mut next);
+                    }
+                    Effect::Enter { process, job, .. } => {
+                        self.entered.push((process, job));
+                        if let Some(p) = self.sim.procs.get_mut(&process.pid).filter(|p| p.key == process) {
+                            p.job = job;
+                        }
                     }
                     other => self.out.push(other),
                 }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::enforce::Reason;
+use crate::event::Body;
 
 const RULE: &str = "[enforcement]\nenabled = true\n[[job]]\nname = \"w\"\nmatch = { argv = \"^worker\" }\n\
                     timeout = \"10s\"\non_timeout = \"kill\"\ngrace = \"3s\"\norphan_after = \"2s\"";
@@ -20,6 +21,9 @@ fn restart(w: &mut World, pinned: bool, down: u64) {
     w.e.restore_jobs(jobs);
     w.e.restore_alerts(alerts, true, w.sim.now, &mut fx);
     assert!(fx.is_empty());
+    if !pinned {
+        w.sim.procs.values_mut().for_each(|p| p.job = 0);
+    }
     let s = w.sim.snapshot(pinned);
     w.merge(s);
     w.e.ready(w.sim.now, &mut fx);
@@ -90,6 +94,122 @@ fn what_expired_meanwhile_has_one_more_grace() {
     w.pass(S);
     let kills = w.kills();
     assert!(matches!(kills.as_slice(), [k] if k.reason == Reason::Timeout), "{kills:?}");
+}
+
+#[test]
+fn a_deadline_of_after_the_restart_has_no_grace() {
+    let mut w = World::new(RULE);
+    w.sim.spawn(1, "worker");
+    w.drain();
+    label(&mut w);
+    restart(&mut w, true, 5 * S);
+    w.pass(4_900_000_000);
+    assert!(w.kills().is_empty());
+    w.pass(200_000_000);
+    assert_eq!(w.kills().len(), 1, "its deadline came while the agent was there");
+}
+
+#[test]
+fn the_fuse_counts_over_a_restart() {
+    let mut w = World::new(&RULE.replace("enabled = true", "enabled = true\nmax_job_kills_per_minute = 1"));
+    w.sim.spawn(1, "worker a");
+    w.pass(11 * S);
+    assert_eq!(w.kills().len(), 1);
+    let saved: EnforcementState =
+        serde_json::from_str(&serde_json::to_string(&w.e.enforcement_state()).unwrap()).unwrap();
+    assert_eq!(saved.ended.len(), 1);
+    let mut again =
+        World::unsynced(&RULE.replace("enabled = true", "enabled = true\nmax_job_kills_per_minute = 1"));
+    again.sim.now = w.sim.now;
+    again.e.restore_enforcement(saved);
+    again.sync();
+    again.sim.spawn(1, "worker b");
+    again.pass(11 * S);
+    assert_eq!(again.kills().len(), 0);
+    assert!(again.e.enforcement_state().fuse_open, "the second within a minute");
+}
+
+#[test]
+fn a_supervisor_that_died_meanwhile() {
+    let mut w = World::new(RULE);
+    let (exec, lives) = (w.sim.spawn(1, "jobwarden exec"), w.sim.spawn(1, "jobwarden exec"));
+    let mut roots = Vec::new();
+    for supervisor in [exec, lives] {
+        let root = w.sim.spawn(supervisor, "cmd");
+        w.drain();
+        let job = ExecJob {
+            root: w.sim.key(root),
+            name: "x".into(),
+            supervisor: Some(w.sim.key(supervisor)),
+            number: None,
+            policy: w.e.rules[0].0.policy.clone(),
+        };
+        w.e.register_exec_job(job, w.sim.now, &mut Vec::new()).unwrap();
+        roots.push(w.sim.key(root));
+    }
+    label(&mut w);
+    w.sim.end(exec, 9);
+    w.sim.ring.clear();
+    restart(&mut w, true, S);
+    let kills = w.kills();
+    assert!(matches!(kills.as_slice(), [k] if k.root == roots[0] && k.reason == Reason::Exec), "{kills:?}");
+}
+
+#[test]
+fn who_is_not_in_the_kernels_map_is_entered() {
+    let mut w = World::new(RULE);
+    let worker = w.sim.spawn(1, "worker");
+    w.drain();
+    label(&mut w);
+    let number = w.e.job_records()[0].number;
+    w.entered.clear();
+    // In the map and in its job: nothing to do.
+    w.sim.fork(worker);
+    w.drain();
+    assert_eq!(w.entered, []);
+    // No room for it; its child found room, and inherited nothing.
+    let (lost, outside) = (w.sim.fork(worker), w.sim.fork(1));
+    for e in &mut w.sim.ring {
+        if let Body::Fork { no_entry, job, .. } = &mut e.body {
+            (*no_entry, *job) = (true, 0);
+        }
+    }
+    w.sim.procs.get_mut(&lost).unwrap().job = 0;
+    let child = w.sim.fork(lost);
+    w.drain();
+    let key = |p| w.sim.key(p);
+    assert_eq!(w.entered, [(key(lost), number), (key(outside), 0), (key(child), number)]);
+    // Both records are lost: the snapshot finds it by its lineage.
+    w.sim.procs.get_mut(&child).unwrap().job = 0;
+    let late = w.sim.fork(child);
+    w.sim.ring.clear();
+    w.entered.clear();
+    let s = w.sim.snapshot(true);
+    w.merge(s);
+    let mut told = w.entered.clone();
+    told.sort_unstable();
+    assert_eq!(told, [(w.sim.key(child), number), (w.sim.key(late), number)]);
+}
+
+/// The forest is wrong about the last member: the kernel is asked before the job is let go.
+#[test]
+fn a_job_is_not_over_while_the_kernel_has_members() {
+    let mut w = World::new(RULE);
+    let worker = w.sim.spawn(1, "worker");
+    w.drain();
+    label(&mut w);
+    let child = w.sim.fork(worker);
+    w.sim.ring.clear();
+    w.sim.end(worker, 0);
+    w.pass(5 * S);
+    let ended = |w: &World| w.out.iter().any(|f| matches!(f, Effect::JobEnded(_)));
+    assert!(!ended(&w), "the child lives, whatever the forest believes");
+    let s = w.sim.snapshot(true);
+    w.merge(s);
+    assert_eq!((w.e.jobs()[0].processes, w.e.jobs_of(w.sim.key(child)).len()), (1, 1));
+    w.sim.end(child, 0);
+    w.pass(5 * S);
+    assert!(ended(&w));
 }
 
 #[test]

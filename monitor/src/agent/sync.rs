@@ -1,0 +1,254 @@
+//! Keeping the forest equal to the kernel: losses counted and told, snapshots merged, entries that the kernel's lineage map
+//! had no room for, jobs that seem to be over. What it all means is the engine's.
+
+use std::collections::HashMap;
+use std::io;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::AgentError;
+use super::core::Core;
+use crate::api::Readiness;
+use crate::contract::AlertKind;
+use crate::host;
+use crate::kernel::Ring;
+use crate::key::Key;
+
+/// Resyncs back off up to this while records go on being lost.
+const RESYNC_MAX: Duration = Duration::from_secs(8);
+/// Turns without a record in which one that is being written at the ring's head is waited for.
+const SPINS: usize = 1_000;
+/// Turns in which the ring is hoped to stand still.
+const STILL: usize = 1_000;
+/// Processes that wait for room in the lineage map; the next snapshot finds those beyond.
+const UNENTERED_MAX: usize = 65_536;
+/// `capacity` for the lineage map ends this long after the last process that found no room.
+const ROOM_AFTER: Duration = Duration::from_mins(1);
+
+/// What this part remembers.
+#[derive(Debug, Default)]
+pub(super) struct Sync {
+    /// Lost records of all kinds, as last told.
+    pub lost: u64,
+    /// `counts.events` goes on where an earlier agent's ended.
+    carried: bool,
+    pub resync_at: Option<Instant>,
+    resync_after: Duration,
+    /// Processes without an entry in the lineage map, their parents and jobs.
+    unentered: HashMap<Key, (Key, u64)>,
+    /// When the lineage map was full for the last time.
+    full_at: Option<Instant>,
+    /// Jobs that seem to be over.
+    pub emptied: Vec<u64>,
+    /// Whom /proc could not be asked about: no descriptors were left.
+    pub unseen: Vec<Key>,
+}
+
+impl Core {
+    /// Before anything else: what the ring holds from before, the account of what was lost meanwhile, the first snapshot.
+    /// `lost`: what an earlier agent with the same pins has told already.
+    pub(super) fn first_sync(&mut self, ring: &mut Ring, lost: u64) -> Result<(), AgentError> {
+        // Pinned maps: what was written while the agent was down is older than the snapshot.
+        while self.drain(ring) > 0 {}
+        self.carry_over(ring);
+        self.sync.lost = if self.kernel.from_pins() { lost } else { 0 };
+        self.count_lost();
+        self.snapshot("start", ring).map_err(AgentError::Snapshot)
+    }
+
+    /// The probes' counters are pinned and this agent's are not: all that was sent and is not in the ring any more was
+    /// received, by this agent or by one before it. Known when the ring stands still, which it does between two records.
+    fn carry_over(&mut self, ring: &mut Ring) {
+        self.sync.carried = !self.kernel.from_pins();
+        for _ in 0..STILL {
+            if self.sync.carried {
+                return;
+            }
+            while self.drain(ring) > 0 {}
+            let before = self.kernel.ring_positions();
+            let Ok(totals) = self.kernel.totals() else { return };
+            if before.0 == before.1 && self.kernel.ring_positions() == before {
+                for (n, c) in self.counts.events.iter_mut().zip(totals) {
+                    *n = c.sent;
+                }
+                self.sync.carried = true;
+            }
+        }
+    }
+
+    /// Each second: whatever the probes lost since the last look makes the forest doubtful until the next snapshot.
+    pub(super) fn check(&mut self, ring: &mut Ring) {
+        self.engine.set_clock(host::boot_to_wall().cast_signed());
+        self.engine.flush();
+        if !self.sync.carried {
+            self.carry_over(ring);
+        }
+        let unseen = std::mem::take(&mut self.sync.unseen);
+        if !unseen.is_empty() {
+            tracing::warn!(processes = unseen.len(), "/proc could not be read; they are looked at again");
+            self.looks_wanted.extend(unseen);
+        }
+        self.enter_waiting();
+        self.check_storage();
+        super::cause::renew(self);
+        if self.count_lost() {
+            self.sync.resync_at.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Whether records were lost since the last time.
+    fn count_lost(&mut self) -> bool {
+        let lost = match self.kernel.lost() {
+            Ok(n) if n > self.sync.lost => n,
+            Ok(_) => return false,
+            Err(e) => {
+                tracing::error!(error = %e, "the loss counters cannot be read");
+                return false;
+            }
+        };
+        let n = lost - self.sync.lost;
+        self.sync.lost = lost;
+        tracing::warn!(records = n, "records were lost: the forest is taken anew from the kernel");
+        let now = host::boot_now();
+        let mut fx = Vec::new();
+        self.engine.events_lost(n, now, &mut fx);
+        self.feed.publish(now, &[], super::answer::lost_line(n));
+        // What was told is saved with the jobs, so that a restart does not tell it again.
+        self.state_dirty = true;
+        self.apply(fx);
+        self.counts.synced = false;
+        true
+    }
+
+    /// A snapshot because of `reason`. One that fails is taken again later: the agent goes on with what it knows.
+    pub(super) fn resync(&mut self, reason: &'static str, ring: &mut Ring) {
+        if let Err(e) = self.snapshot(reason, ring) {
+            tracing::error!(error = %e, "the snapshot failed; it is taken again");
+            self.counts.synced = false;
+            self.resync_later();
+        }
+    }
+
+    fn resync_later(&mut self) {
+        let after = (self.sync.resync_after * 2).clamp(Duration::from_millis(50), RESYNC_MAX);
+        self.sync.resync_after = after;
+        self.sync.resync_at = Some(Instant::now() + after);
+    }
+
+    /// A snapshot, merged. Synced if nothing was lost while it was taken.
+    fn snapshot(&mut self, reason: &'static str, ring: &mut Ring) -> io::Result<()> {
+        self.sync.resync_at = None;
+        *self.counts.resyncs.entry(reason).or_default() += 1;
+        self.engine.snapshot_started(self.kernel.now());
+        let taken = self.kernel.snapshot()?;
+        // No record that is older than the snapshot may be handled after it: a fork whose exit and reap were lost would make
+        // a process that nothing ever ends.
+        let caught_up = self.catch_up(ring);
+        let now = host::boot_now();
+        let mut fx = Vec::new();
+        let merge = self.engine.snapshot(taken.snapshot, now, &mut fx);
+        tracing::debug!(?merge, reason, from_proc = taken.from_proc, "snapshot");
+        if taken.unentered > 0 {
+            self.counts.lineage_inserts_failed += taken.unentered as u64;
+            self.lineage_full(&mut fx);
+        }
+        if taken.lost_before == taken.lost_after && !merge.overrun && caught_up {
+            self.sync.resync_after = Duration::ZERO;
+            self.counts.synced = true;
+            self.engine.ready(now, &mut fx);
+            let _ = self.ready.send(Readiness { ready: true, reasons: Vec::new() });
+        } else {
+            self.resync_later();
+        }
+        self.apply(fx);
+        Ok(())
+    }
+
+    /// Reads the ring up to where it stands now. False: a record in it is being written all the while.
+    fn catch_up(&mut self, ring: &mut Ring) -> bool {
+        let (_, until) = self.kernel.ring_positions();
+        let mut idle = 0;
+        while self.kernel.ring_positions().0 < until {
+            if self.drain(ring) == 0 {
+                idle += 1;
+                if idle > SPINS {
+                    return false;
+                }
+                std::thread::yield_now();
+            }
+        }
+        true
+    }
+
+    /// A process whom the kernel's lineage map lacks, or has in no job. `missed`: the fork probe found no room.
+    pub(super) fn enter(&mut self, key: Key, parent: Key, job: u64, missed: bool) {
+        if missed {
+            self.counts.lineage_inserts_failed += 1;
+            let mut fx = Vec::new();
+            self.lineage_full(&mut fx);
+            self.alerts_of(fx);
+        }
+        if let Err(e) = self.kernel.enter(key, parent, job) {
+            tracing::debug!(process = %key, error = %e, "no entry in the kernel's lineage map; tried again");
+            if self.sync.unentered.len() < UNENTERED_MAX {
+                self.sync.unentered.insert(key, (parent, job));
+            }
+        }
+    }
+
+    fn lineage_full(&mut self, fx: &mut Vec<crate::policy::Effect>) {
+        if self.sync.full_at.replace(Instant::now()).is_none() {
+            tracing::error!(
+                "the kernel's lineage map is full: what it has no room for escapes kills until there is"
+            );
+            let text = format!(
+                "The kernel's lineage map ({} processes) is full: a kill does not reach those it has no room for.",
+                self.kernel.lineage_max()
+            );
+            self.engine.condition(AlertKind::Capacity, Some(text), host::boot_now(), fx);
+        }
+    }
+
+    fn enter_waiting(&mut self) {
+        for (key, (parent, job)) in std::mem::take(&mut self.sync.unentered) {
+            self.enter(key, parent, job, false);
+        }
+        let over = self.sync.full_at.is_some_and(|at| at.elapsed() >= ROOM_AFTER);
+        if over && self.sync.unentered.is_empty() {
+            self.sync.full_at = None;
+            let mut fx = Vec::new();
+            self.engine.condition(AlertKind::Capacity, None, host::boot_now(), &mut fx);
+            self.apply(fx);
+        }
+    }
+
+    /// Whether jobs without a member that is known to live are over: the kernel has the last word. The ring is read after it
+    /// was asked, so a member that it knows of and the forest does not is no news of this moment.
+    pub(super) fn count_emptied(&mut self, ring: &mut Ring) {
+        let jobs = std::mem::take(&mut self.sync.emptied);
+        if jobs.is_empty() {
+            return;
+        }
+        let alive = self.kernel.jobs_alive(&jobs);
+        if let Err(e) = &alive {
+            tracing::error!(error = %e, "the kernel could not be asked who is in a job");
+        }
+        self.catch_up(ring);
+        let (now, mut fx) = (host::boot_now(), Vec::new());
+        let mut wrong = false;
+        for job in jobs {
+            let lives = alive.as_ref().is_ok_and(|a| a.contains(&job)) || alive.is_err();
+            wrong |= lives;
+            self.engine.emptied(job, lives, now, &mut fx);
+        }
+        self.apply(fx);
+        if wrong && self.sync.resync_at.is_none() {
+            tracing::warn!(
+                "a job seems to be over and the kernel has members of it: the forest is taken anew"
+            );
+            self.counts.synced = false;
+            self.resync_later();
+        }
+    }
+}

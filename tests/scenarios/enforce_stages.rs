@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use jobwarden::config::Match;
 use jobwarden::contract::SignalledOutcome;
 use jobwarden::enforce::{
-    AskedBy, Audit, Enforcer, Lineage, Member, Order, Outcome, Rails, Reason, What, audit,
+    AskedBy, Audit, Enforcer, Lineage, Member, Order, OrderId, Outcome, Rails, Reason, What, audit,
 };
 use jobwarden::host::boot_now;
 use jobwarden::kernel::{Kernel, Options};
@@ -112,20 +112,23 @@ impl Lineage for Reused {
         }
         Ok(members)
     }
-    fn spare(&self, key: Key) -> io::Result<()> {
-        self.kernel.spare(key)
+    fn label_inside(&self, job: u64, root: Key) -> io::Result<()> {
+        self.kernel.label_inside(job, root)
     }
-    fn unspare(&self, key: Key) -> io::Result<()> {
-        self.kernel.unspare(key)
+    fn spare(&self, key: Key, by: OrderId) -> io::Result<()> {
+        self.kernel.spare(key, by)
     }
     fn lineage_parent(&self, key: Key) -> io::Result<Option<Key>> {
         self.kernel.lineage_parent(key)
     }
-    fn doom(&self, job: u64, until: u64) -> io::Result<()> {
-        self.kernel.doom(job, until)
+    fn ancestor(&self, key: Key) -> io::Result<Option<Key>> {
+        self.kernel.ancestor(key)
     }
-    fn undoom(&self, job: u64) -> io::Result<()> {
-        self.kernel.undoom(job)
+    fn doom(&self, job: u64, until: u64, by: OrderId) -> io::Result<()> {
+        self.kernel.doom(job, until, by)
+    }
+    fn release(&self, by: OrderId) -> io::Result<()> {
+        self.kernel.release(by)
     }
     fn forget(&self, job: u64) -> io::Result<()> {
         self.kernel.forget(job)

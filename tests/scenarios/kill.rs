@@ -47,10 +47,17 @@ fn alive(ground: &Ground, name: &str) -> Vec<i32> {
     ground.alive().into_iter().filter(named).collect()
 }
 
+/// One reading of /proc is no snapshot: a chain whose members fork and exit faster than it is read may be in none. So many
+/// empty ones, one after the other, miss no chain.
+const EMPTY_READINGS: u32 = 20;
+
 fn all_gone(ground: &Ground, name: &str) -> Result<()> {
     eventually("nothing is left", ms(300), || {
-        let left = alive(ground, name);
-        ensure!(left.is_empty(), "{left:?}");
+        for reading in 1..=EMPTY_READINGS {
+            let left = alive(ground, name);
+            ensure!(left.is_empty(), "reading {reading}: {left:?}");
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
         Ok(())
     })
 }

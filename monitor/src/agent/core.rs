@@ -572,7 +572,7 @@ impl Core {
 
     fn stop(mut self) {
         // Pins stay after a clean stop, and nobody is there to renew a doom or to see it through.
-        if let Err(e) = self.kernel.clear_dooms() {
+        if let Err(e) = self.kernel.stop_dooms() {
             tracing::error!(error = %e, "the dooms in force could not be ended; they expire by themselves");
         }
         self.save();

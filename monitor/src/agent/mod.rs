@@ -176,6 +176,7 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
     let told = saved.as_ref().filter(|s| s.boot_id == boot_id).map_or(0, |s| s.lost);
     let engine = engine(&config, &boot_id, &kernel, &center, saved, recorder).await;
+    leftovers(&kernel, &engine);
     let parts = Parts {
         engine,
         told,
@@ -286,6 +287,17 @@ async fn engine(
     }
     engine.restore_alerts(center.restore().await, same_boot, now, &mut fx);
     engine
+}
+
+/// An agent that was killed in the middle of a job's end leaves dooms, flags and jobs of its own in the pinned maps. Before
+/// the ring is read: a job whose registration it did not get to save is registered anew by the record that is still there.
+fn leftovers(kernel: &Kernel, engine: &Driver) {
+    let known = engine.job_records().iter().map(|r| r.number).collect();
+    match kernel.take_leftovers_away(&known) {
+        Ok(0) => {}
+        Ok(jobs) => tracing::info!(jobs, "what an earlier agent left unfinished is forgotten"),
+        Err(e) => tracing::error!(error = %e, "what an earlier agent left unfinished stays in the kernel"),
+    }
 }
 
 /// The agent's start in full nanoseconds, or as /proc has it.

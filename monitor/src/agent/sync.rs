@@ -81,6 +81,10 @@ impl Core {
     pub(super) fn check(&mut self, ring: &mut Ring) {
         self.engine.set_clock(host::boot_to_wall().cast_signed());
         self.engine.flush();
+        // A doom that nobody renewed has run out in the kernel; its probe costs each system call until it is detached.
+        if let Err(e) = self.kernel.attach_while_doomed() {
+            tracing::error!(error = %e, "sys_enter could not be attached or detached");
+        }
         if !self.sync.carried {
             self.carry_over(ring);
         }

@@ -14,7 +14,7 @@ use super::audit::{self, Audit, Entry};
 use super::order::{EnforceError, Order, Outcome, Reason, What};
 use super::pidfd::{Ends, Pidfd};
 use super::rails::{Judge, Rails, Verdicts};
-use super::{Lineage, Member, cgroup};
+use super::{Lineage, Member, OrderId, cgroup};
 use crate::contract::{KillReport, SignalledOutcome};
 use crate::host::boot_now;
 use crate::key::Key;
@@ -120,7 +120,7 @@ impl Enforcer {
 /// Jobs that stay doomed, members that stay flagged and jobs that stay labelled no longer than this lives.
 struct Marks {
     lineage: Arc<dyn Lineage>,
-    doomed: Vec<u64>,
+    id: OrderId,
     flagged: HashSet<Key>,
     labelled: Vec<u64>,
 }
@@ -128,8 +128,7 @@ struct Marks {
 impl Drop for Marks {
     fn drop(&mut self) {
         let l = &self.lineage;
-        let undone = self.doomed.iter().map(|&j| l.undoom(j));
-        let undone = undone.chain(self.flagged.iter().map(|&k| l.unspare(k)));
+        let undone = std::iter::once(l.release(self.id));
         for e in undone.chain(self.labelled.iter().map(|&j| l.forget(j))).filter_map(Result::err) {
             tracing::warn!(error = %e, "a mark of a job's end could not be taken away; doom runs out by itself");
         }
@@ -156,8 +155,6 @@ struct Run<'a> {
     /// Ended by their pidfds' word; a key never lives again.
     over: HashSet<Key>,
     spared: BTreeMap<Key, String>,
-    /// Flagged before this order: another order's, or `exec`'s own.
-    flagged_before: HashSet<Key>,
     handles: usize,
     /// For the audit, not written yet.
     lines: Vec<Entry>,
@@ -182,13 +179,13 @@ impl<'a> Run<'a> {
     fn new(e: &'a Enforcer, order: &'a Order, rails: &'a Rails) -> io::Result<Self> {
         let mut marks = Marks {
             lineage: e.lineage.clone(),
-            doomed: Vec::new(),
+            id: OrderId::fresh(),
             flagged: HashSet::new(),
             labelled: Vec::new(),
         };
         let jobs = match &order.what {
             What::Whole => vec![order.job],
-            What::Descendants { number, roots } => label(&mut marks, order.job, *number, roots)?,
+            What::Descendants { number, roots } => label(&mut marks, *number, roots)?,
         };
         Ok(Self {
             judge: Judge::new(rails, &e.proc, &*e.lineage, &e.redact),
@@ -199,7 +196,6 @@ impl<'a> Run<'a> {
             had: HashSet::new(),
             over: HashSet::new(),
             spared: BTreeMap::new(),
-            flagged_before: HashSet::new(),
             handles: handles(),
             lines: Vec::new(),
             started: Instant::now(),
@@ -308,7 +304,6 @@ impl<'a> Run<'a> {
     async fn kill(&mut self) -> io::Result<()> {
         let all = self.members()?;
         self.judge.again(&all);
-        self.flagged_before = all.iter().filter(|m| m.spared).map(|m| m.key).collect();
         let (alive, _) = self.look()?;
         if alive.is_empty() && self.empty()? {
             return Ok(());
@@ -347,14 +342,15 @@ impl<'a> Run<'a> {
     }
 
     /// The spare flag on all that are spared, before any doom. A child forked before its parent got the flag is caught by
-    /// reading again until there is none without it.
+    /// reading again until there is none without it. Who has the flag from another order gets it from this one too, which
+    /// may last longer.
     fn flag(&mut self) -> io::Result<()> {
         loop {
             let (_, verdicts) = self.look()?;
             let bare: Vec<Key> = self
                 .members()?
                 .iter()
-                .filter(|m| !m.spared && !m.dead && verdicts.spared.contains_key(&m.key))
+                .filter(|m| !m.dead && verdicts.spared.contains_key(&m.key))
                 .map(|m| m.key)
                 .filter(|k| !self.marks.flagged.contains(k))
                 .collect();
@@ -362,7 +358,7 @@ impl<'a> Run<'a> {
                 return Ok(());
             }
             for key in bare {
-                self.e.lineage.spare(key)?;
+                self.e.lineage.spare(key, self.marks.id)?;
                 self.marks.flagged.insert(key);
             }
         }
@@ -371,10 +367,7 @@ impl<'a> Run<'a> {
     fn doom(&mut self) -> io::Result<()> {
         let until = boot_now() + DOOM.as_nanos() as u64;
         for &job in &self.jobs {
-            if !self.marks.doomed.contains(&job) {
-                self.marks.doomed.push(job);
-            }
-            self.e.lineage.doom(job, until)?;
+            self.e.lineage.doom(job, until, self.marks.id)?;
         }
         Ok(())
     }
@@ -516,18 +509,16 @@ fn members(lineage: &dyn Lineage, jobs: &[u64]) -> io::Result<Vec<Member>> {
 
 /// Makes each root a job of its own, inside the innermost job that it is in now. One that a job made here holds already
 /// needs none.
-fn label(marks: &mut Marks, job: u64, number: u64, roots: &[Key]) -> io::Result<Vec<u64>> {
+fn label(marks: &mut Marks, number: u64, roots: &[Key]) -> io::Result<Vec<u64>> {
     let lineage = marks.lineage.clone();
     let mut jobs = Vec::new();
     for (i, &root) in roots.iter().enumerate() {
         if members(&*lineage, &jobs)?.iter().any(|m| m.key == root) {
             continue;
         }
-        let around = if job == 0 { Vec::new() } else { lineage.members(job)? };
-        let outer = around.iter().find(|m| m.key == root).map_or(job, |m| m.job);
         let number = number + i as u64;
         marks.labelled.push(number);
-        lineage.label(number, outer, root)?;
+        lineage.label_inside(number, root)?;
         jobs.push(number);
     }
     Ok(jobs)

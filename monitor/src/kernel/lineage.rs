@@ -1,4 +1,4 @@
-//! Jobs in the kernel's maps: labelling, members, the spare flag, doom. Entries are edited in place by the `edit`
+//! Jobs in the kernel's maps: labelling, members, lineage. Doom and spare flags stand in `marks`. Entries are edited in place by the `edit`
 //! program, since the probes read them all the time.
 
 use std::collections::{HashMap, HashSet};
@@ -8,9 +8,9 @@ use std::os::fd::AsFd as _;
 use monitor_abi as abi;
 use monitor_abi::{Job, LINEAGE_MENDED, LINEAGE_SPARED, TaskRow};
 
-use super::offsets::{EDIT, FORK, SYS_ENTER};
+use super::offsets::{EDIT, FORK};
 use super::{Kernel, sys};
-use crate::enforce::{Lineage, Member};
+use crate::enforce::{Lineage, Member, OrderId};
 use crate::event::Comm;
 use crate::key::Key;
 
@@ -99,10 +99,10 @@ impl Kernel {
         }
     }
 
-    /// Who of `rows` descends from `root`, which is one of them.
-    fn family(&self, rows: &[TaskRow], root: Key) -> io::Result<HashSet<Key>> {
+    /// Who of `rows` is one of `roots` or descends from one.
+    pub(super) fn family(&self, rows: &[TaskRow], roots: &[Key]) -> io::Result<HashSet<Key>> {
         let by_key: HashMap<Key, &TaskRow> = rows.iter().map(|r| (r.key.into(), r)).collect();
-        let mut verdicts: HashMap<Key, bool> = HashMap::from([(root, true)]);
+        let mut verdicts: HashMap<Key, bool> = roots.iter().map(|&k| (k, true)).collect();
         for r in rows {
             let mut path = Vec::new();
             let mut at = Key::from(r.key);
@@ -121,7 +121,7 @@ impl Kernel {
                         // one of its ancestors too, unless it came into its namespace from outside.
                         let known = row.known != 0
                             && (by_key.contains_key(&lineage)
-                                || lineage == root
+                                || roots.contains(&lineage)
                                 || self.lineage_of(lineage)?.is_some());
                         if known { lineage } else { row.parent.into() }
                     }
@@ -140,7 +140,7 @@ impl Kernel {
     /// One pass of labelling; whether it changed anything.
     fn label_pass(&self, job: u64, outer: u64, before: u64, root: Key) -> io::Result<bool> {
         let rows = self.rows()?;
-        let family = self.family(&rows, root)?;
+        let family = self.family(&rows, &[root])?;
         let mut jobs = self.jobs()?;
         let mut changed = false;
         for r in rows.iter().filter(|r| family.contains(&r.key.into())) {
@@ -167,8 +167,22 @@ impl Kernel {
         Ok(changed)
     }
 
+    /// The caller holds the lock of edits.
+    fn enter_job(&self, job: u64, outer: u64, root: Key) -> io::Result<()> {
+        if job == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "job numbers begin at 1"));
+        }
+        let before = self.maps.lineage.get(&root.into())?.map_or(0, |l| l.job);
+        let old = self.maps.jobs.get(&job)?.unwrap_or_default();
+        self.maps.jobs.put(&job, &Job { id: job, outer, ..old })?;
+        // The root first: who forks from now on hands it down.
+        let e = Edit { job: Some(job), ..Edit::of(root) };
+        self.edit(&e)?;
+        self.to_a_fixpoint(|| self.label_pass(job, outer, before, root))
+    }
+
     /// Repeats `pass` until one changes nothing, and the fork probe missed no fork meanwhile.
-    fn to_a_fixpoint(&self, mut pass: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
+    pub(super) fn to_a_fixpoint(&self, mut pass: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
         let mut missed = self.missed(FORK)?;
         for _ in 0..PASSES {
             let changed = pass()?;
@@ -183,64 +197,20 @@ impl Kernel {
             format!("the family did not stand still in {PASSES} passes"),
         ))
     }
-
-    /// Attaches `sys_enter` while a doom is in force, and only then.
-    pub(super) fn attach_while_doomed(&self) -> io::Result<()> {
-        let now = self.now();
-        let doomed = self.jobs()?.values().any(|j| j.doom_until > now);
-        let mut link = super::lock(&self.doom);
-        if doomed == link.is_some() {
-            return Ok(());
-        }
-        *link = if doomed { Some(sys::attach_tp_btf(self.program(SYS_ENTER)?)?) } else { None };
-        self.pins.as_ref().map_or(Ok(()), |p| p.keep_doom(link.as_ref()))
-    }
-
-    /// Whether `sys_enter` is attached: each system call on the host pays for it.
-    pub fn doom_attached(&self) -> bool {
-        super::lock(&self.doom).is_some()
-    }
-
-    /// Ends every doom, as a clean stop does.
-    pub fn clear_dooms(&self) -> io::Result<()> {
-        let now = self.now();
-        for (id, _) in self.jobs()?.into_iter().filter(|(_, j)| j.doom_until > now) {
-            self.set_doom(id, 0)?;
-        }
-        self.attach_while_doomed()
-    }
-
-    fn set_doom(&self, job: u64, until: u64) -> io::Result<()> {
-        {
-            let _guard = super::lock(&self.editing);
-            let Some(mut j) = self.maps.jobs.get(&job)? else {
-                // Ending the doom of a job that is gone is no fault.
-                return if until == 0 { Ok(()) } else { Err(no_job(job)) };
-            };
-            j.doom_until = until;
-            self.maps.jobs.put(&job, &j)?;
-        }
-        self.attach_while_doomed()
-    }
-}
-
-fn no_job(job: u64) -> io::Error {
-    io::Error::new(io::ErrorKind::NotFound, format!("the kernel's map has no job {job}"))
 }
 
 impl Lineage for Kernel {
     fn label(&self, job: u64, outer: u64, root: Key) -> io::Result<()> {
         let _guard = super::lock(&self.editing);
-        if job == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "job numbers begin at 1"));
-        }
-        let before = self.maps.lineage.get(&root.into())?.map_or(0, |l| l.job);
-        let old = self.maps.jobs.get(&job)?.unwrap_or_default();
-        self.maps.jobs.put(&job, &Job { id: job, outer, ..old })?;
-        // The root first: who forks from now on hands it down.
-        let e = Edit { job: Some(job), ..Edit::of(root) };
-        self.edit(&e)?;
-        self.to_a_fixpoint(|| self.label_pass(job, outer, before, root))
+        self.enter_job(job, outer, root)
+    }
+
+    fn label_inside(&self, job: u64, root: Key) -> io::Result<()> {
+        // Under one lock: the job around it may be forgotten at any time, and is that of another order perhaps.
+        let _guard = super::lock(&self.editing);
+        let present = self.maps.lineage.get(&root.into())?.map_or(0, |l| l.job);
+        let outer = if self.maps.jobs.get(&present)?.is_some() { present } else { 0 };
+        self.enter_job(job, outer, root)
     }
 
     fn members(&self, job: u64) -> io::Result<Vec<Member>> {
@@ -251,42 +221,30 @@ impl Lineage for Kernel {
         Ok(rows.iter().filter(|r| r.known != 0 && inside.contains(&r.lineage.job)).map(member).collect())
     }
 
-    fn spare(&self, key: Key) -> io::Result<()> {
-        let _guard = super::lock(&self.editing);
-        let mut e = Edit { set: LINEAGE_SPARED, ..Edit::of(key) };
-        if self.edit(&e)? != Edited::Missing {
-            return Ok(());
-        }
-        let row = self.rows()?.into_iter().find(|r| Key::from(r.key) == key);
-        // Who is in no row is gone, or hidden from the iterator as PID 1 may be; then no probe signals it either.
-        if let Some(row) = row {
-            e.parent = (row.parent.tgid != 0).then(|| row.parent.into());
-            e.create = true;
-            self.edit(&e)?;
-        }
-        Ok(())
-    }
-
-    fn unspare(&self, key: Key) -> io::Result<()> {
-        let _guard = super::lock(&self.editing);
-        self.edit(&Edit { clear: LINEAGE_SPARED, ..Edit::of(key) }).map(drop)
+    fn spare(&self, key: Key, by: OrderId) -> io::Result<()> {
+        self.mark_spared(key, by)
     }
 
     fn lineage_parent(&self, key: Key) -> io::Result<Option<Key>> {
         Ok(self.lineage_of(key)?.filter(|l| l.flags & LINEAGE_MENDED == 0).map(|l| l.parent.into()))
     }
 
-    fn doom(&self, job: u64, until: u64) -> io::Result<()> {
-        self.set_doom(job, until)
+    fn ancestor(&self, key: Key) -> io::Result<Option<Key>> {
+        let up = self.lineage_of(key)?.map(|l| Key::from(l.parent));
+        Ok(up.filter(|k| k.pid != 0))
     }
 
-    fn undoom(&self, job: u64) -> io::Result<()> {
-        self.set_doom(job, 0)
+    fn doom(&self, job: u64, until: u64, by: OrderId) -> io::Result<()> {
+        self.mark_doomed(job, until, by)
+    }
+
+    fn release(&self, by: OrderId) -> io::Result<()> {
+        self.unmark(by)
     }
 
     fn forget(&self, job: u64) -> io::Result<()> {
         {
-            let _guard = super::lock(&self.editing);
+            let mut marks = super::lock(&self.editing);
             let Some(gone) = self.maps.jobs.get(&job)? else { return Ok(()) };
             for (id, j) in self.jobs()?.into_iter().filter(|(_, j)| j.outer == job) {
                 self.maps.jobs.put(&id, &Job { outer: gone.outer, ..j })?;
@@ -300,6 +258,7 @@ impl Lineage for Kernel {
                 Ok(changed)
             })?;
             self.maps.jobs.delete(&job)?;
+            marks.forgotten(job);
         }
         self.attach_while_doomed()
     }

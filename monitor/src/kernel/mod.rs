@@ -9,6 +9,7 @@ mod error;
 mod lineage;
 mod load;
 mod maps;
+mod marks;
 mod offer;
 mod offsets;
 mod pin;
@@ -37,6 +38,7 @@ use self::lineage::Edit;
 use self::load::Loaded;
 pub use self::load::object_hash;
 use self::maps::Maps;
+use self::marks::Marks;
 pub use self::offer::{Finding, Grade, Offer, bpffs, is_bpffs};
 use self::offsets::{FILES, Kind, Layout, PROBES, SYS_ENTER};
 pub use self::pin::unpin;
@@ -107,8 +109,8 @@ pub struct Kernel {
     gauge: ring::Gauge,
     /// The link of `sys_enter`, while a job is doomed.
     doom: Mutex<Option<OwnedFd>>,
-    /// One edit of jobs and labels at a time.
-    editing: Mutex<()>,
+    /// One edit of jobs, labels and marks at a time.
+    editing: Mutex<Marks>,
     /// One run of `iter/task_file` at a time: they share the set of inodes.
     looking: Mutex<()>,
     /// Held for the agent's whole life.
@@ -174,7 +176,7 @@ impl Kernel {
             ring: Mutex::new(Some(ring)),
             gauge,
             doom: Mutex::new(doom),
-            editing: Mutex::new(()),
+            editing: Mutex::default(),
             looking: Mutex::new(()),
             pins,
             pinned,

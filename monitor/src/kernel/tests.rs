@@ -1,6 +1,7 @@
 //! On the running kernel, as root. Each test has probes of its own; others may run beside it.
 
 mod jobs;
+mod marks;
 
 use std::process::Command;
 use std::time::{Duration, Instant};

@@ -33,9 +33,6 @@ impl Run<'_> {
     pub(super) fn report(mut self) -> io::Result<Outcome> {
         let (alive, _) = self.look()?;
         let zombies = self.zombies()?;
-        // Who was forked by a flagged member since has the flag too.
-        let flagged = self.members()?.into_iter().filter(|m| m.spared).map(|m| m.key);
-        self.marks.flagged.extend(flagged.filter(|k| !self.flagged_before.contains(k)));
         let left: HashSet<Key> = alive.iter().map(|m| m.key).collect();
         let last: HashMap<Key, usize> =
             self.sent.iter().enumerate().map(|(i, s)| (s.member.key, i)).collect();

@@ -6,9 +6,12 @@ use std::os::fd::AsRawFd as _;
 use std::process::Stdio;
 
 use super::*;
+use crate::enforce::OrderId;
 use crate::kernel::lineage::Edited;
 
-fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
+pub(super) const MINUTE: u64 = 60_000_000_000;
+
+pub(super) fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + limit;
     while !done() {
         assert!(Instant::now() < end, "{what}: not within {limit:?}");
@@ -17,13 +20,13 @@ fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
 }
 
 /// A shell that does as its stdin says, and dies with its test.
-struct Shell {
-    child: Child,
+pub(super) struct Shell {
+    pub(super) child: Child,
     out: BufReader<std::process::ChildStdout>,
 }
 
 impl Shell {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut child = Child::spawn(
             Command::new("/bin/sh").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()),
         );
@@ -31,17 +34,17 @@ impl Shell {
         Self { child, out }
     }
     /// Runs a line that prints one line.
-    fn ask(&mut self, line: &str) -> String {
+    pub(super) fn ask(&mut self, line: &str) -> String {
         writeln!(self.child.0.stdin.as_mut().unwrap(), "{line}").unwrap();
         let mut answer = String::new();
         self.out.read_line(&mut answer).unwrap();
         answer.trim().to_owned()
     }
     /// Runs `command` in the background; its pid. It ends by itself within a minute.
-    fn background(&mut self, command: &str) -> u32 {
+    pub(super) fn background(&mut self, command: &str) -> u32 {
         self.ask(&format!("{command} >/dev/null </dev/null & echo $!")).parse().unwrap()
     }
-    fn key(&self, kernel: &Kernel) -> Key {
+    pub(super) fn key(&self, kernel: &Kernel) -> Key {
         let pid = self.child.0.id();
         Key::new(pid, kernel.start_of(pid).unwrap().unwrap())
     }
@@ -55,7 +58,7 @@ impl Drop for Shell {
 }
 
 /// Waits for exactly these live members: what the shell forked on the way to them ends in its own time.
-fn expect_members(kernel: &Kernel, job: u64, expected: &HashSet<u32>) {
+pub(super) fn expect_members(kernel: &Kernel, job: u64, expected: &HashSet<u32>) {
     let end = Instant::now() + Duration::from_secs(20);
     while pids(kernel, job) != *expected {
         assert!(Instant::now() < end, "{:?}, expected {expected:?}", pids(kernel, job));
@@ -63,7 +66,7 @@ fn expect_members(kernel: &Kernel, job: u64, expected: &HashSet<u32>) {
     }
 }
 
-fn pids(kernel: &Kernel, job: u64) -> HashSet<u32> {
+pub(super) fn pids(kernel: &Kernel, job: u64) -> HashSet<u32> {
     kernel.members(job).unwrap().into_iter().filter(|m| !m.dead).map(|m| m.key.pid).collect()
 }
 
@@ -156,12 +159,14 @@ async fn the_spare_flag_is_inherited() {
     let root = shell.key(&kernel);
     let job = kernel.now();
     kernel.label(job, 0, root).unwrap();
-    kernel.spare(root).unwrap();
+    let order = OrderId::fresh();
+    kernel.spare(root, order).unwrap();
     let child = shell.background("sleep 60");
     let spared = |pid| kernel.members(job).unwrap().iter().any(|m| m.key.pid == pid && m.spared);
     assert!(spared(root.pid) && spared(child));
-    kernel.unspare(root).unwrap();
-    assert!(!spared(root.pid) && spared(child));
+    // What is over leaves nobody flagged, nor what it will ever fork.
+    kernel.release(order).unwrap();
+    assert!(!spared(root.pid) && !spared(child));
 }
 
 #[tokio::test]
@@ -235,13 +240,14 @@ async fn doom_ends_chains_and_nobody_else() {
         members.iter().all(|m| m.key != key || m.dead) && members.iter().any(|m| !m.dead)
     });
     assert!(!kernel.doom_attached());
-    kernel.doom(job, kernel.now() + 60_000_000_000).unwrap();
+    let order = OrderId::fresh();
+    kernel.doom(job, kernel.now() + 60_000_000_000, order).unwrap();
     assert!(kernel.doom_attached());
     wait_for("the chains' end", Duration::from_secs(30), || pids(&kernel, job).is_empty());
     let kills = kernel.kills().unwrap();
     assert!(kills.ok >= 5, "{kills:?}");
     assert_eq!((kills.busy, kills.perm, kills.other), (0, 0, 0));
-    kernel.undoom(job).unwrap();
+    kernel.release(order).unwrap();
     assert!(!kernel.doom_attached());
     // SAFETY: both were forked above; the stranger is still in its read.
     unsafe {
@@ -260,34 +266,45 @@ async fn doom_passes_over_the_spared_and_expires() {
     let root = shell.key(&kernel);
     let (outer, inner) = (kernel.now(), kernel.now() + 1);
     kernel.label(outer, 0, root).unwrap();
-    kernel.spare(root).unwrap();
-    kernel.doom(outer, kernel.now() + 60_000_000_000).unwrap();
+    let order = OrderId::fresh();
+    kernel.spare(root, order).unwrap();
+    kernel.doom(outer, kernel.now() + MINUTE, order).unwrap();
     // It enters system calls, and is still there; so is what it forks.
     assert_eq!(shell.ask("echo $(echo alive)"), "alive");
-    kernel.undoom(outer).unwrap();
-    kernel.unspare(root).unwrap();
-    // A doom that has expired kills nobody.
-    kernel.doom(outer, kernel.now() - 1).unwrap();
+    kernel.release(order).unwrap();
+    // A doom that has expired kills nobody, and its probe is detached by the next look.
+    kernel.doom(outer, kernel.now() - 1, order).unwrap();
     assert!(!kernel.doom_attached());
     assert_eq!(shell.ask("echo alive"), "alive");
+    let sleeper = shell.background("sleep 60");
+    let sleeper = Key::new(sleeper, kernel.start_of(sleeper).unwrap().unwrap());
+    kernel.label(inner + 1, outer, sleeper).unwrap();
+    let until = kernel.now() + 1_000_000_000;
+    kernel.doom(inner + 1, until, order).unwrap();
+    assert!(kernel.doom_attached());
+    wait_for("the doom's end", Duration::from_secs(10), || kernel.now() > until);
+    kernel.attach_while_doomed().unwrap();
+    assert!(!kernel.doom_attached());
+    kernel.release(order).unwrap();
     // The doom of the outer job takes the inner one's members.
     kernel.label(inner, outer, root).unwrap();
-    kernel.doom(outer, kernel.now() + 60_000_000_000).unwrap();
+    kernel.doom(outer, kernel.now() + MINUTE, order).unwrap();
     let _ = writeln!(shell.child.0.stdin.as_mut().unwrap(), "echo dead");
-    wait_for("the shell's end", Duration::from_secs(30), || pids(&kernel, inner).is_empty());
-    kernel.undoom(outer).unwrap();
-    assert!(kernel.doom(outer + 7, 1).is_err());
-    kernel.undoom(outer + 7).unwrap();
+    wait_for("the shell's end", Duration::from_secs(30), || !pids(&kernel, inner).contains(&root.pid));
+    kernel.release(order).unwrap();
+    assert!(kernel.doom(outer + 7, 1, order).is_err());
+    // SAFETY: started above, and of this test: asleep in a system call, so that no probe has reached it.
+    unsafe { libc::kill(sleeper.pid as i32, libc::SIGKILL) };
 }
 
 /// A bpffs of the test's own, unmounted when it ends.
-struct OwnBpffs(tempfile::TempDir);
+pub(super) struct OwnBpffs(tempfile::TempDir);
 
 impl OwnBpffs {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
-    fn options(&self) -> Options {
+    pub(super) fn options(&self) -> Options {
         Options { bpffs: Some(self.0.path().to_owned()), ..Options::default() }
     }
 }

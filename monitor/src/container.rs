@@ -96,6 +96,12 @@ pub fn named(kept: &str) -> Option<Container> {
     (best < all.len()).then(|| all.swap_remove(best))
 }
 
+/// The last part of a cgroup path: how runtimes that take names (runc) call their container.
+#[must_use]
+pub fn name(path: &str) -> Option<&str> {
+    path.rsplit('/').next().filter(|n| !n.is_empty())
+}
+
 /// systemd scope prefixes, by runtime.
 const SCOPES: [(&str, &str); 5] = [
     ("docker-", "docker"),

@@ -19,7 +19,7 @@ use jobwarden::kernel::{Kernel, Options};
 use jobwarden::key::Key;
 use jobwarden::proc::Proc;
 use jobwarden_tests::truth::letter;
-use jobwarden_tests::{Ground, eventually, ground, loudly, ms, shape};
+use jobwarden_tests::{Ground, Limit, eventually, ground, loudly, ms, shape, skip};
 
 fn kernel() -> Result<Arc<Kernel>> {
     Ok(Arc::new(Kernel::start(&Options { ring_bytes: 4096, signal_mask: 0, ..Options::default() })?))
@@ -115,8 +115,11 @@ impl Lineage for Reused {
     fn label_inside(&self, job: u64, root: Key) -> io::Result<()> {
         self.kernel.label_inside(job, root)
     }
-    fn spare(&self, key: Key, by: OrderId) -> io::Result<()> {
-        self.kernel.spare(key, by)
+    fn spare(&self, key: Key, heirs: bool, by: OrderId) -> io::Result<()> {
+        self.kernel.spare(key, heirs, by)
+    }
+    fn disinherit(&self) -> io::Result<()> {
+        self.kernel.disinherit()
     }
     fn lineage_parent(&self, key: Key) -> io::Result<Option<Key>> {
         self.kernel.lineage_parent(key)
@@ -212,6 +215,119 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
 
 fn regex(s: &str) -> Result<regex::Regex> {
     Ok(regex::Regex::new(s)?)
+}
+
+fn protect(argv: &str) -> Result<Match> {
+    Ok(Match { argv: Some(regex(argv)?), ..Match::default() })
+}
+
+#[test]
+fn who_descends_from_a_protected_member_that_ran_before_the_probes() -> Result<()> {
+    let ground = ground!("who_descends_from_a_protected_member_that_ran_before_the_probes");
+    let mut root = sh(&ground, "sh -c 'sleep 111 & wait' & sleep 112 & wait")?;
+    let (below, other) = (find(&ground, "111")?, find(&ground, "112")?);
+    let kernel = kernel()?;
+    let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+    let e = enforcer(kernel, Audit::log_only());
+    let out = run(&e, &order, &Rails::new(vec![protect("^sh -c sleep 111")?], false))?;
+    ensure!(out.ended() && out.report.spared.len() == 2, "{:?}", out.report);
+    ensure!(lives(below) && !lives(other) && root.wait()?.signal() == Some(9), "{:?}", out.report);
+    let out = run(&e, &order, &Rails::default())?;
+    ensure!(out.ended() && !lives(below), "{:?}", out.report);
+    Ok(())
+}
+
+#[test]
+fn what_the_client_s_shell_forks_is_not_spared_with_it() -> Result<()> {
+    let ground = ground!("what_the_client_s_shell_forks_is_not_spared_with_it");
+    let kernel = kernel()?;
+    // The shell above all waits for a line, and forks when it is under its spare flag.
+    let script = "sh -c 'sleep 121 & wait' & read go; sleep 122 & wait";
+    let mut c = ground.command("/bin/sh");
+    let mut root = c.args(["-c", script]).stdin(std::process::Stdio::piped()).spawn()?;
+    let kept = find(&ground, "121")?;
+    let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+    let another = OrderId::fresh();
+    kernel.spare(order.root, false, another)?;
+    io::Write::write_all(root.stdin.as_mut().context("no stdin")?, b"go\n")?;
+    let forked = find(&ground, "122")?;
+    let flag =
+        |pid| -> Result<bool> { Ok(kernel.members(order.job)?.iter().any(|m| m.key.pid == pid && m.spared)) };
+    ensure!(flag(forked)?, "a fork inherits the flag");
+    let e = enforcer(kernel.clone(), Audit::log_only());
+    let mut rails = Rails::new(vec![protect("^sh -c sleep 121")?], false);
+    rails.keep(root.id(), "the caller", &e.proc, &*kernel)?;
+    let out = run(&e, &order, &rails)?;
+    ensure!(out.ended() && !lives(forked), "{:?}", out.report);
+    ensure!(lives(root.id()) && lives(kept), "{:?}", out.report);
+    ensure!(flag(root.id())?, "the other order is not over");
+    kernel.release(another)?;
+    ensure!(kernel.members(order.job)?.iter().all(|m| !m.spared), "flags stay");
+    let out = run(&e, &order, &Rails::default())?;
+    ensure!(out.ended() && !lives(kept), "{:?}", out.report);
+    root.wait()?;
+    Ok(())
+}
+
+#[test]
+fn protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead() -> Result<()> {
+    let ground = ground!("protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead");
+    let Some(container) = Limit::new(&ground, 50) else {
+        skip!("protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead: no pids controller here");
+    };
+    let kernel = kernel()?;
+    // In the middle a shell that is gone at once.
+    let mut root = sh(&ground, "(sleep 131 &); sleep 132 & sleep 133 & wait")?;
+    let (far, named, other) = (find(&ground, "131")?, find(&ground, "132")?, find(&ground, "133")?);
+    std::fs::write(container.procs(), named.to_string())?;
+    eventually("the middle is gone", ms(3000), || {
+        let key = Key::new(far, kernel.start_of(far)?.context("gone")?);
+        let middle = kernel.lineage_parent(key)?.context("no lineage")?;
+        ensure!(middle.pid != root.id() && letter(middle.pid).is_err(), "{middle} is there");
+        Ok(())
+    })?;
+    let grandparent =
+        Match { parent: Some(Box::new(protect("^/bin/sh -c .sleep 131")?)), ..Match::default() };
+    let rails = Rails::new(
+        vec![
+            Match { parent: Some(Box::new(grandparent)), ..protect("^sleep 131")? },
+            Match { container: Some(ground.tag.clone()), ..Match::default() },
+        ],
+        false,
+    );
+    let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+    let e = enforcer(kernel, Audit::log_only());
+    let out = run(&e, &order, &rails)?;
+    ensure!(out.ended() && out.report.spared.len() == 2, "{:?}", out.report);
+    ensure!(lives(far) && lives(named) && !lives(other), "{:?}", out.report);
+    let out = run(&e, &order, &Rails::default())?;
+    ensure!(out.ended() && !lives(far) && !lives(named), "{:?}", out.report);
+    root.wait()?;
+    Ok(())
+}
+
+#[test]
+fn a_part_of_a_job_that_is_spared_stays_in_the_job() -> Result<()> {
+    let ground = ground!("a_part_of_a_job_that_is_spared_stays_in_the_job");
+    let kernel = kernel()?;
+    let mut root = sh(&ground, "sh -c 'sh -c \"sleep 141 & wait\" & sleep 142 & wait' & sleep 143 & wait")?;
+    let (kept, ended, beside) = (find(&ground, "141")?, find(&ground, "142")?, find(&ground, "143")?);
+    let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+    let key = Key::new(ended, kernel.start_of(ended)?.context("gone")?);
+    let part = kernel.lineage_parent(key)?.context("no parent")?;
+    // `kill PID`: whatever job it is in, the order names none.
+    let what = What::Descendants { number: boot_now(), roots: vec![part] };
+    let of_pid = Order { job: 0, root: part, what, ..order.clone() };
+    let e = enforcer(kernel.clone(), Audit::log_only());
+    let out = run(&e, &of_pid, &Rails::new(vec![protect("^sh -c sleep 141")?], false))?;
+    ensure!(out.ended() && lives(kept) && lives(beside) && !lives(ended), "{:?}", out.report);
+    let members = kernel.members(order.job)?;
+    ensure!(members.iter().any(|m| m.key.pid == kept && m.job == order.job), "{members:?}");
+    // Who was spared is reached by the job's end, now that nobody protects him.
+    let out = run(&e, &order, &Rails::default())?;
+    ensure!(out.ended() && !lives(kept) && !lives(beside), "{:?}", out.report);
+    root.wait()?;
+    Ok(())
 }
 
 #[test]

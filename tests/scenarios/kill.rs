@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{AlertKind, AlertState, Job, KillReport};
 use jobwarden_tests::truth::letter;
-use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, pause, rounds, skip};
+use jobwarden_tests::{Agent, Ground, Limit, Shape, eventually, ground, loudly, ms, pause, rounds, skip};
 use rustix::process::Signal;
 
 /// Rules for jobs by the first argument: `NAME TAG`.
@@ -108,35 +108,12 @@ fn twenty_chains_that_fork_and_exit() -> Result<()> {
     whole(beside)
 }
 
-/// A cgroup with a `pids` limit; None where there is no such controller.
-struct Limit(std::path::PathBuf);
-
-impl Limit {
-    fn new(ground: &Ground, max: u32) -> Option<Self> {
-        ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].iter().find_map(|root| {
-            let dir = std::path::Path::new(root).join(&ground.tag);
-            std::fs::create_dir(&dir).ok()?;
-            let limit = Self(dir);
-            std::fs::write(limit.0.join("pids.max"), max.to_string()).ok().map(|()| limit)
-        })
-    }
-}
-
-impl Drop for Limit {
-    fn drop(&mut self) {
-        let gone = eventually("rmdir", ms(5000), || Ok(std::fs::remove_dir(&self.0)?));
-        if let Err(e) = gone {
-            loudly(&format!("{}: {e:#}", self.0.display()));
-        }
-    }
-}
-
 /// A bomb that is within the limit from its first instruction.
 fn bomb(ground: &Ground, limit: &Limit, args: &[&str]) -> Result<Shape> {
     use std::os::unix::process::CommandExt as _;
     let mut c = ground.command(jobwarden_tests::ground::program("shape-bomb")?);
     c.args(args).arg(&ground.tag);
-    let procs = limit.0.join("cgroup.procs");
+    let procs = limit.procs();
     // SAFETY: the child has one thread; open, write and close are all that happens.
     unsafe { c.pre_exec(move || std::fs::write(&procs, "0")) };
     Shape::spawn("bomb", c)

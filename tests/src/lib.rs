@@ -8,6 +8,7 @@ pub mod agent;
 pub mod alerts;
 pub mod events;
 pub mod ground;
+pub mod limit;
 pub mod metrics;
 pub mod shape;
 pub mod truth;
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 pub use agent::{Agent, Output};
 pub use events::Events;
 pub use ground::{Ground, Shape};
+pub use limit::Limit;
 pub use metrics::Metrics;
 
 /// `skip!("test: why")`: ends a test that cannot run here, loudly.

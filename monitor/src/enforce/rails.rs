@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::{Lineage, Member};
 use crate::config::Match;
-use crate::container::Cgroups;
+use crate::container::{self, Cgroups};
 use crate::contract::{Ref, text};
 use crate::key::Key;
 use crate::matcher::{self, Facts, Needs};
@@ -121,8 +121,17 @@ pub(super) struct Judge<'a> {
     pub proc: &'a Proc,
     pub lineage: &'a dyn Lineage,
     pub redact: &'a Redactor,
+    /// The roots of what is judged: nobody above one is asked for the sake of who is below.
+    tops: Vec<Key>,
     seen: HashMap<Key, Seen>,
     names_left: Duration,
+}
+
+enum Above {
+    Protected(Key),
+    Nobody,
+    /// The chain is broken: an ancestor is in no map any more.
+    Unknown,
 }
 
 struct Seen {
@@ -134,8 +143,14 @@ struct Seen {
 /// The rails' verdicts on the members of one reading.
 #[derive(Debug, Default)]
 pub(super) struct Verdicts {
-    /// With the reason.
-    pub spared: HashMap<Key, String>,
+    pub spared: HashMap<Key, Spare>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Spare {
+    pub why: String,
+    /// What it forks is spared with it.
+    pub heirs: bool,
 }
 
 impl<'a> Judge<'a> {
@@ -144,8 +159,9 @@ impl<'a> Judge<'a> {
         proc: &'a Proc,
         lineage: &'a dyn Lineage,
         redact: &'a Redactor,
+        tops: Vec<Key>,
     ) -> Self {
-        Self { rails, proc, lineage, redact, seen: HashMap::new(), names_left: NAMES }
+        Self { rails, proc, lineage, redact, tops, seen: HashMap::new(), names_left: NAMES }
     }
 
     /// Forgets the verdicts, so that a member that has become another program by exec is judged as that. Names stay.
@@ -175,32 +191,40 @@ impl<'a> Judge<'a> {
         let mut v = Verdicts::default();
         for m in members {
             let Some(seen) = self.seen.get(&m.key) else { continue };
-            let why = match (&seen.kept, &seen.protected) {
-                (Some(w), _) | (None, Some(w)) => Some(w.clone()),
+            let spare = |why: String, heirs| Some(Spare { why, heirs });
+            let verdict = match (&seen.kept, &seen.protected) {
+                (Some(w), p) => spare(w.clone(), p.is_some()),
+                (None, Some(w)) => spare(w.clone(), true),
                 (None, None) if protected.is_empty() => None,
-                // Who carries the flag got it from a protected ancestor that is dead by now.
-                (None, None) if m.spared => Some("descends from a protected member".into()),
-                (None, None) => {
-                    self.above(m, &protected)?.map(|k| format!("descends from the protected member {k}"))
-                }
+                (None, None) => match self.above(m.key, &protected)? {
+                    Above::Protected(k) => spare(format!("descends from the protected member {k}"), true),
+                    // Then the flag is all that is known of its ancestors.
+                    Above::Unknown if m.spared => spare("descends from a protected member".into(), true),
+                    Above::Nobody | Above::Unknown => None,
+                },
             };
-            if let Some(why) = why {
-                v.spared.insert(m.key, why);
+            if let Some(spare) = verdict {
+                v.spared.insert(m.key, spare);
             }
         }
         Ok(v)
     }
 
-    fn above(&self, m: &Member, protected: &HashSet<Key>) -> io::Result<Option<Key>> {
-        let mut at = m.key;
+    /// Whether a protected member is among the ancestors. The spare flag does not say so: what the client's shell forks has
+    /// it too, and so has who another order spares.
+    fn above(&self, key: Key, protected: &HashSet<Key>) -> io::Result<Above> {
+        let mut at = key;
         for _ in 0..CHAIN {
-            let Some(up) = self.lineage.lineage_parent(at)? else { return Ok(None) };
+            if self.tops.contains(&at) {
+                return Ok(Above::Nobody);
+            }
+            let Some(up) = self.lineage.ancestor(at)? else { return Ok(Above::Unknown) };
             if protected.contains(&up) {
-                return Ok(Some(up));
+                return Ok(Above::Protected(up));
             }
             at = up;
         }
-        Ok(None)
+        Ok(Above::Unknown)
     }
 
     /// The name of a process, as it was when it was first looked at.
@@ -223,7 +247,7 @@ impl<'a> Judge<'a> {
             exe.is_none() && self.proc.stat(m.key.pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0);
         needs.argv |= !self.names_left.is_zero();
         let begun = Instant::now();
-        let own = Own::read(self.proc, m.key.pid, m.uid, m.comm.bytes(), exe, needs);
+        let own = Own::read(self.proc, m.key.pid, Some(m.uid), m.comm.bytes(), exe, needs);
         self.names_left = self.names_left.saturating_sub(begun.elapsed());
         let kept = self.rails.kept(m, kernel_thread);
         let parents = self.parents(m, needs);
@@ -233,23 +257,25 @@ impl<'a> Judge<'a> {
         Seen { reference, kept, protected }
     }
 
+    /// Lineage parents, nearest first. Of a dead one nothing is known, but who was above it counts all the same.
     fn parents(&self, m: &Member, needs: Needs) -> Vec<Own> {
         let mut all = Vec::new();
         let mut at = m.key;
         while all.len() < needs.parents {
-            let Ok(Some(up)) = self.lineage.lineage_parent(at) else { break };
-            let Ok(stat) = self.proc.stat(up.pid) else { break };
-            let uid = self.proc.status(up.pid).ok().and_then(|s| s.uid);
-            let exe = if needs.exe { self.proc.exe(up.pid).ok() } else { None };
-            let own = Own::read(self.proc, up.pid, uid.unwrap_or(u32::MAX), stat.comm.bytes(), exe, needs);
-            // What was read is about `up` only if `up` holds the pid still.
-            if !self.lineage.start_of(up.pid).is_ok_and(|s| s == Some(up.start)) {
-                break;
-            }
-            all.push(own);
+            let Ok(Some(up)) = self.lineage.ancestor(at) else { break };
+            all.push(self.parent(up, needs).unwrap_or_default());
             at = up;
         }
         all
+    }
+
+    fn parent(&self, key: Key, needs: Needs) -> Option<Own> {
+        let stat = self.proc.stat(key.pid).ok()?;
+        let uid = self.proc.status(key.pid).ok().and_then(|s| s.uid);
+        let exe = if needs.exe { self.proc.exe(key.pid).ok() } else { None };
+        let own = Own::read(self.proc, key.pid, uid, stat.comm.bytes(), exe, needs);
+        // What was read is about `key` only if it holds the pid still.
+        self.lineage.start_of(key.pid).is_ok_and(|s| s == Some(key.start)).then_some(own)
     }
 }
 
@@ -258,18 +284,26 @@ fn bare(m: &Member) -> Ref {
 }
 
 /// Facts that own what they point to.
+#[derive(Default)]
 struct Own {
     argv: Vec<String>,
-    joined: String,
+    joined: Option<String>,
     exe: Option<String>,
-    comm: String,
-    uid: u32,
+    comm: Option<String>,
+    uid: Option<u32>,
     cgroup: Option<String>,
     container: Option<String>,
 }
 
 impl Own {
-    fn read(proc: &Proc, pid: u32, uid: u32, comm: &[u8], exe: Option<PathBuf>, needs: Needs) -> Self {
+    fn read(
+        proc: &Proc,
+        pid: u32,
+        uid: Option<u32>,
+        comm: &[u8],
+        exe: Option<PathBuf>,
+        needs: Needs,
+    ) -> Self {
         use std::os::unix::ffi::OsStrExt as _;
         let argv = if needs.argv { proc.argv(pid).unwrap_or_default() } else { Vec::new() };
         let argv: Vec<String> = argv.iter().map(|a| text(a)).collect();
@@ -279,10 +313,10 @@ impl Own {
             .map(|b| Cgroups::parse(&b))
             .unwrap_or_default();
         Self {
-            joined: argv.join(" "),
+            joined: Some(argv.join(" ")),
             argv,
             exe: exe.map(|e| text(e.as_os_str().as_bytes())),
-            comm: text(comm),
+            comm: Some(text(comm)),
             uid,
             cgroup: cgroups.path().map(str::to_owned),
             container: cgroups.container().map(|c| c.id),
@@ -291,13 +325,13 @@ impl Own {
 
     fn facts<'a>(&'a self, parent: Option<&'a Facts<'a>>) -> Facts<'a> {
         Facts {
-            argv: Some(&self.joined),
+            argv: self.joined.as_deref(),
             exe: self.exe.as_deref(),
-            comm: Some(&self.comm),
-            uid: Some(self.uid),
+            comm: self.comm.as_deref(),
+            uid: self.uid,
             cgroup: self.cgroup.as_deref(),
             container_id: self.container.as_deref(),
-            container_name: None,
+            container_name: self.cgroup.as_deref().and_then(container::name),
             parent,
         }
     }

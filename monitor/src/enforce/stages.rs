@@ -2,8 +2,9 @@
 //! signalling of one order happens here, by one task; nothing is kept from one order to the next.
 
 mod report;
+mod send;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,15 +13,15 @@ use tokio::time::Instant;
 
 use super::audit::{self, Audit, Entry};
 use super::order::{EnforceError, Order, Outcome, Reason, What};
-use super::pidfd::{Ends, Pidfd};
-use super::rails::{Judge, Rails, Verdicts};
+use super::pidfd::Ends;
+use super::rails::{Judge, Rails, Spare, Verdicts};
 use super::{Lineage, Member, OrderId, cgroup};
 use crate::contract::{KillReport, SignalledOutcome};
 use crate::host::boot_now;
 use crate::key::Key;
 use crate::proc::Proc;
 use crate::redact::Redactor;
-use crate::signal::{self, SIGCONT, SIGKILL};
+use crate::signal::{self, SIGKILL};
 
 /// Doom runs out in the kernel after this long unless it is renewed.
 pub const DOOM: Duration = Duration::from_mins(1);
@@ -167,14 +168,6 @@ impl Drop for Run<'_> {
     }
 }
 
-/// What became of members for whom handles were wanted.
-#[derive(Default)]
-struct Held {
-    gone: HashSet<Key>,
-    /// Valid, and not kept.
-    brief: HashMap<Key, Pidfd>,
-}
-
 impl<'a> Run<'a> {
     fn new(e: &'a Enforcer, order: &'a Order, rails: &'a Rails) -> io::Result<Self> {
         let mut marks = Marks {
@@ -187,8 +180,13 @@ impl<'a> Run<'a> {
             What::Whole => vec![order.job],
             What::Descendants { number, roots } => label(&mut marks, *number, roots)?,
         };
+        let tops = match (&order.what, order.reason) {
+            // Those that a rule ends are judged as members of the whole job; the target of `kill` is a root of its own.
+            (What::Whole, _) | (_, Reason::Orphan) => vec![order.root],
+            (What::Descendants { roots, .. }, _) => roots.clone(),
+        };
         Ok(Self {
-            judge: Judge::new(rails, &e.proc, &*e.lineage, &e.redact),
+            judge: Judge::new(rails, &e.proc, &*e.lineage, &e.redact, tops),
             jobs,
             marks,
             ends: Ends::new()?,
@@ -223,7 +221,7 @@ impl<'a> Run<'a> {
             _ => Vec::new(),
         };
         let verdicts = self.judge.verdicts(&all, &scope)?;
-        for (k, why) in &verdicts.spared {
+        for (k, Spare { why, .. }) in &verdicts.spared {
             if self.spared.insert(*k, why.clone()).is_none()
                 && let Some(r) = self.judge.named(*k)
             {
@@ -323,6 +321,10 @@ impl<'a> Run<'a> {
             if alive.is_empty() && self.empty()? {
                 return Ok(());
             }
+            // Forked by the caller's shell, say: the probes pass over it until it has lost what it inherited.
+            if alive.iter().any(|m| m.spared) {
+                self.e.lineage.disinherit()?;
+            }
             let before = self.sent.len();
             for chunk in alive.chunks(CHUNK) {
                 self.send(chunk, SIGKILL)?;
@@ -347,18 +349,17 @@ impl<'a> Run<'a> {
     fn flag(&mut self) -> io::Result<()> {
         loop {
             let (_, verdicts) = self.look()?;
-            let bare: Vec<Key> = self
+            let bare: Vec<(Key, bool)> = self
                 .members()?
                 .iter()
-                .filter(|m| !m.dead && verdicts.spared.contains_key(&m.key))
-                .map(|m| m.key)
-                .filter(|k| !self.marks.flagged.contains(k))
+                .filter(|m| !m.dead && !self.marks.flagged.contains(&m.key))
+                .filter_map(|m| Some((m.key, verdicts.spared.get(&m.key)?.heirs)))
                 .collect();
             if bare.is_empty() {
                 return Ok(());
             }
-            for key in bare {
-                self.e.lineage.spare(key, self.marks.id)?;
+            for (key, heirs) in bare {
+                self.e.lineage.spare(key, heirs, self.marks.id)?;
                 self.marks.flagged.insert(key);
             }
         }
@@ -394,76 +395,6 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Opens handles for those that have none and asks afterwards who of them still is who was meant: a key that is in a
-    /// reading begun after the opening held its pid since its start, so also when the pidfd was opened. A stranger that got
-    /// a member's pid in between is in no reading, or under another key.
-    fn hold(&mut self, to: &[Member]) -> io::Result<Held> {
-        let mut opened = Vec::new();
-        let mut held = Held::default();
-        for m in to.iter().filter(|m| self.ends.get(m.key).is_none()) {
-            match Pidfd::open(m.key.pid) {
-                Ok(Some(fd)) => opened.push((m.key, fd)),
-                Ok(None) => {
-                    held.gone.insert(m.key);
-                }
-                // These get theirs in the next round, when others are closed.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => break,
-                Err(e) => return Err(e),
-            }
-        }
-        if opened.is_empty() {
-            return Ok(held);
-        }
-        let now: HashSet<Key> = self.members()?.iter().map(|m| m.key).collect();
-        for (key, fd) in opened {
-            if !now.contains(&key) {
-                held.gone.insert(key);
-            } else if self.ends.len() < self.handles {
-                self.ends.add(key, fd)?;
-            } else {
-                held.brief.insert(key, fd);
-            }
-        }
-        Ok(held)
-    }
-
-    /// Sends `number` once to each of `to` that has not had it.
-    fn send(&mut self, to: &[Member], number: u8) -> io::Result<()> {
-        let new: Vec<Member> = to.iter().filter(|m| !self.had.contains(&(m.key, number))).copied().collect();
-        let held = self.hold(&new)?;
-        for m in new {
-            let reached = match self.ends.get(m.key).or_else(|| held.brief.get(&m.key)) {
-                Some(fd) => signal_one(fd, number),
-                None if held.gone.contains(&m.key) => Ok(false),
-                None => continue,
-            };
-            let (gone, said) = match reached {
-                Ok(true) => (false, "sent".to_owned()),
-                Ok(false) => (true, SignalledOutcome::AlreadyGone.as_str().to_owned()),
-                Err(e) => (false, format!("refused: {e}")),
-            };
-            // Who is gone is in no reading any more; should one be, it is signalled after all.
-            if !gone {
-                self.had.insert((m.key, number));
-            }
-            let line = Entry {
-                process: Some(self.judge.reference(&m)),
-                signal: Some(signal::name(number)),
-                outcome: Some(said),
-                detail: if number == SIGKILL || gone { String::new() } else { "SIGCONT after it".into() },
-                ..self.entry(audit::What::Signal)
-            };
-            self.lines.push(line);
-            self.sent.push(Sent { member: m, signal: number, gone });
-        }
-        Ok(())
-    }
-
-    /// To the audit, after a round's signals and not between them: each line costs more than a signal.
-    fn note(&mut self) {
-        self.e.audit.write_all(&std::mem::take(&mut self.lines));
-    }
-
     fn entry(&self, what: audit::What) -> Entry {
         Entry {
             job: self.order.id,
@@ -487,15 +418,6 @@ pub fn preferred() {
 fn handles() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     HANDLES.min(limit.map_or(HANDLES, |l| (l / 2) as usize))
-}
-
-fn signal_one(fd: &Pidfd, number: u8) -> io::Result<bool> {
-    let reached = fd.signal(number)?;
-    // A stopped process takes the stop signal when it goes on. SIGKILL needs no help.
-    if reached && number != SIGKILL {
-        fd.signal(SIGCONT)?;
-    }
-    Ok(reached)
 }
 
 fn members(lineage: &dyn Lineage, jobs: &[u64]) -> io::Result<Vec<Member>> {

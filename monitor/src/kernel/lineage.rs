@@ -221,8 +221,12 @@ impl Lineage for Kernel {
         Ok(rows.iter().filter(|r| r.known != 0 && inside.contains(&r.lineage.job)).map(member).collect())
     }
 
-    fn spare(&self, key: Key, by: OrderId) -> io::Result<()> {
-        self.mark_spared(key, by)
+    fn spare(&self, key: Key, heirs: bool, by: OrderId) -> io::Result<()> {
+        self.mark_spared(key, heirs, by)
+    }
+
+    fn disinherit(&self) -> io::Result<()> {
+        self.sweep(&super::lock(&self.editing))
     }
 
     fn lineage_parent(&self, key: Key) -> io::Result<Option<Key>> {

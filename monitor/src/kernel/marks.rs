@@ -17,7 +17,8 @@ use crate::key::Key;
 pub(super) struct Marks {
     /// Up to when each order wants each job doomed.
     dooms: HashMap<u64, HashMap<OrderId, u64>>,
-    spared: HashMap<Key, HashSet<OrderId>>,
+    /// Whom each order spares, and whether with all who descend from him.
+    spared: HashMap<Key, HashMap<OrderId, bool>>,
     /// After a clean stop nobody would renew a doom or see it through.
     stopped: bool,
 }
@@ -106,9 +107,9 @@ impl Kernel {
         self.attach_while_doomed()
     }
 
-    pub(super) fn mark_spared(&self, key: Key, by: OrderId) -> io::Result<()> {
+    pub(super) fn mark_spared(&self, key: Key, heirs: bool, by: OrderId) -> io::Result<()> {
         let mut marks = super::lock(&self.editing);
-        marks.spared.entry(key).or_default().insert(by);
+        marks.spared.entry(key).or_default().insert(by, heirs);
         let mut e = Edit { set: LINEAGE_SPARED, ..Edit::of(key) };
         if self.edit(&e)? != Edited::Missing {
             return Ok(());
@@ -136,7 +137,7 @@ impl Kernel {
                 marks.dooms.retain(|_, d| !d.is_empty());
                 self.write_doom(job, marks.doom_until(job))?;
             }
-            let flags = marks.spared.values().any(|o| o.contains(&by));
+            let flags = marks.spared.values().any(|o| o.contains_key(&by));
             if flags {
                 marks.spared.retain(|_, o| {
                     o.remove(&by);
@@ -148,19 +149,21 @@ impl Kernel {
         self.attach_while_doomed()
     }
 
-    /// Takes the flag from all who have it and neither are marked nor descend from one who is: forks inherit it, and one
-    /// inherited from somebody whom another order spares is that order's too.
-    fn sweep(&self, marks: &Marks) -> io::Result<()> {
-        let kept: Vec<Key> = marks.spared.keys().copied().collect();
+    /// Takes the flag from all who have it and neither are marked nor descend from one who is marked with his heirs: forks
+    /// inherit it, and one inherited from somebody whom another order spares is that order's too.
+    pub(super) fn sweep(&self, marks: &Marks) -> io::Result<()> {
+        let with_heirs = marks.spared.iter().filter(|(_, o)| o.values().any(|&heirs| heirs));
+        let with_heirs: Vec<Key> = with_heirs.map(|(&k, _)| k).collect();
         self.to_a_fixpoint(|| {
             let rows = self.rows()?;
             let flagged = |r: &&TaskRow| r.known != 0 && r.lineage.flags & LINEAGE_SPARED != 0;
             if !rows.iter().any(|r| flagged(&r)) {
                 return Ok(false);
             }
-            let spared = self.family(&rows, &kept)?;
+            let family = self.family(&rows, &with_heirs)?;
             let mut changed = false;
-            for r in rows.iter().filter(flagged).filter(|r| !spared.contains(&r.key.into())) {
+            let theirs = |k: Key| family.contains(&k) || marks.spared.contains_key(&k);
+            for r in rows.iter().filter(flagged).filter(|r| !theirs(r.key.into())) {
                 let e = Edit { clear: LINEAGE_SPARED, ..Edit::of(r.key.into()) };
                 changed |= self.edit(&e)? == Edited::Changed;
             }

@@ -57,7 +57,6 @@ struct Own {
     uid: Option<u32>,
     cgroup: Option<String>,
     container: Option<String>,
-    /// The last part of the cgroup path: how runtimes that take names (runc) call their container.
     name: Option<String>,
 }
 
@@ -118,7 +117,7 @@ impl Engine {
             comm: if needs.comm { text(n.comm.bytes()) } else { String::new() },
             uid: (n.uid != NO_UID).then_some(n.uid),
             container: cgroup.as_deref().and_then(container::named).map(|c| c.id),
-            name: cgroup.as_deref().and_then(|c| container::shown(c).rsplit('/').next()).map(str::to_owned),
+            name: cgroup.as_deref().and_then(|c| container::name(container::shown(c))).map(str::to_owned),
             cgroup: cgroup.map(|c| container::shown(&c).to_owned()),
         }
     }

@@ -160,7 +160,7 @@ async fn the_spare_flag_is_inherited() {
     let job = kernel.now();
     kernel.label(job, 0, root).unwrap();
     let order = OrderId::fresh();
-    kernel.spare(root, order).unwrap();
+    kernel.spare(root, true, order).unwrap();
     let child = shell.background("sleep 60");
     let spared = |pid| kernel.members(job).unwrap().iter().any(|m| m.key.pid == pid && m.spared);
     assert!(spared(root.pid) && spared(child));
@@ -267,7 +267,7 @@ async fn doom_passes_over_the_spared_and_expires() {
     let (outer, inner) = (kernel.now(), kernel.now() + 1);
     kernel.label(outer, 0, root).unwrap();
     let order = OrderId::fresh();
-    kernel.spare(root, order).unwrap();
+    kernel.spare(root, true, order).unwrap();
     kernel.doom(outer, kernel.now() + MINUTE, order).unwrap();
     // It enters system calls, and is still there; so is what it forks.
     assert_eq!(shell.ask("echo $(echo alive)"), "alive");

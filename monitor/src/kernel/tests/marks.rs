@@ -16,7 +16,7 @@ async fn orders_that_overlap_keep_their_marks() {
     kernel.label(job, 0, root).unwrap();
     let (first, second) = (OrderId::fresh(), OrderId::fresh());
     for order in [first, second] {
-        kernel.spare(root, order).unwrap();
+        kernel.spare(root, true, order).unwrap();
         kernel.doom(job, kernel.now() + MINUTE, order).unwrap();
     }
     // Inherited, and marked by nobody.
@@ -81,7 +81,7 @@ async fn a_stop_ends_dooms_and_refuses_new_ones() {
     let mut shell = Shell::new();
     let (job, order) = (kernel.now(), OrderId::fresh());
     kernel.label(job, 0, shell.key(&kernel)).unwrap();
-    kernel.spare(shell.key(&kernel), order).unwrap();
+    kernel.spare(shell.key(&kernel), true, order).unwrap();
     kernel.doom(job, kernel.now() + MINUTE, order).unwrap();
     kernel.stop_dooms().unwrap();
     assert!(!kernel.doom_attached());
@@ -130,7 +130,7 @@ async fn what_a_killed_agent_leaves() {
     let part = Key::new(child, first.start_of(child).unwrap().unwrap());
     let (job, temporary, order) = (first.now(), first.now() + 1, OrderId::fresh());
     first.label(job, 0, root).unwrap();
-    first.spare(root, order).unwrap();
+    first.spare(root, true, order).unwrap();
     let inherited = shell.background("sleep 60");
     first.label_inside(temporary, part).unwrap();
     first.doom(job, first.now() + MINUTE, order).unwrap();

@@ -50,9 +50,10 @@ pub(super) enum Internal {
         alert: String,
         cause: Option<Box<Cause>>,
     },
-    /// A kill is over. `job` is None for a kill of processes outside of jobs.
+    /// A kill is over. `job` is None for one of processes, `root` and what descends from it, whatever job they are in.
     Killed {
         job: Option<JobId>,
+        root: Key,
         reason: Reason,
         whole: bool,
         result: Result<Box<crate::enforce::Outcome>, String>,
@@ -423,22 +424,22 @@ impl Core {
                     self.submit(a);
                 }
             }
-            Internal::Killed { job, reason, whole, result } => {
+            Internal::Killed { job, root, reason, whole, result } => {
                 if let Ok(o) = &result {
                     for (k, n) in &o.signals {
                         *self.counts.signals_sent.entry(*k).or_default() += n;
                     }
                 }
-                let ended = result.as_ref().is_ok_and(|o| o.ended());
-                *self
-                    .counts
-                    .job_kills
-                    .entry((reason, if ended { "ended" } else { "survived" }))
-                    .or_default() += 1;
-                if let Some(id) = job {
-                    let report: Result<&KillReport, &str> =
-                        result.as_ref().map(|o| &o.report).map_err(String::as_str);
-                    self.engine.kill_finished(id, reason, whole, report, now, &mut fx);
+                let report: Result<&KillReport, &str> =
+                    result.as_ref().map(|o| &o.report).map_err(String::as_str);
+                match job {
+                    Some(id) => {
+                        let ended = result.as_ref().is_ok_and(|o| o.ended());
+                        let outcome = if ended { "ended" } else { "survived" };
+                        *self.counts.job_kills.entry((reason, outcome)).or_default() += 1;
+                        self.engine.kill_finished(id, reason, whole, report, now, &mut fx);
+                    }
+                    None => self.engine.process_killed(root, report, now, &mut fx),
                 }
             }
             Internal::Storage(wrong) => {

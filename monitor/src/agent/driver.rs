@@ -9,6 +9,7 @@ use crate::contract::{AlertKind, Cause, JobId, KillReport};
 use crate::enforce::Reason;
 use crate::event::Event;
 use crate::forest::{Merge, Snapshot};
+use crate::key::Key;
 use crate::policy::{Effect, Engine, ExecJob, JobRecord, Observation, Refused, Settings};
 use crate::recording::{Frame, Input, Recorder, RecordingError};
 use crate::state::State;
@@ -175,6 +176,20 @@ impl Driver {
             Input::KillFinished { job, reason, whole, report, now }
         });
         self.engine.kill_finished(job, reason, whole, report, now, fx);
+    }
+
+    pub(super) fn process_killed(
+        &mut self,
+        root: Key,
+        report: Result<&KillReport, &str>,
+        now: u64,
+        fx: &mut Vec<Effect>,
+    ) {
+        self.note(|| {
+            let report = report.map(|r| Box::new(r.clone())).map_err(str::to_owned);
+            Input::ProcessKilled { root, report, now }
+        });
+        self.engine.process_killed(root, report, now, fx);
     }
 
     pub(super) fn enforcement(&mut self, on: bool, lasts: Option<Duration>, now: u64, fx: &mut Vec<Effect>) {

@@ -75,6 +75,7 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
             }
             let _ = core.internal.send(Internal::Killed {
                 job: id,
+                root: order.root,
                 reason: order.reason,
                 whole,
                 result: Err(wrong),
@@ -100,7 +101,8 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
         }
         if !order.dry_run {
             let result: Result<Box<Outcome>, String> = result.map(Box::new).map_err(|e| e.to_string());
-            let _ = tx.send(Internal::Killed { job: id, reason: order.reason, whole, result });
+            let _ =
+                tx.send(Internal::Killed { job: id, root: order.root, reason: order.reason, whole, result });
         }
     });
 }

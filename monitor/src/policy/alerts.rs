@@ -328,6 +328,11 @@ impl Engine {
         for a in restored {
             match a.kind {
                 AlertKind::Zombie => self.zombie_restored(a.subject.as_ref().map(|p| p.id), now, fx),
+                AlertKind::KillFailed if a.job.is_none() => {
+                    if let Some(root) = a.subject.as_ref().map(|p| p.id) {
+                        self.process_alert_restored(root, now, fx);
+                    }
+                }
                 AlertKind::Orphan | AlertKind::JobTimeout | AlertKind::KillFailed => {
                     self.job_alert_restored(a.kind, a.job, now, fx);
                 }

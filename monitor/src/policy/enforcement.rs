@@ -1,11 +1,13 @@
 //! Deadlines, and when policy may kill: `enforcement.enabled`, the operator's word, the fuse, what is never enforced upon.
 //! It makes orders; whom to spare and how to end the rest is `enforce`'s.
 
+use std::collections::HashSet;
+
 use super::alerts::{About, Raise};
 use super::timers::Timer;
 use super::{Effect, EnforcementState, Engine, JobRecord, KillOrder, SECOND, summary};
 use crate::config;
-use crate::contract::{AlertKind, JobId, KillReport};
+use crate::contract::{AlertKind, JobId, KillReport, State};
 use crate::enforce::{Reason, What};
 use crate::forest::Idx;
 use crate::key::Key;
@@ -251,6 +253,80 @@ impl Engine {
             self.clear(name, text, now, fx);
         }
         self.plan_orphans(g, now);
+    }
+
+    /// A kill of a process outside of jobs is over, or one that was about a process and not about its job.
+    pub(super) fn process_kill_over(
+        &mut self,
+        root: Key,
+        report: Result<&KillReport, &str>,
+        now: u64,
+        fx: &mut Vec<Effect>,
+    ) {
+        let (why, left) = match report {
+            Ok(r) => (summary::survivors(r), r.survivors.iter().map(|r| r.id).collect()),
+            Err(e) => (e.to_owned(), vec![root]),
+        };
+        // Who has ended since is no survivor.
+        let left: HashSet<Key> = left.into_iter().filter(|&k| self.stays(k)).collect();
+        if left.is_empty() {
+            self.survivors.remove(&root);
+            let text = summary::process_over(self, root);
+            return self.clear((AlertKind::KillFailed, About::Process(root)), text, now, fx);
+        }
+        let text = summary::process_kill_failed(self, root, &why);
+        self.process_kill_failed(root, left, text, now, fx);
+    }
+
+    fn process_kill_failed(
+        &mut self,
+        root: Key,
+        left: HashSet<Key>,
+        summary: String,
+        now: u64,
+        fx: &mut Vec<Effect>,
+    ) {
+        let subject = self.forest.find(root);
+        let raise = Raise { subject, whose: subject, count: left.len(), summary, ..Raise::host(now) };
+        let name = (AlertKind::KillFailed, About::Process(root));
+        self.raise(name, &raise, now, fx);
+        // No more of them than there are alerts, which are bounded.
+        if self.alerts.get(name).is_some() {
+            self.survivors.insert(root, left);
+        }
+    }
+
+    /// Not a zombie, and not gone.
+    fn stays(&self, key: Key) -> bool {
+        let state = self.forest.find(key).map(|i| self.forest.node(i).state);
+        state.is_some_and(|s| !matches!(s, State::Zombie | State::Gone))
+    }
+
+    /// Somebody has ended who may have survived a kill.
+    pub(super) fn survivor_ended(&mut self, key: Key, now: u64, fx: &mut Vec<Effect>) {
+        let mut over = Vec::new();
+        self.survivors.retain(|&root, left| {
+            left.remove(&key);
+            if left.is_empty() {
+                over.push(root);
+            }
+            !left.is_empty()
+        });
+        for root in over {
+            let text = summary::process_over(self, root);
+            self.clear((AlertKind::KillFailed, About::Process(root)), text, now, fx);
+        }
+    }
+
+    /// After a restart nobody knows who the survivors were: all that descends from the target is taken for one.
+    pub(super) fn process_alert_restored(&mut self, root: Key, now: u64, fx: &mut Vec<Effect>) {
+        let Some(i) = self.forest.find(root) else { return };
+        let below = self.forest.descend(i).map(|i| self.forest.node(i).key);
+        let left: HashSet<Key> = below.filter(|&k| self.stays(k)).collect();
+        if !left.is_empty() {
+            let text = summary::process_kill_failed(self, root, "that was before jobwarden's restart");
+            self.process_kill_failed(root, left, text, now, fx);
+        }
     }
 
     pub(super) fn job_alert_restored(

@@ -22,7 +22,7 @@ mod timers;
 mod view;
 mod zombies;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 pub use effect::{AlertChange, Effect, EnforcementState, JobEnded, JobPolicy, JobRecord, KillOrder};
@@ -84,6 +84,8 @@ pub struct Engine {
     scan: Option<rules::Scan>,
     /// Supervisors of `exec` jobs, and how many jobs each has.
     supervisors: HashMap<Key, usize, Fast>,
+    /// Targets of kills outside of jobs under a `kill-failed` alert, and who of each is left.
+    survivors: HashMap<Key, HashSet<Key>>,
     /// When the forest was first synced.
     ready: Option<u64>,
     /// Records were lost and no snapshot has been merged since.
@@ -122,6 +124,7 @@ impl Engine {
             waiting: HashMap::new(),
             scan: None,
             supervisors: HashMap::default(),
+            survivors: HashMap::new(),
             ready: None,
             unsynced: false,
             merging: false,
@@ -230,6 +233,18 @@ impl Engine {
     ) {
         let now = self.later(now);
         self.finished(id, reason, whole, report, now, fx);
+    }
+
+    /// The same for a kill of a process and what descends from it, outside of jobs.
+    pub fn process_killed(
+        &mut self,
+        root: Key,
+        report: Result<&KillReport, &str>,
+        now: u64,
+        fx: &mut Vec<Effect>,
+    ) {
+        let now = self.later(now);
+        self.process_kill_over(root, report, now, fx);
     }
 
     /// `enforcement on|off [--for D]`. `on` closes the fuse.

@@ -130,6 +130,10 @@ impl Engine {
             }
             State::Running | State::LeaderExited => {}
         }
+        if matches!(to, State::Zombie | State::Gone) && !self.survivors.is_empty() {
+            let key = self.forest.node(i).key;
+            self.survivor_ended(key, now, fx);
+        }
         if lived(from) && !lived(to) {
             self.died(i, at, now, fx);
         }

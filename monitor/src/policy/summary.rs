@@ -123,6 +123,18 @@ pub(super) fn kill_failed(e: &Engine, g: Idx, why: &str) -> String {
     format!("{} could not be ended: {why}.", job(e, g))
 }
 
+fn named(e: &Engine, key: Key) -> String {
+    e.forest.find(key).map_or_else(|| format!("Process {key}"), |i| who(e.forest.node(i)))
+}
+
+pub(super) fn process_kill_failed(e: &Engine, root: Key, why: &str) -> String {
+    format!("{} and what descends from it could not be ended: {why}.", named(e, root))
+}
+
+pub(super) fn process_over(e: &Engine, root: Key) -> String {
+    format!("{}: who survived has ended.", named(e, root))
+}
+
 pub(super) fn survivors(r: &KillReport) -> String {
     let mut s = String::new();
     for (i, p) in r.survivors.iter().enumerate().take(8) {

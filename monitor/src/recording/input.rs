@@ -10,6 +10,7 @@ use crate::config::{self, Config, ConfigError, Overrides};
 use crate::contract::{Alert, AlertKind, Cause, JobId, KillReport};
 use crate::enforce::Reason;
 use crate::forest::Snapshot;
+use crate::key::Key;
 use crate::policy::{Effect, EnforcementState, Engine, ExecJob, JobRecord, Observation, Settings};
 
 /// One call of the engine; times are boot-time nanoseconds. See [`Engine`]'s methods of these names.
@@ -69,6 +70,11 @@ pub enum Input {
         job: JobId,
         reason: Reason,
         whole: bool,
+        report: Result<Box<KillReport>, String>,
+        now: u64,
+    },
+    ProcessKilled {
+        root: Key,
         report: Result<Box<KillReport>, String>,
         now: u64,
     },
@@ -139,6 +145,9 @@ impl Input {
             Self::KillFinished { job, reason, whole, report, now } => {
                 let report = report.as_deref().map_err(String::as_str);
                 e.kill_finished(job, reason, whole, report, now, fx);
+            }
+            Self::ProcessKilled { root, report, now } => {
+                e.process_killed(root, report.as_deref().map_err(String::as_str), now, fx);
             }
             Self::Enforcement { on, lasts, now } => e.enforcement(on, lasts, now, fx),
             Self::Lost { n, now } => e.events_lost(n, now, fx),

@@ -195,3 +195,46 @@ fn extend_moves_the_deadline() {
     let e = w.e.extend(none, Duration::from_secs(1), w.sim.now, &mut Vec::new());
     assert_eq!(e, Err(Refused::NoJob(none.to_string())));
 }
+
+pub(super) fn over(w: &mut World, root: Key, left: Result<&[Ref], &str>) {
+    let mut fx = Vec::new();
+    let r = left.map(report);
+    w.e.process_killed(root, r.as_ref().map_err(|e| *e), w.sim.now, &mut fx);
+    w.answer(fx);
+}
+
+#[test]
+fn survivors_outside_of_jobs_make_kill_failed_until_they_end() {
+    let failing = |w: &World| {
+        let all = w.e.alerts(false);
+        all.into_iter().find(|a| a.kind == AlertKind::KillFailed)
+    };
+    let mut w = World::new("");
+    let target = w.sim.spawn(1, "target");
+    let child = w.sim.fork(target);
+    w.drain();
+    let root = w.sim.key(target);
+    let who = [w.e.reference(root).unwrap(), w.e.reference(w.sim.key(child)).unwrap()];
+    over(&mut w, root, Ok(&who));
+    let a = failing(&w).unwrap();
+    assert!(a.summary.contains("state D waiting in nfs_wait"), "{}", a.summary);
+    assert_eq!((a.job, a.count, a.subject.as_ref().map(|p| p.id)), (None, 2, Some(root)));
+    w.sim.end(target, 9);
+    w.pass(S);
+    assert!(failing(&w).is_some(), "the child survives");
+    w.sim.end(child, 9);
+    w.pass(S);
+    assert_eq!((failing(&w), w.told().last().unwrap().0), (None, AlertChange::Resolved));
+    // Who ended before the report came raises nothing.
+    over(&mut w, root, Ok(&who));
+    assert_eq!((failing(&w), w.changes().len()), (None, 0));
+
+    // One that could not be carried out; the next one could.
+    let target = w.sim.spawn(1, "target");
+    w.drain();
+    let root = w.sim.key(target);
+    over(&mut w, root, Err("the map is full"));
+    assert!(failing(&w).unwrap().summary.contains("the map is full"));
+    over(&mut w, root, Ok(&[]));
+    assert_eq!(failing(&w), None);
+}

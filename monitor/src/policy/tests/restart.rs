@@ -371,3 +371,19 @@ fn a_full_forest_says_so() {
     w.pass(11 * S);
     assert_eq!(w.firing(), []);
 }
+
+#[test]
+fn a_failed_kill_outside_of_jobs_is_known_after_a_restart() {
+    let mut w = World::new(RULE);
+    let target = w.sim.spawn(1, "target");
+    w.drain();
+    let root = w.sim.key(target);
+    super::kills::over(&mut w, root, Err("no"));
+    let id = w.e.alerts(false)[0].id.clone();
+    restart(&mut w, true, S);
+    assert!(w.e.alerts(false).iter().any(|a| a.id == id), "{:?}", w.e.alerts(false));
+    w.sim.end(target, 9);
+    w.pass(S);
+    assert_eq!(w.firing(), []);
+    assert_eq!(w.told().last().map(|(c, a)| (*c, a.id.clone())), Some((AlertChange::Resolved, id)));
+}

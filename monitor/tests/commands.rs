@@ -66,7 +66,7 @@ async fn core(mut requests: mpsc::Receiver<Request>) {
             Request::Events(filter, reply) => {
                 // Three lines, and the agent is gone.
                 let mut feed = Feed::default();
-                drop(reply.send(feed.subscribe(filter, 0)));
+                drop(reply.send(feed.subscribe(filter, 0, &|_, _, _| unreachable!("no record"))));
                 for kind in ["fork", "exec", "exit"] {
                     let line = EventLine {
                         at: "2026-11-23T12:00:00Z".into(),
@@ -74,7 +74,7 @@ async fn core(mut requests: mpsc::Receiver<Request>) {
                         process: Some(evil()),
                         more: std::collections::BTreeMap::new(),
                     };
-                    feed.publish(0, &[], line);
+                    feed.announce(0, line);
                 }
             }
             Request::Notify { reply, .. } => {

@@ -30,7 +30,11 @@ pub(super) fn answer(core: &mut Core, r: Request) {
             let _ = reply.send(done);
         }
         Request::Alerts(q, reply) => alerts(core, &q, reply),
-        Request::Events(filter, reply) => drop(reply.send(core.feed.subscribe(filter, host::boot_now()))),
+        Request::Events(filter, reply) => {
+            let Core { feed, engine, redact, .. } = core;
+            let lines = feed.subscribe(filter, host::boot_now(), &super::core::teller(engine, redact));
+            drop(reply.send(lines));
+        }
         Request::Why(q, reply) => why(core, &q, reply),
         Request::Resolve(t, reply) => {
             let found =

@@ -16,9 +16,9 @@ use super::storage::{Source, Storage};
 use super::sync::Sync;
 use super::{AgentError, Options};
 use crate::alert::{Center, Submission};
-use crate::api::{ApiError, Class, Feed, JobRef, Peer, Readiness, Reloaded, Reply, Request};
+use crate::api::{ApiError, Class, Feed, Peer, Readiness, Reloaded, Reply, Request};
 use crate::config::Config;
-use crate::contract::{Alert, AlertKind, Cause, JobId, KillReport};
+use crate::contract::{Alert, AlertKind, Cause, EventLine, JobId, KillReport};
 use crate::enforce::{Audit, Enforcer, Reason};
 use crate::event::{self, Event};
 use crate::forest::Facts;
@@ -26,7 +26,7 @@ use crate::host;
 use crate::kernel::{DRAIN_MAX, Kernel, Ring};
 use crate::key::Key;
 use crate::metrics::Counts;
-use crate::policy::{AlertChange, Effect, Gauges, Observation};
+use crate::policy::{AlertChange, Effect, Gauges, Moment, Observation};
 use crate::redact::Redactor;
 use crate::state::{State, Store};
 
@@ -249,18 +249,12 @@ impl Core {
         if e.at >= self.started {
             self.counts.event_lag.observe(now.saturating_sub(e.at) as f64 / 1e9);
         }
-        let mut line = self.engine.event_line(e);
-        self.redact.event_line(&mut line);
-        let before = self.engine.jobs_of(e.process);
+        let moment = self.engine.moment(e);
+        let before = self.feed.chain(self.engine.named_jobs(e.process));
         self.engine.event(e, bytes, fx);
         // A fork's child has its jobs only now, a reaped process only before.
-        let jobs = if before.is_empty() { self.engine.jobs_of(e.process) } else { before };
-        let named: Vec<_> = jobs
-            .iter()
-            .map(|&id| (id, self.engine.job_record(id).map(|r| r.name).unwrap_or_default()))
-            .collect();
-        let refs: Vec<JobRef<'_>> = named.iter().map(|(id, n)| (*id, n.as_str())).collect();
-        self.feed.publish(e.at, &refs, line);
+        let jobs = before.or_else(|| self.feed.chain(self.engine.named_jobs(e.process)));
+        self.feed.publish(e, bytes, moment, jobs, &teller(&self.engine, &self.redact));
         if fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. } | Effect::Enter { .. })) {
             let taken = std::mem::take(fx);
             self.apply(taken);
@@ -583,6 +577,18 @@ impl Core {
         if let Err(e) = self.engine.finish() {
             tracing::error!(error = %e, "the recording could not be finished");
         }
+    }
+}
+
+/// Makes a line of `events`, secrets masked.
+pub(super) fn teller(
+    engine: &Driver,
+    redact: &Redactor,
+) -> impl Fn(&Event<'_>, &Moment, Option<JobId>) -> EventLine {
+    |e, m, job| {
+        let mut line = engine.event_line(e, m, job);
+        redact.event_line(&mut line);
+        line
     }
 }
 

@@ -117,7 +117,7 @@ impl Core {
         let now = host::boot_now();
         let mut fx = Vec::new();
         self.engine.events_lost(n, now, &mut fx);
-        self.feed.publish(now, &[], super::answer::lost_line(n));
+        self.feed.announce(now, super::answer::lost_line(n));
         // What was told is saved with the jobs, so that a restart does not tell it again.
         self.state_dirty = true;
         self.apply(fx);

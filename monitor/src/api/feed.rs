@@ -1,25 +1,34 @@
 //! The live lines of `events`, from the agent's core to every reader. A reader that is too slow loses lines and is told
-//! how many (`lost`); the core never waits for one. The last lines are remembered for `--since`, within bounds.
+//! how many (`lost`); the core never waits for one. The last events are remembered for `--since`, within bounds: as
+//! records, since most are never asked for. A line is made when somebody reads it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 
 use tokio::sync::mpsc::{self, error::TrySendError};
 
 use super::{ApiError, Class, EventFilter, Target};
 use crate::contract::{EventLine, JobId};
+use crate::event::{self, Event};
+use crate::policy::Moment;
 
 /// Lines that one reader may be behind.
 const BEHIND: usize = 4096;
-/// Lines remembered for `--since`.
+/// Events remembered for `--since`.
 const REMEMBERED: usize = 4096;
 /// Readers at a time.
 pub(super) const READERS: usize = 32;
+/// Chains of jobs that are kept to be shared. Beyond it all are dropped and made again by the jobs that still have events.
+const CHAINS: usize = 1024;
 
 /// The reader's end. Dropped, it is unsubscribed at the next line.
 pub type Subscription = mpsc::Receiver<EventLine>;
 
-/// A job that an event's process belongs to.
-pub type JobRef<'a> = (JobId, &'a str);
+/// The jobs that an event's process belongs to, innermost first, with their names; shared by all its events.
+pub type Chain = Option<Arc<[(JobId, String)]>>;
+
+/// Makes the line of an event.
+pub type Teller<'a> = &'a dyn Fn(&Event<'_>, &Moment, Option<JobId>) -> EventLine;
 
 #[derive(Debug)]
 struct Reader {
@@ -30,10 +39,19 @@ struct Reader {
 }
 
 #[derive(Debug)]
-struct Past {
-    at: u64,
-    jobs: Vec<(JobId, String)>,
-    line: EventLine,
+enum Past {
+    /// Its `len` bytes stand in [`Feed::bytes`].
+    Record {
+        at: u64,
+        pid: u32,
+        len: usize,
+        moment: Moment,
+        jobs: Chain,
+    },
+    Line {
+        at: u64,
+        line: Box<EventLine>,
+    },
 }
 
 /// Owned by the agent's core.
@@ -41,11 +59,20 @@ struct Past {
 pub struct Feed {
     readers: Vec<Reader>,
     past: VecDeque<Past>,
+    /// The records of `past`, one behind the other.
+    bytes: VecDeque<u8>,
+    /// By the innermost job.
+    chains: HashMap<JobId, Arc<[(JobId, String)]>>,
 }
 
 impl Feed {
-    /// `now` is boot-time nanoseconds, as in [`Feed::publish`].
-    pub fn subscribe(&mut self, filter: EventFilter, now: u64) -> Result<Subscription, ApiError> {
+    /// `now` is boot-time nanoseconds, as are the events' times.
+    pub fn subscribe(
+        &mut self,
+        filter: EventFilter,
+        now: u64,
+        tell: Teller<'_>,
+    ) -> Result<Subscription, ApiError> {
         self.readers.retain(|r| !r.tx.is_closed());
         if self.readers.len() >= READERS {
             return Err(ApiError::new(
@@ -58,47 +85,103 @@ impl Feed {
         let mut reader = Reader { tx, filter, missed: 0 };
         if let Some(s) = reader.filter.since_s {
             let from = now.saturating_sub((s.clamp(0.0, 1e9) * 1e9) as u64);
-            for p in self.past.iter().filter(|p| p.at >= from) {
-                let jobs: Vec<JobRef<'_>> = p.jobs.iter().map(|(id, n)| (*id, n.as_str())).collect();
-                reader.offer(&jobs, &p.line);
-            }
+            self.recall(&mut reader, from, tell);
         }
         self.readers.push(reader);
         Ok(rx)
     }
 
-    /// One line, of a process that belongs to `jobs` (all of them, the outer ones included). `at` is boot-time nanoseconds.
-    pub fn publish(&mut self, at: u64, jobs: &[JobRef<'_>], line: EventLine) {
-        self.readers.retain_mut(|r| r.offer(jobs, &line));
-        if self.past.len() == REMEMBERED {
-            self.past.pop_front();
+    fn recall(&mut self, reader: &mut Reader, from: u64, tell: Teller<'_>) {
+        let mut bytes: &[u8] = self.bytes.make_contiguous();
+        for p in &self.past {
+            match p {
+                Past::Record { at, pid, len, moment, jobs } => {
+                    let (record, rest) = bytes.split_at_checked(*len).unwrap_or_default();
+                    bytes = rest;
+                    if *at >= from
+                        && reader.wants(jobs, *pid)
+                        && let Ok(e) = event::decode(record)
+                    {
+                        reader.offer(&tell(&e, moment, innermost(jobs)));
+                    }
+                }
+                Past::Line { at, line } if *at >= from => _ = reader.offer(line),
+                Past::Line { .. } => {}
+            }
         }
-        let jobs = jobs.iter().map(|&(id, name)| (id, name.to_owned())).collect();
-        self.past.push_back(Past { at, jobs, line });
+    }
+
+    /// To be handed to [`Feed::publish`]. Allocates only for jobs that it has not met.
+    pub fn chain<'a>(&mut self, jobs: impl Iterator<Item = (JobId, &'a str)> + Clone) -> Chain {
+        let (innermost, _) = jobs.clone().next()?;
+        // A job that comes to lie in another one has a new chain, so all of it is compared.
+        let same = |c: &[(JobId, String)]| {
+            let mut now = jobs.clone();
+            c.iter().all(|j| now.next().is_some_and(|n| n.0 == j.0 && n.1 == j.1)) && now.next().is_none()
+        };
+        if let Some(c) = self.chains.get(&innermost)
+            && same(c)
+        {
+            return Some(Arc::clone(c));
+        }
+        if self.chains.len() >= CHAINS {
+            self.chains.clear();
+        }
+        let chain: Arc<[_]> = jobs.map(|(id, name)| (id, name.to_owned())).collect();
+        self.chains.insert(innermost, Arc::clone(&chain));
+        Some(chain)
+    }
+
+    /// One event, whose record is `bytes`, of a process that belongs to `jobs`.
+    pub fn publish(&mut self, e: &Event<'_>, bytes: &[u8], moment: Moment, jobs: Chain, tell: Teller<'_>) {
+        let pid = e.process.pid;
+        let mut line = None;
+        self.readers.retain_mut(|r| {
+            if !r.wants(&jobs, pid) {
+                return !r.tx.is_closed();
+            }
+            r.offer(line.get_or_insert_with(|| tell(e, &moment, innermost(&jobs))))
+        });
+        self.bytes.extend(bytes);
+        self.remember(Past::Record { at: e.at, pid, len: bytes.len(), moment, jobs });
+    }
+
+    /// A line that is no process's, for every reader.
+    pub fn announce(&mut self, at: u64, line: EventLine) {
+        self.readers.retain_mut(|r| r.offer(&line));
+        self.remember(Past::Line { at, line: Box::new(line) });
+    }
+
+    fn remember(&mut self, p: Past) {
+        if self.past.len() == REMEMBERED
+            && let Some(Past::Record { len, .. }) = self.past.pop_front()
+        {
+            self.bytes.drain(..len);
+        }
+        self.past.push_back(p);
     }
 }
 
+fn innermost(jobs: &Chain) -> Option<JobId> {
+    jobs.as_ref().and_then(|c| c.first()).map(|j| j.0)
+}
+
 impl Reader {
-    fn wants(&self, jobs: &[JobRef<'_>], line: &EventLine) -> bool {
-        if line.kind == "lost" {
-            return true;
-        }
+    fn wants(&self, jobs: &Chain, pid: u32) -> bool {
+        let mut jobs = jobs.iter().flat_map(|c| c.iter());
         let job = match &self.filter.job {
             None => true,
-            Some(Target::Job(id)) => jobs.iter().any(|(j, _)| j == id),
-            Some(Target::Name(name)) => jobs.iter().any(|(_, n)| n == name),
+            Some(Target::Job(id)) => jobs.any(|(j, _)| j == id),
+            Some(Target::Name(name)) => jobs.any(|(_, n)| n == name),
             Some(_) => false,
         };
-        job && self.filter.pid.is_none_or(|p| line.process.as_ref().is_some_and(|r| r.pid == p))
+        job && self.filter.pid.is_none_or(|p| p == pid)
     }
 
     /// False when the reader is gone.
-    fn offer(&mut self, jobs: &[JobRef<'_>], line: &EventLine) -> bool {
+    fn offer(&mut self, line: &EventLine) -> bool {
         if self.tx.is_closed() {
             return false;
-        }
-        if !self.wants(jobs, line) {
-            return true;
         }
         if self.missed > 0 {
             // One slot for the line that says so, one for the line itself.
@@ -127,56 +210,135 @@ fn missed(at: &str, count: u64) -> EventLine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{self, Overrides};
     use crate::contract::Ref;
     use crate::key::Key;
+    use crate::policy::{Engine, Settings};
 
-    fn line(pid: u32) -> EventLine {
-        let process = Ref { id: Key::new(pid, 1), pid, comm: "c".into(), argv: vec![] };
-        EventLine { at: "t".into(), kind: "fork".into(), process: Some(process), more: BTreeMap::new() }
+    /// The record of a reap.
+    fn record(pid: u32, at: u64) -> Vec<u8> {
+        let mut b = vec![0; size_of::<monitor_abi::Reap>()];
+        b[..2].copy_from_slice(&monitor_abi::KIND_REAP.to_ne_bytes());
+        b[8..16].copy_from_slice(&at.to_ne_bytes());
+        b[16..24].copy_from_slice(&1_u64.to_ne_bytes());
+        b[24..28].copy_from_slice(&pid.to_ne_bytes());
+        b
+    }
+
+    struct World {
+        feed: Feed,
+        engine: Engine,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let none = Overrides::default();
+            let config = config::parse("t".as_ref(), "", &BTreeMap::new(), &none).unwrap();
+            Self { feed: Feed::default(), engine: Engine::new(Settings::default(), &config) }
+        }
+
+        fn publish(&mut self, at: u64, jobs: &[(JobId, &str)], pid: u32) {
+            let bytes = record(pid, at);
+            let e = event::decode(&bytes).unwrap();
+            let jobs = self.feed.chain(jobs.iter().copied());
+            self.feed.publish(&e, &bytes, self.engine.moment(&e), jobs, &tell);
+        }
+
+        fn subscribe(&mut self, filter: EventFilter, now: u64) -> Result<Subscription, ApiError> {
+            self.feed.subscribe(filter, now, &tell)
+        }
+    }
+
+    fn tell(e: &Event<'_>, _: &Moment, job: Option<JobId>) -> EventLine {
+        let process = Ref { id: e.process, pid: e.process.pid, comm: "c".into(), argv: vec![] };
+        let more = BTreeMap::from([("job".into(), serde_json::json!(job))]);
+        EventLine { at: "t".into(), kind: "reap".into(), process: Some(process), more }
     }
 
     fn pids(rx: &mut Subscription) -> Vec<u32> {
         std::iter::from_fn(|| rx.try_recv().ok()).map(|l| l.process.map_or(0, |p| p.pid)).collect()
     }
 
+    fn since(s: f64) -> EventFilter {
+        EventFilter { since_s: Some(s), ..EventFilter::default() }
+    }
+
     #[test]
     fn filters_and_the_remembered() {
-        let mut feed = Feed::default();
+        let mut w = World::new();
         let job = JobId { root: Key::new(1, 1), ordinal: 1 };
-        feed.publish(1_000_000_000, &[], line(1));
-        feed.publish(5_000_000_000, &[(job, "etl")], line(2));
+        w.publish(1_000_000_000, &[], 1);
+        w.publish(5_000_000_000, &[(job, "etl")], 2);
         let now = 6_000_000_000;
-        let since = |s| EventFilter { since_s: Some(s), ..EventFilter::default() };
-        assert_eq!(pids(&mut feed.subscribe(since(2.0), now).unwrap()), [2]);
-        assert_eq!(pids(&mut feed.subscribe(since(60.0), now).unwrap()), [1, 2]);
-        let by_job = |t| EventFilter { since_s: Some(60.0), job: Some(t), pid: None };
+        assert_eq!(pids(&mut w.subscribe(since(2.0), now).unwrap()), [2]);
+        assert_eq!(pids(&mut w.subscribe(since(60.0), now).unwrap()), [1, 2]);
         for t in [Target::Job(job), Target::Name("etl".into())] {
-            assert_eq!(pids(&mut feed.subscribe(by_job(t), now).unwrap()), [2]);
+            let by_job = EventFilter { since_s: Some(60.0), job: Some(t), pid: None };
+            let line = w.subscribe(by_job, now).unwrap().try_recv().unwrap();
+            assert_eq!(line.process.unwrap().pid, 2);
+            assert_eq!(line.more["job"], serde_json::json!(job));
         }
-        let mut one = feed.subscribe(EventFilter { pid: Some(7), ..EventFilter::default() }, now).unwrap();
-        feed.publish(now, &[], line(8));
-        feed.publish(now, &[], line(7));
+        let mut one = w.subscribe(EventFilter { pid: Some(7), ..EventFilter::default() }, now).unwrap();
+        w.publish(now, &[], 8);
+        w.publish(now, &[], 7);
         assert_eq!(pids(&mut one), [7]);
     }
 
     #[test]
-    fn a_slow_reader_is_told_what_it_missed_and_a_gone_one_is_forgotten() {
+    fn what_is_remembered_is_bounded_and_each_record_stays_with_its_event() {
+        let mut w = World::new();
+        let lost = EventLine { at: "t".into(), kind: "lost".into(), process: None, more: BTreeMap::new() };
+        for n in 0..REMEMBERED as u32 * 3 {
+            if n % 5 == 0 {
+                w.feed.announce(1, lost.clone());
+            }
+            w.publish(1, &[], n);
+        }
+        assert_eq!(w.feed.past.len(), REMEMBERED);
+        let records = w.feed.past.iter().filter(|p| matches!(p, Past::Record { .. })).count();
+        assert_eq!(w.feed.bytes.len(), records * size_of::<monitor_abi::Reap>());
+        let of: Vec<u32> =
+            pids(&mut w.subscribe(since(9.0), 1).unwrap()).into_iter().filter(|&p| p > 0).collect();
+        let end = REMEMBERED as u32 * 3;
+        assert_eq!(of, (end - of.len() as u32..end).collect::<Vec<_>>());
+        assert_eq!(of.len(), records);
+    }
+
+    #[test]
+    fn chains_are_shared_and_bounded() {
         let mut feed = Feed::default();
-        let mut slow = feed.subscribe(EventFilter::default(), 0).unwrap();
+        let job = |n| JobId { root: Key::new(n, 1), ordinal: 1 };
+        let of = |feed: &mut Feed, n, outer: &'static str| {
+            feed.chain([(job(n), "in"), (job(99), outer)].into_iter()).unwrap()
+        };
+        let first = of(&mut feed, 1, "out");
+        assert!(Arc::ptr_eq(&first, &of(&mut feed, 1, "out")));
+        assert_eq!(of(&mut feed, 1, "other")[1].1, "other");
+        for n in 0..2 * CHAINS as u32 {
+            of(&mut feed, n, "out");
+        }
+        assert!(feed.chains.len() <= CHAINS);
+        assert!(feed.chain(std::iter::empty()).is_none());
+    }
+
+    #[test]
+    fn a_slow_reader_is_told_what_it_missed_and_a_gone_one_is_forgotten() {
+        let mut w = World::new();
+        let mut slow = w.subscribe(EventFilter::default(), 0).unwrap();
         for _ in 0..BEHIND + 5 {
-            feed.publish(0, &[], line(1));
+            w.publish(0, &[], 1);
         }
         assert_eq!(pids(&mut slow).len(), BEHIND);
-        feed.publish(0, &[], line(2));
+        w.publish(0, &[], 2);
         let lost = slow.try_recv().unwrap();
         assert_eq!((lost.kind.as_str(), lost.more["count"].as_u64()), ("lost", Some(5)));
         assert_eq!(pids(&mut slow), [2]);
         drop(slow);
-        feed.publish(0, &[], line(3));
-        assert!(feed.readers.is_empty());
-        assert_eq!(feed.past.len(), REMEMBERED);
-        let held: Vec<_> = (0..READERS).map(|_| feed.subscribe(EventFilter::default(), 0).unwrap()).collect();
-        assert_eq!(feed.subscribe(EventFilter::default(), 0).unwrap_err().class, Class::Unavailable);
+        w.publish(0, &[], 3);
+        assert!(w.feed.readers.is_empty());
+        assert_eq!(w.feed.past.len(), REMEMBERED);
+        let held: Vec<_> = (0..READERS).map(|_| w.subscribe(EventFilter::default(), 0).unwrap()).collect();
+        assert_eq!(w.subscribe(EventFilter::default(), 0).unwrap_err().class, Class::Unavailable);
         drop(held);
     }
 }

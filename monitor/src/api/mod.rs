@@ -21,7 +21,7 @@ pub mod wire;
 pub use bind::ServeError;
 pub use client::{Client, ClientError};
 pub use error::{ApiError, Class, Matched};
-pub use feed::{Feed, JobRef, Subscription};
+pub use feed::{Chain, Feed, Subscription, Teller};
 pub use request::{
     AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecEnded, ExecRegistered, ExecRequest,
     ExecSignal, ExtendReply, KillRequest, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery,

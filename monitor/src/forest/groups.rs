@@ -95,7 +95,7 @@ impl Groups {
     }
 
     /// `g` and the groups around it, innermost first.
-    pub(crate) fn chain(&self, g: Idx) -> impl Iterator<Item = Idx> + '_ {
+    pub(crate) fn chain(&self, g: Idx) -> impl Iterator<Item = Idx> + Clone + '_ {
         let mut at = g;
         std::iter::from_fn(move || {
             let this = self.get(at)?;

@@ -69,6 +69,11 @@ impl Strings {
         if s.is_known() { self.slots.get(s.0 as usize).map(|(b, _)| &**b) } else { None }
     }
 
+    /// The string itself, which stays with whoever holds it when the last process that has it goes.
+    pub(crate) fn shared(&self, s: Str) -> Option<Arc<[u8]>> {
+        if s.is_known() { self.slots.get(s.0 as usize).map(|(b, _)| Arc::clone(b)) } else { None }
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.by_bytes.len()
     }

@@ -3,7 +3,7 @@
 use super::Engine;
 use crate::container;
 use crate::contract::{Container, Exit, JobId, LineageKnown, Process, Ref, SignalBy, State, text};
-use crate::event::{Comm, Event, Sender};
+use crate::event::{Comm, Sender};
 use crate::forest::signals::Signal;
 use crate::forest::{Flags, Idx, NO_UID, NONE, Node};
 use crate::key::Key;
@@ -170,10 +170,5 @@ impl Engine {
             target: self.ref_of_key(s.target, s.target_comm),
             result: s.result,
         }
-    }
-
-    /// The process that an event is about, as it stands before the event is handled.
-    pub(super) fn event_ref(&self, e: &Event<'_>, comm: Comm) -> Ref {
-        self.ref_of_key(e.process, comm)
     }
 }

@@ -11,6 +11,7 @@ mod exec;
 pub mod input;
 mod jobs;
 mod looks;
+mod moment;
 mod names;
 mod orphans;
 mod react;
@@ -27,6 +28,7 @@ use std::time::Duration;
 
 pub use effect::{AlertChange, Effect, EnforcementState, JobEnded, JobPolicy, JobRecord, KillOrder};
 pub use input::{ExecJob, Gauges, Limits, Observation, Refused, Settings, Target, TreeQuery};
+pub use moment::Moment;
 
 use crate::config::{Config, Match};
 use crate::contract::{Alert, AlertKind, Cause, EventLine, Job, JobId, KillReport, Process, Ref, Tree};
@@ -391,14 +393,27 @@ impl Engine {
 
     /// For `events`: call before `event`, since a reaped process is forgotten with its record.
     #[must_use]
-    pub fn event_line(&self, e: &Event<'_>) -> EventLine {
-        self.line(e)
+    pub fn moment(&self, e: &Event<'_>) -> Moment {
+        self.moment_of(e)
+    }
+
+    /// One line of `events`. `job` is the innermost of its process.
+    #[must_use]
+    pub fn event_line(&self, e: &Event<'_>, m: &Moment, job: Option<JobId>) -> EventLine {
+        m.line(e, self.wall(e.at), job)
     }
 
     /// The jobs (innermost first) of the process that an event is about.
     #[must_use]
     pub fn jobs_of(&self, key: Key) -> Vec<JobId> {
-        self.forest.find(key).map(|i| self.job_ids(i)).unwrap_or_default()
+        self.named_jobs(key).map(|j| j.0).collect()
+    }
+
+    /// The same, with their names.
+    pub fn named_jobs(&self, key: Key) -> impl Iterator<Item = (JobId, &str)> + Clone {
+        let i = self.forest.find(key);
+        let chain = i.into_iter().flat_map(|i| self.forest.groups.chain(self.forest.node(i).group));
+        chain.filter_map(|g| self.jobs.get(g)).map(|j| (j.record.id, j.record.name.as_str()))
     }
 
     #[must_use]

@@ -1,13 +1,9 @@
-//! What is asked of the engine: the tree, targets, event lines, gauges.
+//! What is asked of the engine: the tree, targets, gauges.
 
 use std::collections::{BTreeMap, HashSet};
 
-use serde_json::{Value, json};
-
 use super::{Engine, Gauges, Refused, Target, TreeQuery};
-use crate::contract::{AlertKind, AlertState, EventLine, JobId, JobState, State, Tree, text};
-use crate::event::{Body, Comm, Event, SignalResult, WaitStatus};
-use crate::forest::signals::Signal;
+use crate::contract::{AlertKind, AlertState, JobId, JobState, State, Tree};
 use crate::forest::{Flags, Idx, NONE, Node};
 use crate::key::Key;
 use crate::metrics::{self, JobNumbers, StoreNumbers};
@@ -102,74 +98,6 @@ impl Engine {
         Ok(vec![Target::Process(self.forest.node(i).key)])
     }
 
-    pub(super) fn line(&self, e: &Event<'_>) -> EventLine {
-        let mut more = BTreeMap::new();
-        let mut comm = Comm::default();
-        let mut put = |k: &str, v: Value| more.insert(k.to_owned(), v);
-        let known = self.forest.find(e.process);
-        let kind = match e.body {
-            Body::Fork { lineage_parent, parent, comm: c, .. } => {
-                comm = c;
-                put("lineage_parent", json!(lineage_parent));
-                put("parent", json!(self.ref_of_key(parent, c)));
-                "fork"
-            }
-            Body::Exec { filename, argv, comm: c, argv_cut, uid, .. } => {
-                comm = c;
-                let argv: Vec<String> = crate::proc::split_argv(argv).iter().map(|a| text(a)).collect();
-                put("filename", json!(text(filename)));
-                put("argv", json!(argv));
-                put("argv_cut", json!(argv_cut));
-                put("uid", json!(uid));
-                "exec"
-            }
-            Body::Exit { status, comm: c } | Body::LeaderExit { status, comm: c } => {
-                comm = c;
-                put("exit", self.exit_json(e.process, status));
-                if matches!(e.body, Body::Exit { .. }) { "exit" } else { "leader-exit" }
-            }
-            Body::Reap { status } => {
-                put("exit", self.exit_json(e.process, status));
-                "reap"
-            }
-            Body::Signal { sender, signal, result, .. } => {
-                let s = Signal::by(sender);
-                put("signal", json!(crate::signal::name(signal)));
-                put("by", json!(self.by(&s)));
-                put("sender", json!(s.sender_key().map(|k| self.ref_of_key(k, Comm::default()))));
-                put("outcome", json!(outcome(result)));
-                "signal"
-            }
-            Body::Kill { result, .. } => {
-                put("signal", json!("SIGKILL"));
-                put("by", json!("jobwarden"));
-                put("sender", Value::Null);
-                put("outcome", json!(if result == 0 { "delivered" } else { "ignored" }));
-                put("result", json!(result));
-                "signal"
-            }
-        };
-        let jobs = known.map(|i| self.job_ids(i)).unwrap_or_default();
-        put("job", json!(jobs.first()));
-        let mut process = self.event_ref(e, comm);
-        if let Body::Exec { argv, .. } = e.body {
-            process.argv = crate::proc::split_argv(argv).iter().map(|a| text(a)).collect();
-            process.comm = text(comm.bytes());
-        }
-        EventLine { at: self.wall(e.at), kind: kind.to_owned(), process: Some(process), more }
-    }
-
-    fn exit_json(&self, key: Key, status: WaitStatus) -> Value {
-        match status.signal() {
-            None => json!({ "code": status.code() }),
-            Some(s) => {
-                let killer = self.forest.find(key).and_then(|i| self.forest.killer(i, s));
-                let sender = killer.and_then(|k| Some(self.ref_of_key(k.sender_key()?, k.sender_comm)));
-                json!({ "signal": crate::signal::name(s), "core": status.core(), "sender": sender })
-            }
-        }
-    }
-
     pub(super) fn numbers(&self, now: u64) -> Gauges {
         let mut processes = BTreeMap::new();
         for s in [State::Running, State::LeaderExited, State::Exiting, State::Zombie] {
@@ -252,13 +180,5 @@ impl Engine {
             // Each process has at most one, each job, alert and parent of zombies a few.
             one("timers", self.timers.len(), 2 * (f.max() + l.jobs + l.alerts), 0),
         ]
-    }
-}
-
-const fn outcome(r: SignalResult) -> &'static str {
-    match r {
-        SignalResult::Delivered | SignalResult::Overflow | SignalResult::LostInfo => "delivered",
-        SignalResult::Ignored => "ignored",
-        SignalResult::AlreadyPending => "already-pending",
     }
 }

@@ -70,8 +70,11 @@ pub fn replay(
                 if let Some(p) = &mut pace {
                     p.wait(e.at);
                 }
-                let line = engine.event_line(&e);
+                let moment = engine.moment(&e);
+                let before = engine.jobs_of(e.process);
                 engine.event(&e, &mut fx);
+                let jobs = if before.is_empty() { engine.jobs_of(e.process) } else { before };
+                let line = engine.event_line(&e, &moment, jobs.first().copied());
                 (events, last) = (events + 1, last.max(e.at));
                 out(Line::Event(line)).map_err(ReplayError::Output)?;
             }

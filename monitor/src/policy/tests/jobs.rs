@@ -219,15 +219,20 @@ fn event_lines() {
     let a = w.sim.spawn(1, "/bin/a b");
     w.sim.signal(1, a, 9);
     w.sim.end(a, 9);
-    let mut lines = Vec::new();
+    let mut moments = Vec::new();
     for e in std::mem::take(&mut w.sim.ring) {
-        lines.push(w.e.event_line(&e));
+        let moment = w.e.moment(&e);
         w.e.event(&e, &mut Vec::new());
+        moments.push((e, moment));
     }
+    // Told when the process is gone from the forest: what was known of it then is still there.
+    assert!(w.e.reference(moments[0].0.process).is_none());
+    let lines: Vec<_> = moments.iter().map(|(e, m)| w.e.event_line(e, m, None)).collect();
     let kinds: Vec<&str> = lines.iter().map(|l| l.kind.as_str()).collect();
     assert_eq!(kinds, ["fork", "exec", "signal", "exit", "reap"]);
     assert_eq!(lines[1].process.as_ref().unwrap().argv, ["/bin/a", "b"]);
     assert_eq!(lines[2].more["sender"]["pid"], 1);
+    assert_eq!(lines[4].process.as_ref().unwrap().argv, ["/bin/a", "b"]);
     assert_eq!(lines[4].more["exit"]["signal"], "SIGKILL");
     assert_eq!(lines[4].more["exit"]["sender"]["pid"], 1);
 }

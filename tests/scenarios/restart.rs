@@ -5,7 +5,7 @@
 //! JWTEST_KILL_ROUNDS); a few rounds of each run always.
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::JobState;
+use jobwarden::contract::{AlertKind, JobId, JobState, LineageKnown, Process, Tree};
 use jobwarden_tests::agent::{Options, run};
 use jobwarden_tests::truth::forest_is_proc;
 use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, rounds};
@@ -15,7 +15,10 @@ use rustix::process::Signal;
 const SMALL: [(&str, &str); 1] = [("JOBWARDEN_AGENT_RING_BYTES", "4096")];
 
 fn rule(ground: &Ground) -> String {
-    format!("[[job]]\nname = \"family\"\nmatch = {{ argv = \"setsid family {}\" }}\n", ground.tag)
+    format!(
+        "[[job]]\nname = \"family\"\nmatch = {{ argv = \"(setsid family|orphan family-of|brood) {}\" }}\n",
+        ground.tag
+    )
 }
 
 fn random(max: u64) -> Result<u64> {
@@ -65,7 +68,7 @@ fn loss(ground: &Ground, n: u64) -> Result<()> {
     let resyncs = metrics.one("jobwarden_resyncs_total", &["reason=\"loss\""])?;
     ensure!(lost > 0.0 && resyncs > 0.0, "the fault was never there: {lost} lost, {resyncs} resyncs");
     let alerts = agent.alerts(&[])?;
-    ensure!(alerts.iter().any(|a| a.kind == jobwarden::contract::AlertKind::EventsLost), "{alerts:?}");
+    ensure!(alerts.iter().any(|a| a.kind == AlertKind::EventsLost), "{alerts:?}");
     loudly(&format!("{n} rounds of loss: {lost} events lost, {resyncs} resyncs, no difference"));
     Ok(())
 }
@@ -116,10 +119,22 @@ fn pinned<'g>(ground: &'g Ground, bpffs: &str, config: &str) -> Result<Agent<'g>
     Agent::with(ground, &Options { config, args: &["--bpffs", bpffs], pin: true, ..Options::default() })
 }
 
-/// One round: SIGKILL at a random moment under load; an orphan is made while the agent is down; it starts again.
+/// The process is in this one job, and it is an orphan of this lineage parent.
+fn orphan_of(agent: &Agent<'_>, pid: u32, job: Option<JobId>, parent: u32) -> Result<()> {
+    let p = agent.process_when(pid, "an orphan in its job", |p| p.orphan && p.job.is_some())?;
+    ensure!(p.lineage_parent.is_some_and(|k| k.pid == parent), "not the child of {parent}: {p:?}");
+    ensure!(p.jobs.len() == 1 && (job.is_none() || p.job == job), "not in {job:?} alone: {p:?}");
+    ensure!(p.job.is_some_and(|j| job.is_some() || j.root.pid == parent), "not in its parent's job: {p:?}");
+    Ok(())
+}
+
+/// One round: SIGKILL at a random moment under load; orphans are made while the agent is down; it starts again.
 fn kill_round(ground: &Ground, bpffs: &str, config: &str, born: &mut Shape) -> Result<()> {
     let agent = pinned(ground, bpffs, config)?;
     let job = agent.process_when(born.pid(), "in its job", |p| p.job.is_some())?.job;
+    let mut brood = Shape::start(ground, "brood", &[])?;
+    brood.fact::<u32>("middle")?;
+    let brood_job = agent.process_when(brood.pid(), "in its job", |p| p.job.is_some())?.job;
     let mut flood = Shape::start(ground, "spawner", &["300"])?;
     flood.step()?;
     let mut middle = Shape::start(ground, "orphan", &["family-of"])?;
@@ -128,23 +143,38 @@ fn kill_round(ground: &Ground, bpffs: &str, config: &str, born: &mut Shape) -> R
     agent.crash()?;
     middle.step()?;
     middle.wait(ms(5000))?;
+    brood.step()?;
     let mut late = Shape::start(ground, "orphan", &["family-of"])?;
     let late_child: u32 = late.fact("child")?;
     late.step()?;
     late.wait(ms(5000))?;
+    let (orphans, middles) = (brood.facts::<u32>("orphan", 2)?, brood.facts::<u32>("middle", 2)?);
     flood.fact::<u32>("reaped")?;
     flood.finish()?;
     let again = pinned(ground, bpffs, config)?;
     ensure!(again.process(born.pid())?.job == job, "the job is the same one after the restart");
-    // Orphaned while the agent was down, in one case born too: lineage went on in the kernel.
-    for (pid, parent) in [(child, middle.pid()), (late_child, late.pid())] {
-        let p = again.process_when(pid, "an orphan of a known parent", |p| p.orphan)?;
-        ensure!(p.lineage_parent.is_some_and(|k| k.pid == parent), "{p:?}");
+    // Orphaned while the agent was down, in two cases born too: lineage and membership went on in the kernel.
+    orphan_of(&again, child, None, middle.pid())?;
+    orphan_of(&again, late_child, None, late.pid())?;
+    for (&orphan, &parent) in orphans.iter().zip(&middles) {
+        orphan_of(&again, orphan, brood_job, parent)?;
     }
+    let jobs = again.jobs()?;
+    let mut members: Vec<(u32, usize)> = jobs
+        .iter()
+        .filter(|j| !matches!(j.state, JobState::Done))
+        .map(|j| (j.root.pid, j.processes))
+        .collect();
+    members.sort_unstable();
+    let mut expected = vec![(born.pid(), 3), (brood.pid(), 3), (middle.pid(), 1), (late.pid(), 1)];
+    expected.sort_unstable();
+    ensure!(members == expected, "jobs with {members:?} processes, not {expected:?}");
     forest_is_proc(&again)?;
+    eventually("the accounts go on over the restart", ms(10_000), || again.metrics()?.balanced())?;
     again.crash()?;
     middle.close();
     late.close();
+    brood.finish()?;
     Ok(())
 }
 
@@ -248,17 +278,150 @@ fn a_broken_state_file_is_no_crash() -> Result<()> {
     Ok(())
 }
 
+/// Without pins the kernel forgets: who is alive in the last state keeps its membership, nothing else is guessed.
+#[test]
+fn without_pins_the_last_state_is_what_is_known() -> Result<()> {
+    let ground = ground!("without_pins_the_last_state_is_what_is_known");
+    let agent = Agent::start(&ground, &rule(&ground))?;
+    let mut brood = Shape::start(&ground, "brood", &[])?;
+    let early: u32 = brood.fact("orphan")?;
+    let job = agent.process_when(early, "an orphan in its job", |p| p.orphan && p.job.is_some())?.job;
+    agent.stop()?;
+    brood.step()?;
+    let late = *brood.facts::<u32>("orphan", 2)?.last().context("no orphan")?;
+    brood.facts::<u32>("middle", 2)?;
+    // Without the rule, which would take the one born meanwhile for a root of its own.
+    let again = Agent::start(&ground, "")?;
+    for pid in [brood.pid(), early] {
+        ensure!(again.process(pid)?.job == job, "{pid} kept its job");
+    }
+    let p = again.process(late)?;
+    ensure!(p.job.is_none() && p.lineage == LineageKnown::Unknown && p.lineage_parent.is_none(), "{p:?}");
+    let jobs = again.jobs()?;
+    ensure!(jobs.len() == 1 && Some(jobs[0].id) == job && jobs[0].processes == 2, "{jobs:?}");
+    forest_is_proc(&again)?;
+    again.stop()?;
+    brood.finish()?;
+    Ok(())
+}
+
+/// What was saved on another boot: no jobs of then, but the operator's word.
+#[test]
+fn the_state_of_another_boot() -> Result<()> {
+    let ground = ground!("the_state_of_another_boot");
+    let agent = Agent::start(&ground, &rule(&ground))?;
+    let brood = Shape::start(&ground, "brood", &[])?;
+    let job = agent.process_when(brood.pid(), "in its job", |p| p.job.is_some())?.job.context("no job")?;
+    ensure!(agent.cli(&["enforcement", "off"])?.code() == Some(0));
+    let file = agent.state.join("jobs.json");
+    agent.stop()?;
+    // The same boot, no rules any more: the job goes on.
+    let agent =
+        Agent::with(&ground, &Options { config: "[enforcement]\nenabled = true\n", ..Options::default() })?;
+    ensure!(agent.jobs()?.iter().any(|j| j.id == job), "{:?}", agent.jobs()?);
+    agent.stop()?;
+    let mut state: serde_json::Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+    ensure!(state["boot_id"].is_string(), "{state}");
+    state["boot_id"] = "00000000-0000-4000-8000-000000000000".into();
+    std::fs::write(&file, serde_json::to_vec(&state)?)?;
+    let agent =
+        Agent::with(&ground, &Options { config: "[enforcement]\nenabled = true\n", ..Options::default() })?;
+    ensure!(agent.jobs()?.is_empty(), "{:?}", agent.jobs()?);
+    let enabled = agent.metrics()?.one("jobwarden_enforcement_enabled", &[])?;
+    ensure!(enabled < 0.5, "the operator's `off` holds over a boot");
+    agent.stop()?;
+    brood.finish()?;
+    Ok(())
+}
+
+#[test]
+fn one_agent_for_a_state_directory() -> Result<()> {
+    let ground = ground!("one_agent_for_a_state_directory");
+    let agent = Agent::start(&ground, "")?;
+    std::fs::create_dir_all(ground.path("second"))?;
+    std::os::unix::fs::symlink(&agent.state, ground.path("second").join("state"))?;
+    let second = Agent::with(&ground, &Options { name: "second", ..Options::default() });
+    let said = second.err().map(|e| format!("{e:#}")).unwrap_or_default();
+    ensure!(said.contains("another agent") && said.contains("--state-dir"), "{said}");
+    agent.stop()?;
+    Agent::with(&ground, &Options { name: "second", ..Options::default() })?.stop()
+}
+
+/// More processes than the kernel's lineage map has room for: counted, told, and the forest is whole all the same.
+#[test]
+fn a_full_lineage_map_is_told_and_mended() -> Result<()> {
+    let ground = ground!("a_full_lineage_map_is_told_and_mended");
+    let env = [("JOBWARDEN_AGENT_LINEAGE_ENTRIES", "16")];
+    let config = rule(&ground);
+    let agent = Agent::with(&ground, &Options { config: &config, env: &env, ..Options::default() })?;
+    let mut s = Shape::start(&ground, "setsid", &["family"])?;
+    let grandchild: u32 = s.fact("grandchild")?;
+    let job = agent.process_when(grandchild, "in its job", |p| p.job.is_some())?.job;
+    ensure!(job.is_some_and(|j| j.root.pid == s.pid()), "{job:?}");
+    let failed = agent.metrics()?.sum("jobwarden_lineage_inserts_failed_total", &[]);
+    ensure!(failed > 0.5, "the map was never full: the host has few processes");
+    let alerts = agent.alerts(&[])?;
+    let told = alerts.iter().find(|a| a.kind == AlertKind::Capacity);
+    ensure!(told.is_some_and(|a| a.summary.contains("lineage map")), "{alerts:?}");
+    forest_is_proc(&agent)?;
+    agent.stop()?;
+    s.finish()?;
+    Ok(())
+}
+
+/// What a process of the tree is beside the moment at which it was asked for.
+fn lasting(p: &Process) -> serde_json::Value {
+    serde_json::json!({
+        "id": p.id, "ppid": p.ppid, "lineage_parent": p.lineage_parent, "lineage": p.lineage,
+        "adopter": p.adopter.as_ref().map(|a| a.id), "state": p.state, "orphan": p.orphan,
+        "started": p.started, "uid": p.uid, "job": p.job, "jobs": p.jobs, "exit": p.exit,
+        "kernel_thread": p.kernel_thread,
+    })
+}
+
+/// The live forest and the replayed one, but for whom something happened to since `since`.
+fn same_forest(live: &Tree, lines: &[serde_json::Value], since: &str) -> Result<usize> {
+    let end = lines.last().context("nothing was replayed")?;
+    ensure!(end["kind"] == "end" && end["truncated"] == false, "{}", end["kind"]);
+    let replayed: Tree = serde_json::from_value(end["tree"].clone())?;
+    let later: std::collections::BTreeSet<&str> = lines
+        .iter()
+        .filter(|l| l["at"].as_str().is_some_and(|at| at >= since))
+        .filter_map(|l| l["process"]["id"].as_str())
+        .collect();
+    let all = |t: &Tree| -> std::collections::BTreeMap<String, serde_json::Value> {
+        let old = t.processes.iter().map(|p| (p.id.to_string(), lasting(p)));
+        old.filter(|(id, _)| !later.contains(id.as_str())).collect()
+    };
+    let (live, replayed) = (all(live), all(&replayed));
+    let keys: std::collections::BTreeSet<_> = live.keys().chain(replayed.keys()).collect();
+    let differ: Vec<_> = keys
+        .into_iter()
+        .filter(|k| live.get(*k) != replayed.get(*k))
+        .map(|k| (live.get(k), replayed.get(k)))
+        .collect();
+    ensure!(differ.is_empty(), "{} of {} differ: {differ:#?}", differ.len(), live.len());
+    Ok(live.len())
+}
+
 #[test]
 fn a_recording_is_replayed() -> Result<()> {
     let ground = ground!("a_recording_is_replayed");
     let file = ground.path("recording").to_string_lossy().into_owned();
-    let agent = Agent::with(&ground, &Options { args: &["--record", &file], ..Options::default() })?;
+    let config = rule(&ground);
+    let agent =
+        Agent::with(&ground, &Options { config: &config, args: &["--record", &file], ..Options::default() })?;
+    let mut brood = Shape::start(&ground, "brood", &[])?;
+    let orphan: u32 = brood.fact("orphan")?;
     let mut s = Shape::start(&ground, "fork", &[])?;
     let (child, grandchild): (u32, u32) = (s.fact("child")?, s.fact("grandchild")?);
     s.step()?;
     s.fact::<i32>("status")?;
     s.finish()?;
     agent.gone(child)?;
+    agent.process_when(orphan, "an orphan in its job", |p| p.orphan && p.job.is_some())?;
+    let since = agent.tree()?.at;
+    let live = agent.tree()?;
     agent.stop()?;
     let replay = |file: &str| {
         let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
@@ -275,6 +438,12 @@ fn a_recording_is_replayed() -> Result<()> {
             ensure!(found, "no {kind} of {pid} among {} lines", lines.len());
         }
     }
+    let n = same_forest(&live, &lines, &since)?;
+    ensure!(
+        live.processes.iter().any(|p| p.pid == orphan && p.orphan),
+        "the orphan is among the {n} compared"
+    );
+    brood.finish()?;
     // Cut off: read up to the break, which is said.
     let bytes = std::fs::read(&file)?;
     std::fs::write(&file, &bytes[..bytes.len() * 2 / 3])?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 /// The samples of one scrape of text format 0.0.4, by name and labels as written.
 #[derive(Debug, Default)]
@@ -32,6 +32,25 @@ impl Metrics {
             .find(|(l, _)| labels.iter().all(|want| l.contains(want)))
             .map(|(_, v)| v)
             .with_context(|| format!("no {name} {labels:?}"))
+    }
+
+    /// The probes' accounts, to the last record: hits = sent + lost + filtered for each kind, and sent = received + still in
+    /// the ring.
+    pub fn balanced(&self) -> Result<()> {
+        for kind in ["fork", "exec", "exit", "leader_exit", "reap", "signal"] {
+            let label = format!("kind=\"{kind}\"");
+            let of = |name| self.sum(name, &[&label]);
+            let (hits, sent) = (of("jobwarden_probe_hits_total"), of("jobwarden_events_sent_total"));
+            let (lost, filtered) = (of("jobwarden_events_lost_total"), of("jobwarden_events_filtered_total"));
+            ensure!(
+                (hits - sent - lost - filtered).abs() < 0.5,
+                "{kind}: {hits} hits, {sent} + {lost} + {filtered}"
+            );
+            let received = of("jobwarden_events_total");
+            ensure!((sent - received).abs() < 0.5, "{kind}: {sent} sent, {received} received");
+        }
+        ensure!(self.one("jobwarden_ring_used_bytes", &[])? < 0.5, "the ring is not empty");
+        Ok(())
     }
 
     /// Labels and value of each sample of `name`.

@@ -254,6 +254,7 @@ fn kernel_options(o: &Options) -> kernel::Options {
         bpffs: o.config.agent.pin.then(|| o.config.agent.bpffs.clone()),
         trace: o.trace_probes,
         ring_bytes: o.config.agent.ring_bytes,
+        lineage_entries: o.config.agent.lineage_entries,
         ..kernel::Options::default()
     }
 }

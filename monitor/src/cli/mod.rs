@@ -130,7 +130,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Notify(a) => a.run(&context),
         Command::Check(a) => a.run(&context),
         Command::Doctor(a) => a.run(&context),
-        Command::Replay(a) => a.run(&context),
+        Command::Replay(a) => a.run(),
         Command::Unpin(a) => a.run(&context),
     };
     outcome.unwrap_or_else(|f| f.tell(json))

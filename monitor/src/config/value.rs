@@ -139,6 +139,15 @@ pub(super) fn ring(v: &DeValue<'_>) -> Value<u32> {
     }
 }
 
+/// Entries of a preallocated map.
+pub(super) fn entries(v: &DeValue<'_>) -> Value<u32> {
+    let n = v.as_integer().and_then(|i| u32::from_str_radix(i.as_str(), i.radix()).ok());
+    match n {
+        Some(n) if (16..=1 << 22).contains(&n) => Ok(n),
+        _ => wrong("a number from 16 to 4194304", v),
+    }
+}
+
 pub(super) fn duration(v: &DeValue<'_>) -> Value<Duration> {
     match v {
         DeValue::String(s) => parse_duration(s),

@@ -232,12 +232,12 @@ fn the_incident_in_python_is_told_and_its_remedy_cures_it() -> Result<()> {
     let (fd, pipe) = blocked.with_context(|| format!("nothing blocked in {c:#?}"))?;
     let link = std::fs::read_link(format!("/proc/{worker}/fd/{fd}"))?;
     ensure!(link.to_str() == Some(&pipe) && pipe.starts_with("pipe:["), "{fd} {pipe} is {link:?}");
-    let adopter = truth::stat(orphan)?.ppid;
-    ensure!(adopted.adopter.is_some_and(|a| a.pid == adopter), "adopted by {adopter}");
+    let reaper = truth::stat(orphan)?.ppid;
+    ensure!(adopted.adopter.as_ref().is_some_and(|a| a.pid == reaper), "adopted by {reaper}");
     has(&c, "holder", |e| {
         matches!(e, Evidence::Holder { process, inode, mode, relation, .. }
             if process.id == adopted.id && *inode == pipe && mode == "w"
-                && relation.contains("orphan of this job") && relation.contains(&format!("({adopter})")))
+                && relation.contains("orphan of this job") && relation.contains(&format!("({reaper})")))
     })?;
     // Who killed the holder's parent, and by which signal.
     has(&c, "death of its parent", |e| {
@@ -250,11 +250,11 @@ fn the_incident_in_python_is_told_and_its_remedy_cures_it() -> Result<()> {
     })?;
     ensure!(c.summary.contains(&format!("was not sent to sleep ({orphan})")), "{}", c.summary);
     // The line of Python: by the helper, which is the program itself.
-    let line = WORKER.lines().position(|l| l.contains("stderr.read()")).context("no such line")?;
-    let line = u32::try_from(PRELUDE.lines().count() + line + 1)?;
+    let at = WORKER.lines().position(|l| l.contains("stderr.read()")).context("no such line")?;
+    let at = u32::try_from(PRELUDE.lines().count() + at + 1)?;
     has(&c, "line of Python", |e| {
         matches!(e, Evidence::Python { thread, file, line: l, function, source: Some(s) }
-            if *thread == u64::from(worker) && file.contains("/family-") && *l == line && function == "<module>"
+            if *thread == u64::from(worker) && file.contains("/family-") && *l == at && function == "<module>"
                 && s == "errors = popen.stderr.read()")
     })?;
 
@@ -435,6 +435,18 @@ fn mixed(ground: &Ground, rounds: u64) -> Result<()> {
             let c = why(&agent, z)?;
             is(&c, *verdict).with_context(|| format!("round {round}"))?;
         }
+        for (does, signals, verdict) in [
+            ("pass", &[][..], Verdict::ParentKilled),
+            ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", &[Signal::TERM][..], Verdict::IgnoredSignal),
+        ] {
+            let (f, parent, child) = couple(ground, &agent, does)?;
+            for &s in signals {
+                f.signal(child, s)?;
+            }
+            f.signal(parent, Signal::TERM)?;
+            agent.process_when(child, "an orphan", |p| p.orphan)?;
+            is(&why(&agent, child)?, verdict).with_context(|| format!("round {round}"))?;
+        }
         // They fire together, and the machine has few CPUs: a cause may come late, but it comes.
         for (f, verdict) in &crowd {
             let alert = eventually("alert with its cause", ms(20_000), || {
@@ -602,7 +614,7 @@ time.sleep(300)
     );
     let mut f = Family::start(ground, &script)?;
     let (parent, child) = (f.says("parent")?, f.says("child")?);
-    agent.process_when(child, "in the job", |p| p.job.is_some())?;
+    agent.process_when(child, "there", |_| true)?;
     Ok((f, parent, child))
 }
 
@@ -725,14 +737,6 @@ time.sleep(300)
 ";
     let mut f = Family::start(&ground, script)?;
     let (a, b) = (f.says("a")?, f.says("b")?);
-    let about = |pid: u32| {
-        let alert = firing(&agent, AlertKind::Zombie, f.pid())?;
-        let cause = alert.cause.context("no cause")?;
-        ensure!(cause.process.pid == pid, "about {}", cause.process.pid);
-        Ok(())
-    };
-    eventually("cause", ms(5000), || about(a))?;
-    f.shape.step()?;
     let pid = f.pid();
     let about = |want: u32| {
         let alert = firing(&agent, AlertKind::Zombie, pid)?;
@@ -740,6 +744,8 @@ time.sleep(300)
         ensure!(cause.process.pid == want, "about {}", cause.process.pid);
         Ok(())
     };
+    eventually("cause", ms(5000), || about(a))?;
+    f.shape.step()?;
     eventually("renewed cause", ms(15_000), || about(b))?;
     // With no argument: what the alerts have, at once.
     let all: serde_json::Value = agent.json(&["why"])?;

@@ -263,3 +263,101 @@ fn ask(core: &Core, known: Vec<Cause>, keys: Vec<(Key, Option<String>)>, reply: 
         let _ = reply.send(Ok(all));
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::contract::Process;
+    use crate::proc::Proc;
+
+    /// Answers slowly, and counts: how often it was asked, by how many at once, and by how many at most.
+    #[derive(Default)]
+    struct Slow {
+        asked: AtomicUsize,
+        now: AtomicUsize,
+        most: AtomicUsize,
+    }
+
+    impl Holders for Slow {
+        fn holders(&self, _: &[u64]) -> io::Result<Vec<FdRow>> {
+            Ok(Vec::new())
+        }
+
+        fn keys(&self) -> io::Result<Vec<Key>> {
+            self.asked.fetch_add(1, Ordering::SeqCst);
+            self.most.fetch_max(self.now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(60));
+            self.now.fetch_sub(1, Ordering::SeqCst);
+            Ok(Vec::new())
+        }
+    }
+
+    /// Zombies 20, 21, .. of a parent that the question does not know, so that it is asked for.
+    fn finder(zombies: u32) -> (tempfile::TempDir, Arc<Slow>, Arc<Finder>) {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |pid: u32, state: char, ppid: u32| {
+            let stat = format!("{pid} (x) {state} {ppid} 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 500 0 0");
+            for at in [format!("{pid}"), format!("{pid}/task/{pid}")] {
+                std::fs::create_dir_all(dir.path().join(&at)).unwrap();
+                std::fs::write(dir.path().join(at).join("stat"), &stat).unwrap();
+            }
+        };
+        put(10, 'S', 1);
+        (20..20 + zombies).for_each(|z| put(z, 'Z', 10));
+        let slow = Arc::new(Slow::default());
+        let looker = Looker::new(Proc::at(dir.path()));
+        let seeker = Seeker::new(looker, Arc::clone(&slow) as Arc<dyn Holders>);
+        (dir, slow, seeker.finder)
+    }
+
+    fn question(zombie: u32, alert: Option<&str>) -> Question {
+        let start = u64::try_from(5_000_000_000 - host::time_offset()).unwrap();
+        let subject: Process = serde_json::from_value(serde_json::json!({
+            "id": Key::new(zombie, start), "pid": zombie, "ppid": 10, "lineage_parent": null, "lineage": "unknown",
+            "adopter": null, "state": "zombie", "kernel_state": null, "orphan": false, "state_s": 9.0, "started": "",
+            "comm": "x", "exe": null, "argv": [], "uid": 0, "job": null, "jobs": [], "container": null,
+            "cgroup": null, "pid_ns": null, "ns_pid": null, "kernel_thread": false, "exit": null, "children": [],
+        }))
+        .unwrap();
+        // The parent stands for all of its zombies.
+        let parent = Process { id: Key::new(10, 1), pid: 10, state: State::Running, ..subject.clone() };
+        Question { subject, family: vec![parent], signals: Vec::new(), alert: alert.map(str::to_owned) }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn one_look_at_a_parent_at_a_time_and_none_twice() {
+        let (_dir, slow, finder) = finder(3);
+        let mut jobs = tokio::task::JoinSet::new();
+        for n in 0..9_u32 {
+            let finder = Arc::clone(&finder);
+            jobs.spawn(async move {
+                let turn = if n % 2 == 0 { &finder.for_alerts } else { &finder.for_askers };
+                let alert = n.to_string();
+                let c = finder.find(question(20 + n % 3, Some(&alert)), FRESH, turn).await.unwrap();
+                assert_eq!((c.process.pid, c.alert), (20 + n % 3, Some(alert)), "each gets its own");
+            });
+        }
+        jobs.join_all().await;
+        let numbers = |s: &Slow| (s.asked.load(Ordering::SeqCst), s.most.load(Ordering::SeqCst));
+        let (asked, most) = numbers(&slow);
+        assert_eq!(most, 1, "two looked at one parent at the same time");
+        // Once for each zombie (by each of the two looks that such a verdict needs), the others got what was found.
+        assert!((3..=6).contains(&asked), "{asked} looks");
+        finder.find(question(20, None), Duration::ZERO, &finder.for_askers).await.unwrap();
+        assert!(numbers(&slow).0 > asked, "what is too old is sought again");
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let (_dir, _, finder) = finder(0);
+        let held = finder.slot(Key::new(1, 1));
+        for n in 0..3 * PARENTS as u64 {
+            finder.slot(Key::new(2, n));
+        }
+        let all = finder.parents.lock().unwrap();
+        assert!(all.len() <= PARENTS, "{}", all.len());
+        assert!(Arc::ptr_eq(&all[&Key::new(1, 1)], &held), "one that is in use was forgotten");
+    }
+}

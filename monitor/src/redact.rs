@@ -68,10 +68,13 @@ impl Redactor {
 
     pub fn reference(&self, r: &mut Ref) {
         self.argv(&mut r.argv);
+        self.string(&mut r.comm);
     }
 
     pub fn process(&self, p: &mut Process) {
         self.argv(&mut p.argv);
+        self.string(&mut p.comm);
+        p.exe.iter_mut().for_each(|s| self.string(s));
         p.adopter.iter_mut().for_each(|r| self.reference(r));
         self.exit(&mut p.exit);
     }
@@ -133,9 +136,20 @@ impl Redactor {
 
     fn evidence(&self, e: &mut Evidence) {
         match e {
-            Evidence::Blocked { process, .. } => process.iter_mut().for_each(|r| self.shown(r)),
-            Evidence::Holder { process, .. }
-            | Evidence::Wchan { process, .. }
+            Evidence::Blocked { process, inode, .. } => {
+                if let Some(r) = process {
+                    self.shown(r);
+                }
+                if let Some(s) = inode {
+                    self.string(s);
+                }
+            }
+            Evidence::Holder { process, inode, relation, .. } => {
+                self.shown(process);
+                self.string(inode);
+                self.string(relation);
+            }
+            Evidence::Wchan { process, .. }
             | Evidence::Tracer { process }
             | Evidence::WaitsFor { process } => self.shown(process),
             Evidence::Signal { sender, target, .. } => {
@@ -148,7 +162,13 @@ impl Redactor {
                 self.shown(process);
                 self.exit(exit);
             }
-            Evidence::Python { source, .. } => source.iter_mut().for_each(|s| self.string(s)),
+            Evidence::Python { file, function, source, .. } => {
+                self.string(file);
+                self.string(function);
+                if let Some(s) = source {
+                    self.string(s);
+                }
+            }
             Evidence::Note { text } => self.string(text),
         }
     }
@@ -233,6 +253,43 @@ mod tests {
         Redactor::new(vec![Regex::new("A{20}").unwrap()]).evidence(&mut e);
         let Evidence::WaitsFor { process } = e else { panic!("another kind") };
         assert_eq!(process.argv[1], MASK);
+    }
+
+    /// A name may be a piece of argv, and the files that a process has open are its own to name.
+    #[test]
+    fn names_and_paths_in_evidence_are_masked_too() {
+        let r = Redactor::new(vec![Regex::new("s3cret").unwrap()]);
+        let text = || "/run/s3cret/x".to_owned();
+        let process =
+            || Ref { id: crate::key::Key::new(1, 1), pid: 1, comm: "s3cret".into(), argv: vec![text()] };
+        for mut e in [
+            Evidence::Blocked {
+                process: Some(process()),
+                thread: 1,
+                syscall: "read".into(),
+                fd: Some(1),
+                inode: Some(text()),
+            },
+            Evidence::Holder {
+                process: process(),
+                fd: 1,
+                mode: "w".into(),
+                inode: text(),
+                relation: "orphan, forked by s3cret (7)".into(),
+            },
+            Evidence::Python {
+                thread: 1,
+                file: text(),
+                line: 1,
+                function: "s3cret".into(),
+                source: Some(text()),
+            },
+            Evidence::Note { text: text() },
+        ] {
+            r.evidence(&mut e);
+            let shown = serde_json::to_string(&e).unwrap();
+            assert!(!shown.contains("s3cret") && shown.contains(MASK), "{shown}");
+        }
     }
 
     #[test]

@@ -754,3 +754,43 @@ time.sleep(300)
     ensure!(all["more"] == 0, "{all}");
     Ok(())
 }
+
+/// Many parents at once: nobody waits for all of their causes, and in the end every alert has its own.
+#[test]
+fn the_causes_of_many_alerts() -> Result<()> {
+    const MANY: usize = 60;
+    let ground = ground!("the_causes_of_many_alerts");
+    if python().is_none() {
+        skip!("the_causes_of_many_alerts: no python3");
+    }
+    let agent = Agent::start(&ground, "[zombies]\nafter = \"500ms\"\n")?;
+    let script = format!(
+        "all = [subprocess.Popen(['sh', '-c', 'true & exec sleep 300']) for _ in range({MANY})]
+say(ready=1)
+sys.stdin.read()
+"
+    );
+    let mut f = Family::start(&ground, &script)?;
+    f.says("ready")?;
+    let parents = Proc::default().children(f.pid())?;
+    let about = |a: &Alert| a.subject.as_ref().is_some_and(|p| parents.contains(&p.pid));
+    let ours = || Ok::<_, anyhow::Error>(agent.alerts(&[])?.into_iter().filter(about).collect::<Vec<_>>());
+    eventually("all alerts", ms(10_000), || {
+        let n = ours()?.len();
+        ensure!(n == MANY, "{n} fire");
+        Ok(())
+    })?;
+    let all: serde_json::Value = agent.json(&["why"])?;
+    let causes = all["causes"].as_array().context("no causes")?.len();
+    let more = usize::try_from(all["more"].as_u64().context("no number of more")?)?;
+    ensure!(causes >= 20 && causes + more >= MANY, "{causes} causes, {more} more");
+    eventually("a cause for each", ms(30_000), || {
+        let alerts = ours()?;
+        let without = alerts.iter().filter(|a| a.cause.is_none()).count();
+        ensure!(without == 0, "{without} have no cause");
+        for a in &alerts {
+            is(a.cause.as_ref().context("no cause")?, Verdict::ParentBlocked)?;
+        }
+        Ok(())
+    })
+}

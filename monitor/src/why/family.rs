@@ -180,6 +180,11 @@ pub(super) fn short(r: &Ref) -> String {
     format!("{} ({})", r.comm, r.pid)
 }
 
+/// `comm (ID)`: in what is to be done, where a bare pid may be another's by then.
+pub(super) fn full(r: &Ref) -> String {
+    format!("{} ({})", r.comm, r.id)
+}
+
 /// `12 s`, `3 min`, `5 h`.
 pub(super) fn ago(s: f64) -> String {
     match s {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::ends::{End, Holder, Kind};
 use super::evidence::{blocked, note, wchan};
-use super::family::{Closeness, Family, ago, short};
+use super::family::{Closeness, Family, ago, full, short};
 use super::look::{Doing, Look, Thread};
 use super::verdict::{self, ZombieFacts};
 use super::{Told, python};
@@ -130,7 +130,8 @@ impl Family<'_> {
                     t.map(|t| note(format!("thread {} is in state {}{share}", t.tid, t.state as char))),
                 );
                 told.remedy = format!(
-                    "Find out what {who} computes (a profiler, or its log). Its zombie goes when it calls wait(), or with it."
+                    "Find out what {} computes (a profiler, or its log). Its zombie goes when it calls wait(), or with it.",
+                    full(&p.who)
                 );
             }
             _ => {
@@ -264,7 +265,7 @@ impl Family<'_> {
             told.lines.push("It holds the other end itself, so that no end-of-file can come.".into());
             told.remedy = format!(
                 "No process but {} holds the other end: it has to close its own copy (fd {}) before it reads.",
-                short(&p.who),
+                full(&p.who),
                 end.own.unwrap_or_default()
             );
             return;
@@ -358,7 +359,8 @@ impl Family<'_> {
             }
         }
         told.remedy = format!(
-            "{who} has to call wait(): what keeps it from that is in the evidence. Ending it ends its work."
+            "{} has to call wait(): what keeps it from that is in the evidence. Ending it ends its work.",
+            full(&p.who)
         );
     }
 
@@ -395,7 +397,7 @@ fn traced(p: &Look, told: &mut Told) {
     };
     told.lines.push(format!("The tracer is {}.", short(tracer)));
     told.evidence.push(Evidence::Tracer { process: tracer.clone() });
-    told.remedy = format!("Let {} go on or detach; or end it: jobwarden kill {}", short(tracer), tracer.id);
+    told.remedy = format!("Let {} go on or detach; or end it: jobwarden kill {}", full(tracer), tracer.id);
 }
 
 fn kind_word(k: Kind) -> &'static str {
@@ -428,7 +430,7 @@ fn remedy_for(pipes: &[&End]) -> String {
     let ids: Vec<Key> = orphans.iter().map(|h| h.who.id).collect();
     orphans.retain(|h| !h.relation.ancestors.iter().any(|a| ids.contains(a)));
     if orphans.is_empty() {
-        let (who, id) = (short(&first.who), first.who.id);
+        let (who, id) = (full(&first.who), first.who.id);
         let state = if first.relation.parent.is_none() {
             "started before jobwarden: whether it is an orphan is not known"
         } else {

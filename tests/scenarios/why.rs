@@ -153,8 +153,13 @@ fn until_letter(pid: u32, letter: char) -> Result<()> {
     })
 }
 
+/// With patience: while others leave ten thousands of dead behind, the agent's looks at each become seldom.
 fn zombie(agent: &Agent<'_>, pid: u32) -> Result<()> {
-    agent.process_when(pid, "a zombie", |p| p.state == State::Zombie).map(drop)
+    eventually(&format!("{pid}: a zombie"), ms(40_000), || {
+        let p = agent.process(pid)?;
+        ensure!(p.state == State::Zombie, "{p:?}");
+        Ok(())
+    })
 }
 
 fn firing(agent: &Agent<'_>, kind: AlertKind, subject: u32) -> Result<Alert> {

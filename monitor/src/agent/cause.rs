@@ -35,6 +35,8 @@ const AT_ONCE: usize = 2;
 /// Most causes that are sought for one who asks, and how long that may take; the rest is counted.
 const ASKED_MAX: usize = 32;
 const ASKED_TIME: Duration = Duration::from_secs(20);
+/// So few alerts are each looked at anew.
+const FEW: usize = 8;
 /// Most parents whose causes are remembered, and causes of one parent.
 const PARENTS: usize = 1_024;
 const OF_A_PARENT: usize = 8;
@@ -122,13 +124,14 @@ impl Finder {
     /// The cause, unless it was found less than `fresh` ago. Not to be dropped half-way: the look would go on, and another one
     /// might begin.
     async fn find(&self, mut q: Question, fresh: Duration, turn: &Semaphore) -> Option<Cause> {
+        // Before the slot: who has that looks at once, and nobody waits behind the queue of others' looks.
+        let _turn = turn.acquire().await.ok()?;
         let slot = self.slot(parent(&q));
         let mut found = slot.lock().await;
         let known = found.iter().find(|(at, c)| c.process.id == q.subject.id && at.elapsed() < fresh);
         if let Some((_, cause)) = known {
             return Some(Cause { alert: q.alert, ..cause.clone() });
         }
-        let _turn = turn.acquire().await.ok()?;
         let (looker, holders) = (self.looker.clone(), Arc::clone(&self.holders));
         let look = move || {
             let host_ns = looker.own_pid_ns();
@@ -223,12 +226,14 @@ pub(super) fn of(core: &Core, keys: Vec<(Key, Option<String>)>, reply: Reply<Cau
     ask(core, Vec::new(), keys, reply);
 }
 
-/// For `why` of every firing alert: what was found for the alert, and a new look where there is nothing.
+/// For `why` of every firing alert. Of many, what was found for each alert, and a new look only where there is nothing.
 pub(super) fn of_all(core: &Core, reply: Reply<Causes>) {
     let (mut known, mut keys) = (Vec::new(), Vec::new());
-    for a in core.engine.alerts(false) {
+    let alerts = core.engine.alerts(false);
+    let few = alerts.len() <= FEW;
+    for a in alerts {
         let Some(key) = core.engine.alert_subject(&a.id) else { continue };
-        match a.cause.filter(|c| c.process.id == key) {
+        match a.cause.filter(|c| !few && c.process.id == key) {
             Some(mut cause) => {
                 core.redact.cause(&mut cause);
                 known.push(Cause { alert: Some(a.id), ..cause });

@@ -384,7 +384,10 @@ impl Family<'_> {
             if let Some(line) = python::where_it_is(&frames) {
                 told.python = Some(line);
             }
-            told.evidence.extend(frames);
+            // Beside the call that this thread is in, not behind what others do.
+            let of_it = |e: &Evidence| matches!(e, Evidence::Blocked { thread, .. } if *thread == tid);
+            let at = told.evidence.iter().position(of_it).map_or(told.evidence.len(), |i| i + 1);
+            told.evidence.splice(at..at, frames);
         }
     }
 }

@@ -11,6 +11,8 @@ mod worker;
 #[cfg(test)]
 mod queue_tests;
 #[cfg(test)]
+mod receiver_tests;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

@@ -40,6 +40,12 @@ pub fn boot_to_wall() -> u64 {
     nanoseconds(ClockId::Realtime).saturating_sub(boot_now())
 }
 
+/// CLOCK_MONOTONIC in microseconds: the service manager's time base.
+#[must_use]
+pub fn monotonic_us() -> u64 {
+    nanoseconds(ClockId::Monotonic) / 1_000
+}
+
 fn nanoseconds(clock: ClockId) -> u64 {
     let t = clock_gettime(clock);
     (t.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(t.tv_nsec as u64)

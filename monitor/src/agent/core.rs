@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::driver::Driver;
 use super::look::Looker;
+use super::notify::Notify;
 use super::storage::{Source, Storage};
 use super::sync::Sync;
 use super::{AgentError, Options};
@@ -95,6 +96,7 @@ pub(super) struct Core {
     pub label_error: Option<String>,
     /// The cgroups that jobs of `exec --cgroup` own.
     pub cgroups: HashMap<JobId, PathBuf>,
+    pub(super) notify: Notify,
     store: Store,
     storage: Storage,
     /// A reload is under way; these wait for its end, so that the last config that was read is the one in force.
@@ -158,6 +160,7 @@ impl Core {
             waiting: HashMap::new(),
             label_error: None,
             cgroups: HashMap::new(),
+            notify: Notify::from_env(),
             store: p.store,
             storage: Storage::default(),
             reloading: false,
@@ -215,6 +218,7 @@ impl Core {
             }
             self.settle(&mut ring);
         }
+        self.notify.stopping();
         self.drain(&mut ring);
         self.settle(&mut ring);
         self.stop();
@@ -511,6 +515,7 @@ impl Core {
         }
         let Some((peer, reply)) = self.reloads.pop_front() else { return };
         self.reloading = true;
+        self.notify.reloading(host::monotonic_us());
         let o = &self.options;
         let config = match crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides) {
             Ok(c) => Box::new(c),
@@ -530,6 +535,7 @@ impl Core {
         reply: Option<Reply<Reloaded>>,
     ) {
         self.reloading = false;
+        self.notify.reloaded();
         let done = result.map(|c| self.swap(*c)).map_err(|e| {
             self.counts.reload_ok = false;
             tracing::error!(error = %e, "the new config is refused, the old one stays");

@@ -7,6 +7,7 @@ mod core;
 mod driver;
 mod kill;
 mod look;
+mod notify;
 mod records;
 mod scrape;
 mod storage;

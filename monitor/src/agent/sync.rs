@@ -79,6 +79,7 @@ impl Core {
 
     /// Each second: whatever the probes lost since the last look makes the forest doubtful until the next snapshot.
     pub(super) fn check(&mut self, ring: &mut Ring) {
+        self.notify.alive();
         self.engine.set_clock(host::boot_to_wall().cast_signed());
         self.engine.flush();
         // A doom that nobody renewed has run out in the kernel; its probe costs each system call until it is detached.
@@ -162,6 +163,7 @@ impl Core {
             self.counts.synced = true;
             self.engine.ready(now, &mut fx);
             let _ = self.ready.send(Readiness { ready: true, reasons: Vec::new() });
+            self.notify.ready();
         } else {
             self.resync_later();
         }

@@ -102,6 +102,16 @@ pub fn name(path: &str) -> Option<&str> {
     path.rsplit('/').next().filter(|n| !n.is_empty())
 }
 
+/// What a namespace's PID 1 is, in words.
+#[must_use]
+pub fn init_of(container: Option<&Container>, pid_ns: Option<u64>) -> String {
+    match (container, pid_ns) {
+        (Some(c), _) => format!("init of container {}", c.id.chars().take(12).collect::<String>()),
+        (None, Some(ns)) => format!("init of pid namespace {ns}"),
+        (None, None) => "init of a pid namespace".to_owned(),
+    }
+}
+
 /// systemd scope prefixes, by runtime.
 const SCOPES: [(&str, &str); 5] = [
     ("docker-", "docker"),

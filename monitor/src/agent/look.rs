@@ -83,7 +83,7 @@ impl Looker {
     pub(super) fn cgroup(&self, key: Key, id: u64) -> Observation {
         let all = self.cgroups(key.pid).filter(|_| self.same(key));
         let by_id = all.as_ref().is_some_and(|c| {
-            c.v1.is_none() && c.v2.as_deref().is_some_and(|p| records::cgroup_id(&self.proc, p) == Some(id))
+            c.v1.is_none() && c.v2.as_deref().is_some_and(|p| records::has_id(&self.proc, p, id))
         });
         Observation::Cgroup { key, id, cgroup: all.and_then(|c| c.kept()), by_id }
     }

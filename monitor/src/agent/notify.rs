@@ -92,9 +92,15 @@ mod tests {
             n.ready();
             n.reloading(7);
             n.stopping();
-            let mut b = [0; 100];
-            let mut next = || String::from_utf8(b[..end.recv(&mut b.clone()).unwrap()].to_vec()).unwrap().len();
-            assert_eq!([next(), next(), next()], [36, 30, 10], "ready once, reloading, stopping");
+            let next = || {
+                let mut b = [0; 100];
+                let n = end.recv(&mut b).unwrap();
+                String::from_utf8_lossy(&b[..n]).into_owned()
+            };
+            let (ready, reloading, stopping) = (next(), next(), next());
+            assert!(ready.starts_with("READY=1"), "{ready}");
+            assert!(reloading.starts_with("RELOADING=1") && reloading.contains("=7"), "{reloading}");
+            assert!(stopping.starts_with("STOPPING=1"), "{stopping}");
             drop(end);
             // Nobody listens any more: no harm.
             n.alive();

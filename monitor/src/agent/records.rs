@@ -1,9 +1,10 @@
 //! What container runtimes write down about their containers, for the paths that do not say it themselves: runc called by
-//! hand gives a container's group any name, and containerd with the cgroupfs driver writes the bare id. Read through PID 1's
-//! root, so that an agent in a container sees the host's files.
+//! hand gives a container's group any name, and containerd with the cgroupfs driver writes the bare id. Read in this process's
+//! root and, for an agent in a container, in that of the host's PID 1.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
 
 use serde::Deserialize;
 
@@ -36,7 +37,8 @@ pub(super) fn path(proc: &Proc, c: &Cgroups) -> Option<String> {
 }
 
 fn shim(proc: &Proc, path: &str, id: &str) -> Option<String> {
-    let (_, prefix) = SHIMS.into_iter().find(|(dir, _)| host(proc, dir).join(id).is_dir())?;
+    let (_, prefix) =
+        SHIMS.into_iter().find(|(dir, _)| roots(proc, dir).iter().any(|d| d.join(id).is_dir()))?;
     let above = path.split_once(id)?.0;
     Some(format!("{above}{prefix}{id}.scope"))
 }
@@ -54,23 +56,27 @@ fn runc(proc: &Proc, path: &str) -> Option<String> {
 }
 
 fn has_state(proc: &Proc, id: &str, group: &str) -> bool {
-    let file = host(proc, RUNC).join(id).join("state.json");
-    if !fs::metadata(&file).is_ok_and(|m| m.is_file() && m.uid() == 0 && m.len() <= STATE_MAX) {
-        return false;
-    }
-    let state = fs::read(&file).ok().and_then(|b| serde_json::from_slice::<RuncState>(&b).ok());
-    state.is_some_and(|s| s.cgroup_paths.values().any(|p| p.ends_with(group)))
+    roots(proc, RUNC).iter().any(|dir| {
+        let file = dir.join(id).join("state.json");
+        // A user's own runc keeps its records elsewhere; what is not root's is nobody's word.
+        if !fs::metadata(&file).is_ok_and(|m| m.is_file() && m.uid() == 0 && m.len() <= STATE_MAX) {
+            return false;
+        }
+        let state = fs::read(&file).ok().and_then(|b| serde_json::from_slice::<RuncState>(&b).ok());
+        state.is_some_and(|s| s.cgroup_paths.values().any(|p| p.ends_with(group)))
+    })
 }
 
-/// The id of the v2 group at this path: the inode of its folder.
-pub(super) fn cgroup_id(proc: &Proc, path: &str) -> Option<u64> {
-    let at = |mount: &str| fs::metadata(host(proc, &format!("{mount}{path}"))).ok().map(|m| m.ino());
-    // Where systemd mounts v2 alone is looked first; beside v1 there is a tmpfs at that place.
-    at("sys/fs/cgroup").or_else(|| at("sys/fs/cgroup/unified"))
+/// Whether the v2 group at this path has this id: it is the inode of the group's folder.
+pub(super) fn has_id(proc: &Proc, path: &str, id: u64) -> bool {
+    // Beside v1 hierarchies v2 is mounted one folder further down.
+    let mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
+    let mut all = mounts.iter().flat_map(|m| roots(proc, &format!("{m}{path}")));
+    all.any(|dir| fs::metadata(dir).is_ok_and(|m| m.ino() == id))
 }
 
-fn host(proc: &Proc, path: &str) -> std::path::PathBuf {
-    proc.path(1, &format!("root/{path}"))
+fn roots(proc: &Proc, path: &str) -> [PathBuf; 2] {
+    ["self", "1"].map(|of| proc.root().join(of).join("root").join(path))
 }
 
 #[cfg(test)]

@@ -26,6 +26,18 @@ fn who(n: &Node) -> String {
     format!("{} ({})", text(n.comm.bytes()), n.key)
 }
 
+/// As [`who`]; of a namespace's PID 1 also of what it is the init.
+fn who_or_init(e: &Engine, i: Idx) -> String {
+    let n = e.forest.node(i);
+    let inside = e.forest.extra(i).filter(|x| x.ns_pid == Some(1));
+    let of = match (inside, e.container_of(i)) {
+        (None, _) => return who(n),
+        (Some(_), Some(c)) => crate::container::init_of(Some(&c), None),
+        (Some(x), None) => crate::container::init_of(None, x.pid_ns),
+    };
+    format!("{}, {of},", who(n))
+}
+
 fn plural(n: usize, one: &str) -> String {
     if n == 1 { format!("one {one}") } else { format!("{n} {one}s") }
 }
@@ -44,14 +56,18 @@ fn job(e: &Engine, g: Idx) -> String {
 }
 
 pub(super) fn zombies(e: &Engine, parent: Idx, oldest: Idx, count: usize, now: u64) -> String {
-    let (p, z) = (e.forest.node(parent), e.forest.node(oldest));
+    let z = e.forest.node(oldest);
     let age = span(now.saturating_sub(z.since));
     if count == 1 {
-        format!("{} does not reap its zombie {}, which has been dead for {age}.", who(p), who(z))
+        format!(
+            "{} does not reap its zombie {}, which has been dead for {age}.",
+            who_or_init(e, parent),
+            who(z)
+        )
     } else {
         format!(
             "{} does not reap its {count} zombies; the oldest, {}, has been dead for {age}.",
-            who(p),
+            who_or_init(e, parent),
             who(z)
         )
     }
@@ -79,7 +95,9 @@ pub(super) fn orphans(e: &Engine, g: Idx, oldest: Idx, count: usize, kill: Optio
     let n = e.forest.node(oldest);
     let age = span(now.saturating_sub(n.orphan_since));
     let adopter = match e.forest.get(n.parent) {
-        Some(p) if p.alive() => format!(", adopted by {}", who(p)),
+        Some(p) if p.alive() => {
+            format!(", adopted by {}", who_or_init(e, n.parent).trim_end_matches(','))
+        }
         _ => String::new(),
     };
     let mut s = format!(

@@ -234,7 +234,8 @@ impl Lines<'_> {
             State::Zombie => {
                 let reaper = p.ppid.map_or_else(String::new, |pid| {
                     let known = self.forest.by_pid.get(&pid);
-                    let who = known.map_or_else(|| pid.to_string(), |q| process(&q.to_ref()));
+                    let who = known
+                        .map_or_else(|| pid.to_string(), |q| format!("{}{}", process(&q.to_ref()), init(q)));
                     format!("; not reaped by {who}")
                 });
                 notes.push((Paint::Bad, format!("<zombie for {for_}{}{reaper}>", how(": "))));
@@ -242,7 +243,15 @@ impl Lines<'_> {
             State::Gone => notes.push((Paint::Dim, format!("<ended {for_} ago{}>", how(": ")))),
         }
         if p.orphan {
-            let by = p.adopter.as_ref().map_or_else(String::new, |a| format!(", adopted by {}", process(a)));
+            let by = p.adopter.as_ref().map_or_else(String::new, |a| {
+                let init = self
+                    .forest
+                    .by_pid
+                    .get(&a.pid)
+                    .filter(|q| q.id == a.id)
+                    .map_or_else(String::new, |q| init(q));
+                format!(", adopted by {}{init}", process(a))
+            });
             notes.push((Paint::Odd, format!("<orphan{by}>")));
         }
         if let Some(verdict) = self.view.causes.get(&p.id) {
@@ -250,6 +259,15 @@ impl Lines<'_> {
             notes.push((Paint::Bad, format!("<{verdict}see: jobwarden why {}>", p.id)));
         }
         notes
+    }
+}
+
+/// Of a namespace's PID 1: what it is the init of.
+fn init(p: &Process) -> String {
+    if p.ns_pid == Some(1) && p.pid != 1 {
+        format!(", {}", escape(&crate::container::init_of(p.container.as_ref(), p.pid_ns)))
+    } else {
+        String::new()
     }
 }
 

@@ -126,4 +126,6 @@ fn an_alert_has_the_container_among_its_labels() {
     assert_eq!(fired.len(), 1);
     assert_eq!(fired[0].labels.get("container"), Some(&id));
     assert_eq!(fired[0].subject.as_ref().unwrap().ns_pid, Some(1));
+    let init = format!("init of container {}, does not reap", &id[..12]);
+    assert!(fired[0].summary.contains(&init), "{}", fired[0].summary);
 }

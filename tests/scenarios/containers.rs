@@ -1,0 +1,333 @@
+//! Pid namespaces and containers, by the real runtimes: the incident inside, told with both pids and cured; an init that
+//! never reaps; and who may ask the agent for what from where.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+use jobwarden::contract::{Alert, AlertKind, AlertState, Cause, KillReport, Process, State, Verdict};
+use jobwarden_tests::{Agent, Ground, Output, Shape, agent, eventually, ground, ms, skip};
+
+/// Nobody's uid, and a group that the base system has.
+const NOBODY: u32 = 65534;
+const GROUP: (&str, u32) = ("games", 60);
+
+fn has(program: &str) -> bool {
+    Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|s| s.success())
+}
+
+/// A root file system with busybox's shell, and these programs with their libraries.
+fn rootfs(ground: &Ground, programs: &[&str]) -> Result<PathBuf> {
+    let root = ground.path("rootfs");
+    for dir in ["bin", "proc", "dev", "sys", "tmp", "etc"] {
+        std::fs::create_dir_all(root.join(dir))?;
+    }
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|p| Path::new(p).exists());
+    std::fs::copy(busybox.context("no busybox")?, root.join("bin/sh"))?;
+    for name in programs {
+        let program = jobwarden_tests::ground::program(name)?;
+        std::fs::copy(&program, root.join("bin").join(name))?;
+        let out = Command::new("ldd").arg(&program).output()?;
+        for lib in String::from_utf8_lossy(&out.stdout).split_whitespace().filter(|w| w.starts_with('/')) {
+            let to = root.join(&lib[1..]);
+            std::fs::create_dir_all(to.parent().context("no folder")?)?;
+            std::fs::copy(lib, &to)?;
+        }
+    }
+    Ok(root)
+}
+
+/// A container of runc; deleted at the end, whatever happens.
+struct Runc {
+    id: String,
+    root: PathBuf,
+}
+
+impl Runc {
+    fn command(&self, ground: &Ground) -> Command {
+        let mut c = ground.command("runc");
+        c.arg("--root").arg(&self.root);
+        c
+    }
+
+    /// Prepares a bundle. `mounts`: host paths that are seen at the same path inside.
+    fn new(ground: &Ground, programs: &[&str], args: &[&str], mounts: &[&Path]) -> Result<Self> {
+        rootfs(ground, programs)?;
+        // The folder that the agent looks at.
+        let me = Self { id: ground.tag.clone(), root: "/run/runc".into() };
+        let spec = me.command(ground).arg("spec").current_dir(ground.path("")).output()?;
+        ensure!(spec.status.success(), "runc spec: {}", String::from_utf8_lossy(&spec.stderr));
+        let file = ground.path("config.json");
+        let mut c: serde_json::Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+        c["process"]["terminal"] = false.into();
+        c["process"]["args"] = args.into();
+        c["root"]["readonly"] = false.into();
+        let env = c["process"]["env"].as_array_mut().context("no env")?;
+        env.push(format!("JWTEST_TOKEN={}", ground.tag).into());
+        for m in mounts {
+            let all = c["mounts"].as_array_mut().context("no mounts")?;
+            all.push(
+                serde_json::json!({"destination": m, "type": "bind", "source": m, "options": ["bind", "rw"]}),
+            );
+        }
+        std::fs::write(file, serde_json::to_vec(&c)?)?;
+        Ok(me)
+    }
+
+    fn run(&self, ground: &Ground) -> Command {
+        let mut c = self.command(ground);
+        c.arg("run").arg("--bundle").arg(ground.path("")).arg(&self.id);
+        c
+    }
+}
+
+impl Drop for Runc {
+    fn drop(&mut self) {
+        // A container that is gone already is none; what it left behind is found by the ground.
+        let _ =
+            Command::new("runc").arg("--root").arg(&self.root).args(["delete", "--force", &self.id]).output();
+    }
+}
+
+fn firing(agent: &Agent<'_>, kind: AlertKind, good: impl Fn(&Process) -> bool) -> Result<Alert> {
+    eventually(&format!("{kind} alert"), ms(10_000), || {
+        let all = agent.alerts(&[])?;
+        let found = all.iter().find(|a| {
+            a.kind == kind && a.state == AlertState::Firing && a.subject.as_ref().is_some_and(&good)
+        });
+        found.cloned().with_context(|| format!("none fits among {all:?}"))
+    })
+}
+
+/// The process that has this pid in this container.
+fn inside(agent: &Agent<'_>, container: &str, ns_pid: u32) -> Result<Process> {
+    eventually(&format!("pid {ns_pid} in {container}"), ms(5000), || {
+        let all = agent.tree()?.processes;
+        let found = all.iter().find(|p| {
+            p.state != State::Gone
+                && p.ns_pid == Some(ns_pid)
+                && p.container.as_ref().is_some_and(|c| c.id.starts_with(container))
+        });
+        found.cloned().with_context(|| {
+            let theirs: Vec<_> = all.iter().filter(|p| p.container.is_some()).collect();
+            format!("those in containers: {theirs:?}")
+        })
+    })
+}
+
+/// The incident in a container whose init is a shell: told with host and container pids, and cured from outside.
+fn incident(agent: &Agent<'_>, s: &mut Shape, container: &str, runtime: &str) -> Result<()> {
+    let (command, holder): (u32, u32) = (s.fact("command")?, s.fact("holder")?);
+    let (zombie, orphan) = (inside(agent, container, command)?, inside(agent, container, holder)?);
+    let init = inside(agent, container, 1)?;
+    ensure!(orphan.pid != holder && orphan.pid_ns == init.pid_ns, "another pid outside: {orphan:?}");
+    for p in [&zombie, &orphan, &init] {
+        let c = p.container.as_ref().context("no container")?;
+        ensure!(c.runtime.as_deref() == Some(runtime), "{c:?}");
+        ensure!(p.cgroup.as_deref().is_some_and(|g| g.contains(&c.id)), "{p:?}");
+    }
+    let worker = zombie.ppid.context("no parent")?;
+
+    let alert = firing(agent, AlertKind::Zombie, |p| p.pid == worker)?;
+    let label = alert.labels.get("container").context("no label container")?;
+    ensure!(label.starts_with(container), "{label}");
+    let subject = alert.subject.as_ref().context("no subject")?;
+    ensure!(subject.ns_pid.is_some_and(|n| n != worker), "{subject:?}");
+
+    // Asked as somebody in the container would say it.
+    let why: Cause = agent.json(&["why", &command.to_string(), "--container", container])?;
+    ensure!(why.process.id == zombie.id && why.verdict == Verdict::ParentBlockedOnPipe, "{why:?}");
+    ensure!(why.remedy.contains(&orphan.id.to_string()), "host IDs to copy: {}", why.remedy);
+    let text = agent.cli(&["tree", "--container", container])?.out();
+    ensure!(text.contains(&format!("(pid {holder} inside)")), "{text}");
+    ensure!(text.contains(&format!("adopted by {} (sh), init of container", init.pid)), "{text}");
+    let said = agent.cli(&["why", &alert.id])?.out();
+    let from = text.lines().position(|l| l.contains("(pid 1 inside)")).unwrap_or(0);
+    let theirs: Vec<&str> = text.lines().skip(from).collect();
+    jobwarden_tests::loudly(&format!("{runtime}: {}\n{}\n{said}", alert.summary, theirs.join("\n")));
+
+    let report: KillReport = agent.json(&["kill", "--grace", "1s", &orphan.id.to_string()])?;
+    ensure!(report.survivors.is_empty(), "{report:?}");
+    ensure!(s.fact::<i32>("status")? == 0, "the worker reaped its child");
+    eventually("resolved", ms(5000), || {
+        ensure!(!agent.alerts(&[])?.iter().any(|a| a.id == alert.id), "it still fires");
+        Ok(())
+    })
+}
+
+const CONFIG: &str = "[zombies]\nafter = \"1500ms\"\n";
+
+#[test]
+fn the_incident_in_a_container_of_runc() -> Result<()> {
+    let ground = ground!("the_incident_in_a_container_of_runc");
+    if !has("runc") || !has("ldd") {
+        skip!("the_incident_in_a_container_of_runc: no runc (Debian's package runc)");
+    }
+    let agent = Agent::start(&ground, CONFIG)?;
+    let script = format!("/bin/shape-incident {}; exit 0", ground.tag);
+    let c = Runc::new(&ground, &["shape-incident"], &["/bin/sh", "-c", &script], &[])?;
+    let mut s = Shape::spawn("incident in runc", c.run(&ground))?;
+    incident(&agent, &mut s, &c.id, "runc")?;
+    s.finish()?;
+    agent.stop()
+}
+
+#[test]
+fn the_incident_in_a_container_of_podman() -> Result<()> {
+    let ground = ground!("the_incident_in_a_container_of_podman");
+    if !has("podman") || !has("runc") {
+        skip!("the_incident_in_a_container_of_podman: no podman (Debian's package podman) with runc");
+    }
+    let agent = Agent::start(&ground, CONFIG)?;
+    let root = rootfs(&ground, &["shape-incident"])?;
+    let podman = || {
+        let mut c = ground.command("podman");
+        c.arg("--root").arg(ground.path("storage")).arg("--runroot").arg(ground.path("run"));
+        c.args(["--cgroup-manager=cgroupfs", "--storage-driver=vfs", "--runtime", "runc"]);
+        c
+    };
+    let mut c = podman();
+    c.args(["run", "--rm", "--interactive", "--network=host", "--name", &ground.tag]);
+    c.args(["--ulimit", "nofile=4096:4096", "--ulimit", "nproc=4096:4096"]);
+    c.arg("--env").arg(format!("JWTEST_TOKEN={}", ground.tag)).arg("--rootfs").arg(&root);
+    c.args(["/bin/sh", "-c", &format!("/bin/shape-incident {}; exit 0", ground.tag)]);
+    let mut s = Shape::spawn("incident in podman", c)?;
+    s.fact::<u32>("command")?;
+    let mut ask = podman();
+    ask.args(["ps", "--quiet", "--no-trunc"]);
+    let id = agent::run(ask, ms(20_000))?.out().trim().to_owned();
+    ensure!(id.len() == 64, "podman ps: {id:?}");
+    incident(&agent, &mut s, &id[..12], "podman")?;
+    s.finish()?;
+    agent.stop()
+}
+
+#[test]
+fn an_init_that_never_reaps_and_one_inside_it() -> Result<()> {
+    let ground = ground!("an_init_that_never_reaps_and_one_inside_it");
+    if !has("unshare") {
+        skip!("an_init_that_never_reaps_and_one_inside_it: no unshare (util-linux)");
+    }
+    let agent = Agent::start(&ground, "[zombies]\nafter = \"1200ms\"\n")?;
+    // Once in a namespace, and once in a namespace inside another.
+    for depth in [1, 2] {
+        let mut c = ground.command("unshare");
+        c.args(["--pid", "--fork", "--kill-child"]);
+        if depth == 2 {
+            c.args(["unshare", "--pid", "--fork", "--kill-child"]);
+        }
+        // The shell becomes a program that knows nothing of its children.
+        let time = format!("600.{}{depth}", std::process::id());
+        c.args(["sh", "-c", &format!("sleep 0.1 & sleep 0.1 & exec sleep {time}")]);
+        let s = Shape::spawn("init", c)?;
+        let of_this = |p: &Process| p.ns_pid == Some(1) && p.argv.last() == Some(&time);
+        let alert = firing(&agent, AlertKind::Zombie, of_this)?;
+        ensure!(alert.count == 2, "{alert:?}");
+        ensure!(alert.summary.contains("init of pid namespace"), "{}", alert.summary);
+        let init = alert.subject.as_ref().context("no subject")?;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", init.pid))?;
+        let pids = status.lines().find_map(|l| l.strip_prefix("NSpid:")).context("no NSpid")?;
+        ensure!(pids.split_whitespace().count() == depth + 1, "depth {depth}: {pids}");
+        let why: Cause = agent.json(&["why", &alert.id])?;
+        ensure!(why.verdict == Verdict::InitNotReaping, "{why:?}");
+        ensure!(why.remedy.contains("--init") && why.remedy.contains("tini"), "{}", why.remedy);
+        ensure!(why.process.ns_pid.is_some_and(|n| n < 10) && why.process.pid_ns == init.pid_ns, "{why:?}");
+        s.kill()?;
+        eventually("resolved", ms(5000), || {
+            ensure!(!agent.alerts(&[])?.iter().any(|a| a.id == alert.id), "it still fires");
+            Ok(())
+        })?;
+    }
+    agent.stop()
+}
+
+/// Somebody to be killed.
+fn sleeper(ground: &Ground) -> Result<Shape> {
+    let mut c = ground.command("sleep");
+    c.arg("600");
+    Shape::spawn("sleep", c)
+}
+
+/// A command of the client as somebody else.
+fn as_user(ground: &Ground, agent: &Agent<'_>, uid: u32, gid: u32, args: &[&str]) -> Result<Output> {
+    let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
+    c.arg("--json").arg("--socket").arg(&agent.socket).args(args).uid(uid).gid(gid);
+    agent::run(c, ms(10_000))
+}
+
+#[test]
+fn who_may_ask_for_what() -> Result<()> {
+    let ground = ground!("who_may_ask_for_what");
+    if std::fs::read_to_string("/etc/group")
+        .is_ok_and(|g| !g.contains(&format!("{}:x:{}:", GROUP.0, GROUP.1)))
+    {
+        skip!("who_may_ask_for_what: no group {} with gid {}", GROUP.0, GROUP.1);
+    }
+    let agent = Agent::start(&ground, &format!("[agent]\nsocket_group = \"{}\"\n", GROUP.0))?;
+    for dir in [ground.path(""), ground.path("agent")] {
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755))?;
+    }
+    // The program itself must be within reach of everybody.
+    let s = sleeper(&ground)?;
+    let pid = s.pid().to_string();
+    let reads: [&[&str]; 5] = [&["tree"], &["jobs"], &["alerts"], &["why", &pid], &["status"]];
+    let changes: [&[&str]; 5] = [
+        &["kill", &pid],
+        &["kill", "--dry-run", &pid],
+        &["enforcement", "off"],
+        &["reload"],
+        &["notify", "nobody"],
+    ];
+    if as_user(&ground, &agent, NOBODY, NOBODY, &["--version"]).map_or(true, |o| o.code() != Some(0)) {
+        skip!("who_may_ask_for_what: another user cannot run the program where it lies");
+    }
+    for args in reads.iter().chain(&changes) {
+        let out = as_user(&ground, &agent, NOBODY, NOBODY, args)?;
+        ensure!(out.code() == Some(3), "nobody, {args:?}: {out:?}");
+    }
+    for args in reads {
+        let out = as_user(&ground, &agent, NOBODY, GROUP.1, args)?;
+        ensure!(out.code() == Some(0), "a reader of the group, {args:?}: {out:?}");
+    }
+    for args in changes {
+        let out = as_user(&ground, &agent, NOBODY, GROUP.1, args)?;
+        ensure!(out.code() == Some(3), "a reader of the group, {args:?}: {out:?}");
+    }
+    ensure!(Path::new(&format!("/proc/{pid}")).exists(), "nobody ended it");
+    drop(s);
+    agent.stop()
+}
+
+#[test]
+fn a_containers_root_with_the_socket_may_not_kill() -> Result<()> {
+    let ground = ground!("a_containers_root_with_the_socket_may_not_kill");
+    if !has("runc") || !has("ldd") {
+        skip!("a_containers_root_with_the_socket_may_not_kill: no runc (Debian's package runc)");
+    }
+    let agent = Agent::start(&ground, "")?;
+    let s = sleeper(&ground)?;
+    let socket = agent.socket.display().to_string();
+    let script = format!(
+        "/bin/jobwarden --socket {socket} status >/dev/null; echo status=$?; \
+         /bin/jobwarden --socket {socket} kill {0}; echo kill=$?; \
+         /bin/jobwarden --socket {socket} enforcement on; echo enforcement=$?; \
+         /bin/jobwarden --socket {socket} reload; echo reload=$?",
+        s.pid()
+    );
+    let c = Runc::new(&ground, &["jobwarden"], &["/bin/sh", "-c", &script], &[&agent.socket])?;
+    let out = agent::run(c.run(&ground), ms(20_000))?;
+    // Root inside may read what the socket's owner may: that was decided by whoever mounted it.
+    for want in ["status=0", "kill=3", "enforcement=3", "reload=3"] {
+        ensure!(out.out().lines().any(|l| l == want), "{want}: {out:?}");
+    }
+    ensure!(Path::new(&format!("/proc/{}", s.pid())).exists(), "it was ended");
+    drop(s);
+    agent.stop()
+}

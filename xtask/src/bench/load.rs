@@ -1,75 +1,139 @@
 //! The load that is measured: processes that live for a moment, and families that wait. It runs as a program of its own
-//! (`xtask load KIND N`), single-threaded, so that a fork is cheap and whatever it started ends with it.
+//! (`xtask load KIND N`), single-threaded, so that a fork is cheap. Whatever it started ends with it: children have their
+//! parent's death as a death of their own, and what outlives its parent by design reads stdin and ends with that.
 
 use std::io::Read;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     kind: Kind,
-    /// How many; for `flood` seconds
+    /// How many; for `flood` and `paced` seconds
     n: u64,
+    /// Of a family: what a rule may match. Of a bomb: the folder of its cgroup
+    mark: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Kind {
-    /// N times fork + exec of a small program + wait
+    /// N times fork + exec of a static program + wait
     Execs,
-    /// N times fork + exit + wait
-    Forks,
-    /// Forks for N seconds; prints how many
+    /// N times vfork + exit + wait
+    Vforks,
+    /// Spawns for N seconds as fast as it can; prints how many
     Flood,
+    /// 5,000 lives a second for N seconds; prints how many there were
+    Paced,
+    /// N system calls that do nothing; prints nanoseconds for one
+    Syscalls,
     /// N children that ignore SIGTERM and wait, until stdin is closed
     Family,
     /// N children that have exited and are not reaped, until stdin is closed
     Zombies,
+    /// N children with 25 open files each, until stdin is closed
+    Files,
+    /// A parent that waits for the end of a pipe which an orphan of its zombie holds, until stdin is closed
+    Incident,
+    /// A child that its tracer does not let die, until stdin is closed
+    Held,
+    /// N chains in which each process forks one successor and exits, in a session and a cgroup of their own; for 20 s
+    Bomb,
 }
 
+/// Lives a second of `paced`.
+pub(super) const PACE: u64 = 5_000;
+const BOMB_LASTS: Duration = Duration::from_secs(20);
+/// Files that each child of `files` opens, beside the three that it has.
+const FILES: usize = 22;
+
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    let mut children = Vec::new();
     match args.kind {
-        Kind::Execs => (0..args.n).try_for_each(|_| execute())?,
-        Kind::Forks => (0..args.n).try_for_each(|_| reap(fork(|| ())?))?,
+        Kind::Execs => {
+            let program = static_program();
+            (0..args.n).try_for_each(|_| execute(program))?;
+        }
+        Kind::Vforks => (0..args.n).try_for_each(|_| vfork())?,
         Kind::Flood => {
             let end = Instant::now() + Duration::from_secs(args.n);
             let mut lives = 0u64;
             while Instant::now() < end {
-                reap(fork(|| ())?)?;
+                vfork()?;
                 lives += 1;
             }
             println!("{lives}");
         }
-        Kind::Family | Kind::Zombies => {
-            let waits = args.kind == Kind::Family;
-            for _ in 0..args.n {
-                children.push(fork(|| {
-                    if waits {
-                        wait_for_end();
-                    }
-                })?);
-            }
-            println!("ready");
-            std::io::stdin().read_to_end(&mut Vec::new())?;
+        Kind::Paced => println!("{}", paced(args.n)?),
+        Kind::Syscalls => println!("{:.3}", syscalls(args.n)),
+        Kind::Family => stand(args.n, wait_for_end)?,
+        Kind::Zombies => stand(args.n, || ())?,
+        Kind::Files => {
+            let null = std::fs::File::open("/dev/null")?;
+            stand(args.n, || {
+                // SAFETY: plain calls on an open descriptor; the copies end with the child.
+                (0..FILES).for_each(|_| _ = unsafe { libc::dup(null.as_raw_fd()) });
+                wait_for_end();
+            })?;
         }
-    }
-    for child in children {
-        // SAFETY: plain calls; the child is ours and not reaped, so its pid is nobody else's.
-        unsafe { libc::kill(child, libc::SIGKILL) };
-        reap(child)?;
+        Kind::Incident => incident()?,
+        Kind::Held => held()?,
+        Kind::Bomb => bomb(args.n, Path::new(args.mark.as_deref().context("the bomb has no cgroup")?))?,
     }
     Ok(true)
 }
 
-fn execute() -> Result<()> {
+/// busybox where it is linked statically, as Debian's busybox-static is; else /bin/true.
+fn static_program() -> &'static [&'static str] {
+    if Path::new("/bin/busybox").exists() { &["/bin/busybox", "true"] } else { &["/bin/true"] }
+}
+
+fn execute(program: &[&str]) -> Result<()> {
     // No pre_exec and no signal mask: the standard library takes posix_spawn, which is vfork and exec.
-    let status = Command::new("/bin/true").status()?;
-    if !status.success() {
-        bail!("/bin/true ended with {status}");
-    }
+    let status = std::process::Command::new(program[0]).args(&program[1..]).status()?;
+    ensure!(status.success(), "{} ended with {status}", program[0]);
     Ok(())
+}
+
+extern "C" fn leave(_: *mut libc::c_void) -> libc::c_int {
+    0
+}
+
+/// A child that shares our memory and only exits, as vfork's does; on a stack of its own, so that it cannot spoil ours.
+fn vfork() -> Result<()> {
+    let mut stack = [0u128; 256];
+    // SAFETY: the stack outlives the child, since CLONE_VFORK returns when the child is gone; the child touches nothing else.
+    let pid = unsafe {
+        let top = stack.as_mut_ptr().add(stack.len());
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+        libc::clone(leave, top.cast(), flags, std::ptr::null_mut())
+    };
+    ensure!(pid > 0, "clone: {}", std::io::Error::last_os_error());
+    reap(pid)
+}
+
+fn paced(seconds: u64) -> Result<u64> {
+    let begun = Instant::now();
+    let end = begun + Duration::from_secs(seconds);
+    let mut lives = 0;
+    while Instant::now() < end {
+        let due = begun + Duration::from_nanos(lives * 1_000_000_000 / PACE);
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        vfork()?;
+        lives += 1;
+    }
+    Ok(lives)
+}
+
+fn syscalls(n: u64) -> f64 {
+    let begun = Instant::now();
+    for _ in 0..n {
+        // SAFETY: takes nothing, changes nothing.
+        unsafe { libc::syscall(libc::SYS_getppid) };
+    }
+    begun.elapsed().as_nanos() as f64 / n as f64
 }
 
 fn fork(child: impl FnOnce()) -> Result<libc::pid_t> {
@@ -83,6 +147,32 @@ fn fork(child: impl FnOnce()) -> Result<libc::pid_t> {
         }
         pid => Ok(pid),
     }
+}
+
+/// Says that all is there (and a pid that may be asked for), and waits until stdin is closed.
+fn ready(pid: libc::pid_t) -> Result<()> {
+    println!("ready {pid}");
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+fn stand(n: u64, child: impl Fn()) -> Result<()> {
+    let mut children = Vec::new();
+    for _ in 0..n {
+        children.push(fork(&child)?);
+    }
+    ready(own_pid())?;
+    children.into_iter().try_for_each(end)
+}
+
+fn own_pid() -> libc::pid_t {
+    std::process::id().cast_signed()
+}
+
+fn end(child: libc::pid_t) -> Result<()> {
+    // SAFETY: plain call; the child is ours and not reaped, so its pid is nobody else's.
+    unsafe { libc::kill(child, libc::SIGKILL) };
+    reap(child)
 }
 
 fn wait_for_end() {
@@ -105,77 +195,105 @@ fn reap(pid: libc::pid_t) -> Result<()> {
     Ok(())
 }
 
-/// A family that waits beside the measurement, ended when dropped.
-pub(super) struct Standing {
-    child: Child,
-    input: Option<ChildStdin>,
-    _output: Option<ChildStdout>,
+/// The child exits at once and stays a zombie; its child holds the pipe and reads our stdin, the end of which ends it, and
+/// with it the wait of the parent.
+fn incident() -> Result<()> {
+    let mut pipe = [0; 2];
+    // SAFETY: `pipe` has room for two.
+    ensure!(unsafe { libc::pipe(pipe.as_mut_ptr()) } == 0, "pipe: {}", std::io::Error::last_os_error());
+    let child = fork(|| {
+        // An error means no orphan, and the question about it gets no such answer.
+        let _ = fork(|| _ = std::io::stdin().read_to_end(&mut Vec::new()));
+    })?;
+    // SAFETY: our own descriptor, not used again.
+    unsafe { libc::close(pipe[1]) };
+    println!("ready {}", own_pid());
+    let mut byte = 0u8;
+    // SAFETY: room for the one byte that is asked for.
+    unsafe { libc::read(pipe[0], (&raw mut byte).cast(), 1) };
+    reap(child)
 }
 
-impl Standing {
-    pub(super) fn new(kind: &str, n: u64) -> Result<Self> {
-        let mut child = command(kind, n)?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let mut output = child.stdout.take().context("the load has no output")?;
-        let mut ready = [0; 6];
-        output.read_exact(&mut ready).context("the load was not ready")?;
-        Ok(Self { input: child.stdin.take(), child, _output: Some(output) })
-    }
-
-    pub(super) fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// How long it takes until the family's head is gone, at most 30 s.
-    pub(super) fn gone(&mut self) -> Result<()> {
-        let end = Instant::now() + Duration::from_secs(30);
-        while self.child.try_wait()?.is_none() {
-            if Instant::now() > end {
-                bail!("the family still lives");
+/// With PTRACE_O_TRACEEXIT the child stops on its way out, also by SIGKILL, until its tracer goes on.
+fn held() -> Result<()> {
+    // SAFETY: plain calls; the child is ours, and `status` valid for writing.
+    unsafe {
+        let child = fork(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+            libc::raise(libc::SIGSTOP);
+            loop {
+                libc::pause();
             }
-            std::thread::sleep(Duration::from_micros(200));
+        })?;
+        let mut status = 0;
+        libc::waitpid(child, &raw mut status, 0);
+        let set = libc::ptrace(libc::PTRACE_SETOPTIONS, child, 0, libc::PTRACE_O_TRACEEXIT);
+        let gone_on = libc::ptrace(libc::PTRACE_CONT, child, 0, 0);
+        ensure!(set == 0 && gone_on == 0, "ptrace: {}", std::io::Error::last_os_error());
+        ready(child)?;
+        // Nothing more to be done if it is gone already: it is let go with us.
+        libc::kill(child, libc::SIGKILL);
+        libc::ptrace(libc::PTRACE_DETACH, child, 0, 0);
+    }
+    Ok(())
+}
+
+/// We stay outside of the session and the cgroup, adopt the dead and reap them, or they would use up the limit.
+fn bomb(chains: u64, cgroup: &Path) -> Result<()> {
+    let until = Instant::now() + BOMB_LASTS;
+    // SAFETY: a constant.
+    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };
+    let procs = cgroup.join("cgroup.procs");
+    let first = fork(|| {
+        // SAFETY: plain call.
+        unsafe { libc::setsid() };
+        // Without the limit no bomb is thrown.
+        if std::fs::write(&procs, "0").is_err() {
+            return;
         }
-        Ok(())
+        for _ in 0..chains {
+            let _ = fork(|| chain(until));
+        }
+        wait_until(until);
+    })?;
+    println!("ready {first}");
+    std::thread::spawn(move || {
+        // Ends with stdin, whatever is left is ended by who gave us the cgroup.
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(0);
+    });
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is valid for writing.
+        if unsafe { libc::waitpid(-1, &raw mut status, 0) } < 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
-impl Drop for Standing {
-    fn drop(&mut self) {
-        drop(self.input.take());
-        // It ends its family when its stdin is closed; an error means that it has ended already.
-        let _ = self.child.wait();
+fn chain(until: Instant) {
+    while Instant::now() < until {
+        // SAFETY: one thread.
+        match unsafe { libc::fork() } {
+            // The limit is reached: again.
+            -1 => std::thread::sleep(Duration::from_millis(1)),
+            // The successor goes on.
+            0 => {}
+            _ => return,
+        }
     }
 }
 
-/// This program as a load.
-pub(super) fn command(kind: &str, n: u64) -> Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["load", kind, &n.to_string()]).stdin(Stdio::null());
-    Ok(command)
+fn wait_until(until: Instant) {
+    std::thread::sleep(until.saturating_duration_since(Instant::now()));
 }
 
-/// Runs a load to its end; how long it took.
-pub(super) fn timed(kind: &str, n: u64) -> Result<Duration> {
-    let mut command = command(kind, n)?;
-    let begun = Instant::now();
-    let status = command.stdout(Stdio::null()).status()?;
-    let took = begun.elapsed();
-    if !status.success() {
-        bail!("load {kind} {n} ended with {status}");
+/// As the first word of a line of output.
+pub(super) fn fact<T: std::str::FromStr>(out: &[u8]) -> Result<T> {
+    let text = String::from_utf8_lossy(out);
+    match text.split_whitespace().next().and_then(|w| w.parse().ok()) {
+        Some(v) => Ok(v),
+        None => bail!("a load said {text:?}"),
     }
-    Ok(took)
-}
-
-/// One flood on each processor for `seconds`; how many lives they had together.
-pub(super) fn flood(seconds: u64) -> Result<u64> {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let floods: Vec<Child> = (0..processors)
-        .map(|_| Ok(command("flood", seconds)?.stdout(Stdio::piped()).spawn()?))
-        .collect::<Result<_>>()?;
-    let mut lives = 0;
-    for flood in floods {
-        let out = flood.wait_with_output()?;
-        lives +=
-            String::from_utf8_lossy(&out.stdout).trim().parse::<u64>().context("a flood said nothing")?;
-    }
-    Ok(lives)
 }

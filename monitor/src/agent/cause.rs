@@ -328,7 +328,8 @@ mod tests {
         .unwrap();
         // The parent stands for all of its zombies.
         let parent = Process { id: Key::new(10, 1), pid: 10, state: State::Running, ..subject.clone() };
-        Question { subject, family: vec![parent], signals: Vec::new(), alert: alert.map(str::to_owned) }
+        let alert = alert.map(str::to_owned);
+        Question { subject, family: vec![parent], signals: Vec::new(), lost: None, alert }
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -144,6 +144,7 @@ impl Engine {
             subject: self.describe(i, now)?,
             family: family.into_iter().filter_map(|x| self.describe(x, now)).collect(),
             signals: signals.map(|s| self.seen(s)).collect(),
+            lost: Some(self.lost.2).filter(|&at| at > 0),
             alert: alert.map(|e| e.alert.id.clone()),
         })
     }

@@ -15,6 +15,8 @@ use crate::signal;
 /// Files of one wait that are shown, and holders of one file.
 const ENDS: usize = 8;
 const HOLDERS: usize = 8;
+/// Signals of one kill are sent within this (ns).
+const ABOUT: u64 = 2_000_000_000;
 /// Signals that are shown of one process.
 const SIGNALS: usize = 4;
 /// Default action: terminate (`signal(7)`).
@@ -179,13 +181,15 @@ impl Family<'_> {
     }
 
     /// Whether the signal that ended `parent` was sent to `child` too. No signal seen means that none was sent only if the
-    /// parent's own stands among those that were seen: the probe was on then, and nothing of it is forgotten.
+    /// parent's own stands among those that were seen (the probe was on then, and nothing of it is forgotten), and no record
+    /// was lost about then or since.
     pub(super) fn sent_too(&self, parent: Key, child: Key, signal: &str) -> Option<bool> {
         let named = |s: &SignalSeen| signal::name(s.signal) == signal;
         if !self.signals_to(child, named).is_empty() {
             return Some(true);
         }
-        (!self.signals_to(parent, named).is_empty()).then_some(false)
+        let killing = self.signals_to(parent, named).last().map(|s| s.at)?;
+        self.q.lost.is_none_or(|at| at + ABOUT < killing).then_some(false)
     }
 
     /// The last signals of some kind that a process got, oldest first.

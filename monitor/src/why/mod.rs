@@ -46,6 +46,8 @@ pub struct Question {
     pub family: Vec<Process>,
     /// Signals seen by the subject, its parents and the members of its jobs, oldest first.
     pub signals: Vec<SignalSeen>,
+    /// When records were last lost (boot-time ns), a second later at most: signals may be among them.
+    pub lost: Option<u64>,
     /// The firing alert that this is asked for, if any.
     pub alert: Option<String>,
 }

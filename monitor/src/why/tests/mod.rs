@@ -206,7 +206,7 @@ fn by_signal(name: &str, sender: Option<Ref>) -> Exit {
 }
 
 fn question(subject: Process, family: Vec<Process>) -> Question {
-    Question { subject, family, signals: Vec::new(), alert: None }
+    Question { subject, family, signals: Vec::new(), lost: None, alert: None }
 }
 
 fn in_job(q: &mut Question, root: Key) -> JobId {

@@ -165,10 +165,27 @@ fn a_broken_pipe_is_no_signal_that_it_ignored() {
 #[test]
 fn what_was_not_seen_is_not_said() {
     let (_made, child, parent) = orphaned("        pass", WAIT);
-    let q = question(child, vec![parent]);
-    let c = ask(&q);
-    assert_eq!(c.verdict, Verdict::ParentKilled, "{c:#?}");
-    assert!(c.summary.contains("is not known") && !c.summary.contains("not sent"), "{}", c.summary);
+    let mut q = question(child, vec![parent.clone()]);
+    let known = |q: &Question| {
+        let c = ask(q);
+        assert_eq!(c.verdict, Verdict::ParentKilled, "{c:#?}");
+        assert_ne!(
+            c.summary.contains("is not known"),
+            c.summary.contains("was not sent to"),
+            "{}",
+            c.summary
+        );
+        c.summary.contains("was not sent to")
+    };
+    assert!(!known(&q), "nothing was seen");
+    let at = 60_000_000_000;
+    let me = process(std::process::id(), None);
+    q.signals.push(SignalSeen { at, ..sent(15, &me, &parent, SignalResult::Delivered) });
+    assert!(known(&q));
+    q.lost = Some(at + 1_000_000_000);
+    assert!(!known(&q), "the child's may have been lost");
+    q.lost = Some(at - 30_000_000_000);
+    assert!(known(&q), "that was long before");
 }
 
 #[test]

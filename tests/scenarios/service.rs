@@ -98,6 +98,32 @@ fn what_is_not_needed_is_given_up_by_every_thread() -> Result<()> {
 }
 
 #[test]
+fn the_readme_names_each_capability() -> Result<()> {
+    let readme = std::fs::read_to_string(top().join("README.md"))?;
+    let from = readme.find("| kept | for |").context("no table of what is kept")?;
+    let (kept, start) =
+        readme[from..].split_once("| needed to start").context("no table of what is given up")?;
+    for (_, name, why) in KEPT.iter().chain(&WHERE_ASKED) {
+        ensure!(
+            kept.contains(&format!("CAP_{name}")),
+            "CAP_{name} is kept ({why}) and the README does not say so"
+        );
+    }
+    for (_, name, why) in TO_START.iter().chain(&WHERE_ASKED) {
+        ensure!(
+            start.contains(&format!("CAP_{name}")),
+            "CAP_{name} is needed ({why}) and the README does not say so"
+        );
+    }
+    let known = KEPT.iter().chain(&WHERE_ASKED).chain(&TO_START).map(|k| k.1).chain(["DAC_OVERRIDE"]);
+    let known: Vec<String> = known.map(|n| format!("CAP_{n}")).collect();
+    let named = kept.split(|c: char| !(c.is_ascii_uppercase() || c == '_')).filter(|w| w.starts_with("CAP_"));
+    let wrong: Vec<&str> = named.filter(|n| !known.iter().any(|k| k == n)).collect();
+    ensure!(wrong.is_empty(), "the README names {wrong:?}");
+    Ok(())
+}
+
+#[test]
 fn the_unit_is_accepted_and_closed() -> Result<()> {
     let analyze = |args: &[&str], unit: &Path| Command::new("systemd-analyze").args(args).arg(unit).output();
     let unit = top().join("deploy/jobwarden.service");
@@ -127,6 +153,27 @@ fn the_unit_is_accepted_and_closed() -> Result<()> {
     let last = said.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or_default();
     ensure!(out.status.success() && last.contains("OK"), "{last}");
     jobwarden_tests::loudly(last);
+    Ok(())
+}
+
+#[test]
+fn the_config_page_has_every_key() -> Result<()> {
+    let page = std::fs::read_to_string(top().join("deploy/man/jobwarden.toml.5"))?;
+    let bold: Vec<&str> = page
+        .lines()
+        .filter_map(|l| l.strip_prefix(".B ").or_else(|| l.strip_prefix(".BR ")))
+        .flat_map(|l| l.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')))
+        .collect();
+    let example = std::fs::read_to_string(top().join("deploy/jobwarden.toml"))?;
+    let mut keys = 0;
+    for line in example.lines().map(|l| l.trim_start_matches(['#', ' '])) {
+        let Some((key, _)) = line.split_once(" = ") else { continue };
+        if key.chars().all(|c| c.is_ascii_lowercase() || c == '_') {
+            ensure!(bold.contains(&key), "jobwarden.toml(5) does not tell of {key}");
+            keys += 1;
+        }
+    }
+    ensure!(keys > 30, "the example was not read: {keys}");
     Ok(())
 }
 

@@ -1,24 +1,29 @@
 //! `cargo xtask package`: a .deb and a tarball under target/package. Needs dpkg-deb and tar; installs nothing on this machine.
-//! `--check` installs, upgrades and purges the package in an empty tree and looks whether a trace is left.
+//! `--check` installs, starts, upgrades, removes and purges the package in an empty tree: see `package/check.rs`.
+//!
+//! By dpkg-deb and not cargo-deb: that is a minute's build of its own, and would still need the steps here that run the
+//! program for its man pages and completions.
+
+mod check;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use crate::{cargo, needs, root};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Take the dev profile's program, then install, upgrade and purge the package in an empty tree
+    /// Take the dev profile's program, then install, start, upgrade and purge the package in an empty tree
     #[arg(long)]
     check: bool,
 }
 
 /// What goes where, beside the program: source, target, mode.
-const FILES: [(&str, &str, u32); 13] = [
+const FILES: [(&str, &str, u32); 16] = [
     ("deploy/jobwarden.service", "usr/lib/systemd/system/jobwarden.service", 0o644),
     ("deploy/jobwarden.toml", "usr/share/doc/jobwarden/examples/jobwarden.toml", 0o644),
     ("deploy/prometheus/jobwarden.rules.yml", "usr/share/doc/jobwarden/examples/jobwarden.rules.yml", 0o644),
@@ -29,6 +34,9 @@ const FILES: [(&str, &str, u32); 13] = [
     ("CHANGELOG.md", "usr/share/doc/jobwarden/CHANGELOG.md", 0o644),
     ("LICENSE-MIT", "usr/share/doc/jobwarden/LICENSE-MIT", 0o644),
     ("LICENSE-APACHE", "usr/share/doc/jobwarden/LICENSE-APACHE", 0o644),
+    ("deploy/debian/copyright", "usr/share/doc/jobwarden/copyright", 0o644),
+    ("deploy/debian/jobwarden.toml", "etc/jobwarden/jobwarden.toml", 0o644),
+    ("deploy/man/jobwarden.toml.5", "usr/share/man/man5/jobwarden.toml.5", 0o644),
     ("deploy/debian/postinst", "DEBIAN/postinst", 0o755),
     ("deploy/debian/prerm", "DEBIAN/prerm", 0o755),
     ("deploy/debian/postrm", "DEBIAN/postrm", 0o755),
@@ -43,11 +51,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let tree = folder.join("tree");
     empty(&tree)?;
     stage(&binary, &tree)?;
-    let name = format!("jobwarden_{}_amd64.deb", env!("CARGO_PKG_VERSION"));
-    let deb = folder.join(name);
-    quiet(
-        Command::new("dpkg-deb").args(["--root-owner-group", "-Zxz", "-z1", "--build"]).arg(&tree).arg(&deb),
-    )?;
+    let deb = build(&tree, &folder, env!("CARGO_PKG_VERSION"))?;
     println!("{}", deb.display());
     let tarball = folder.join(format!("jobwarden-{}-x86_64.tar.gz", env!("CARGO_PKG_VERSION")));
     quiet(
@@ -60,10 +64,22 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     )?;
     println!("{}", tarball.display());
     if args.check {
-        check(&deb, &folder.join("root"))?;
-        println!("installed, upgraded and purged without a trace");
+        let next = build(&tree, &folder, concat!(env!("CARGO_PKG_VERSION"), "+next"))?;
+        let done = check::run([&deb, &next], &folder.join("root"));
+        fs::remove_file(next)?;
+        done?;
     }
     Ok(true)
+}
+
+/// The package of the tree as this version.
+fn build(tree: &Path, folder: &Path, version: &str) -> Result<PathBuf> {
+    fs::write(tree.join("DEBIAN/control"), control(tree, version)?)?;
+    let deb = folder.join(format!("jobwarden_{version}_amd64.deb"));
+    quiet(
+        Command::new("dpkg-deb").args(["--root-owner-group", "-Zxz", "-z1", "--build"]).arg(tree).arg(&deb),
+    )?;
+    Ok(deb)
 }
 
 /// Lays the files out as they will lie on a host.
@@ -74,8 +90,25 @@ fn stage(binary: &Path, tree: &Path) -> Result<()> {
     for (from, to, mode) in FILES {
         put(&root::dir().join(from), &tree.join(to), mode)?;
     }
-    fs::create_dir_all(tree.join("etc/jobwarden"))?;
-    fs::write(tree.join("DEBIAN/control"), control(installed_kib(tree)?))?;
+    fs::write(tree.join("DEBIAN/conffiles"), "/etc/jobwarden/jobwarden.toml\n")?;
+    // The program itself knows its commands.
+    let (man, shells) = (tree.join("usr/share/man/man1"), tree.join("shells"));
+    quiet(Command::new(binary).arg("generate").arg("--man").arg(&man).arg("--completions").arg(&shells))?;
+    for (from, to) in [
+        ("jobwarden.bash", "usr/share/bash-completion/completions/jobwarden"),
+        ("_jobwarden", "usr/share/zsh/vendor-completions/_jobwarden"),
+        ("jobwarden.fish", "usr/share/fish/vendor_completions.d/jobwarden.fish"),
+    ] {
+        put(&shells.join(from), &tree.join(to), 0o644)?;
+    }
+    fs::remove_dir_all(shells)?;
+    for folder in [man, tree.join("usr/share/man/man5")] {
+        for page in fs::read_dir(folder)? {
+            let page = page?.path();
+            fs::set_permissions(&page, fs::Permissions::from_mode(0o644))?;
+            quiet(Command::new("gzip").args(["-9n"]).arg(page))?;
+        }
+    }
     Ok(())
 }
 
@@ -87,25 +120,36 @@ fn put(from: &Path, to: &Path, mode: u32) -> Result<()> {
     Ok(())
 }
 
-fn control(size_kib: u64) -> String {
-    format!(
+fn control(tree: &Path, version: &str) -> Result<String> {
+    Ok(format!(
         "Package: jobwarden\n\
-         Version: {}\n\
+         Version: {version}\n\
          Architecture: amd64\n\
          Maintainer: The jobwarden authors <jobwarden@localhost>\n\
-         Installed-Size: {size_kib}\n\
-         Depends: libc6 (>= 2.34), libgcc-s1\n\
+         Installed-Size: {}\n\
+         Depends: libc6 (>= {}), libgcc-s1, ca-certificates\n\
          Section: admin\n\
          Priority: optional\n\
          Homepage: {}\n\
-         Description: {}\n \
+         Description: zombies, orphans, why, and whole jobs ended\n \
          Follows every process of a host through eBPF, says which parent does not reap\n \
          its zombies and why, which processes outlived the job that started them, and\n \
          ends whole jobs so that nothing of them escapes.\n",
-        env!("CARGO_PKG_VERSION"),
+        installed_kib(tree)?,
+        libc_version(&tree.join("usr/bin/jobwarden"))?,
         env!("CARGO_PKG_REPOSITORY"),
-        "zombies, orphans, why, and whole jobs ended",
-    )
+    ))
+}
+
+/// The newest symbol version of glibc that the program asks for.
+fn libc_version(program: &Path) -> Result<String> {
+    let out = Command::new("objdump").arg("-T").arg(program).output().context("objdump (binutils)")?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let versions = text.split(|c: char| !(c.is_ascii_alphanumeric() || "_.".contains(c)));
+    let numbers = |v: &str| v.split('.').map(|n| n.parse().ok()).collect::<Option<Vec<u32>>>();
+    let newest = versions.filter_map(|v| numbers(v.strip_prefix("GLIBC_")?)).max();
+    let newest = newest.context("the program asks for no glibc")?;
+    Ok(newest.iter().map(ToString::to_string).collect::<Vec<_>>().join("."))
 }
 
 fn installed_kib(tree: &Path) -> Result<u64> {
@@ -116,51 +160,6 @@ fn installed_kib(tree: &Path) -> Result<u64> {
         sum += if of.is_dir() { installed_kib(&entry.path())? } else { of.len().div_ceil(1024) };
     }
     Ok(sum)
-}
-
-/// Install, upgrade, purge, by dpkg with an empty tree as its root. The package's scripts run on this machine and keep to
-/// `DPKG_ROOT`, as dpkg tells them.
-fn check(deb: &Path, tree: &Path) -> Result<()> {
-    empty(tree)?;
-    let admin = tree.join("var/lib/dpkg");
-    for folder in ["info", "updates", "triggers"] {
-        fs::create_dir_all(admin.join(folder))?;
-    }
-    fs::write(admin.join("status"), "")?;
-    let dpkg = |args: &[&str], what: &Path| {
-        let mut command = root::command("dpkg", []);
-        command.arg(format!("--root={}", tree.display()));
-        command.args(["--force-script-chrootless", "--force-depends", "--force-not-root"]);
-        quiet(command.args(args).arg(what))
-    };
-    dpkg(&["-i"], deb)?;
-    ensure!(tree.join("usr/bin/jobwarden").exists(), "the package has no program");
-    let state = tree.join("var/lib/jobwarden");
-    let pins = tree.join("sys/fs/bpf/jobwarden");
-    for folder in [&state, &pins] {
-        fs::create_dir_all(folder)?;
-        fs::write(folder.join("kept"), "")?;
-    }
-    dpkg(&["-i"], deb)?;
-    ensure!(state.join("kept").exists() && pins.join("kept").exists(), "an upgrade lost state or pins");
-    dpkg(&["--purge"], Path::new("jobwarden"))?;
-    let left: Vec<PathBuf> = traces(tree)?.into_iter().filter(|p| !p.starts_with(&admin)).collect();
-    ensure!(left.is_empty(), "after a purge there is still {left:?}");
-    Ok(())
-}
-
-/// What is named after the package, anywhere in a tree.
-fn traces(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().contains("jobwarden") {
-            found.push(entry.path());
-        } else if entry.file_type()?.is_dir() {
-            found.extend(traces(&entry.path())?);
-        }
-    }
-    Ok(found)
 }
 
 fn empty(folder: &Path) -> Result<()> {

@@ -141,3 +141,57 @@ impl Looker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A /proc with one process that started at tick 100, and these lines in its cgroup file.
+    fn fake(state: char, cgroup: &str) -> (tempfile::TempDir, Looker, Key) {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("7");
+        std::fs::create_dir_all(&dir).unwrap();
+        let zeros = "0 ".repeat(14);
+        std::fs::write(dir.join("stat"), format!("7 (x y) {state} 1 7 7 0 {zeros}0 100 0 0\n")).unwrap();
+        std::fs::write(dir.join("cgroup"), cgroup).unwrap();
+        let looker = Looker::new(Proc::at(root.path()));
+        let start = 100 * (1_000_000_000 / looker.ticks_per_second);
+        (root, looker, Key::new(7, start.saturating_add_signed(-host::time_offset())))
+    }
+
+    fn path(o: &Observation) -> (Option<String>, bool) {
+        let Observation::Cgroup { cgroup, by_id, .. } = o else { panic!("{o:?}") };
+        (cgroup.clone(), *by_id)
+    }
+
+    #[test]
+    fn an_id_tells_the_path_only_where_it_does() {
+        let mkdir = |root: &tempfile::TempDir| {
+            let dir = root.path().join("1/root/sys/fs/cgroup/a/b");
+            std::fs::create_dir_all(&dir).unwrap();
+            std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(dir).unwrap())
+        };
+        let (root, l, key) = fake('S', "0::/a/b\n");
+        let id = mkdir(&root);
+        assert_eq!(path(&l.cgroup(key, id)), (Some("/a/b".into()), true));
+        assert_eq!(path(&l.cgroup(key, id + 1)), (Some("/a/b".into()), false), "it has moved since");
+        let stranger = Key::new(7, key.start + 20_000_000);
+        assert_eq!(path(&l.cgroup(stranger, id)), (None, false));
+        // Beside a v1 hierarchy two in one v2 group may be in two containers.
+        let (root, l, key) = fake('S', "5:pids:/x\n0::/a/b\n");
+        let id = mkdir(&root);
+        assert_eq!(path(&l.cgroup(key, id)), (Some("/a/b".into()), false));
+    }
+
+    #[test]
+    fn a_v1_host_and_its_zombies() {
+        let id = "0123456789abcdef".repeat(4);
+        let docker = format!("5:pids:/docker/{id}\n1:name=systemd:/docker/{id}\n");
+        let (_root, l, key) = fake('S', &docker);
+        let kept = path(&l.cgroup(key, 1)).0.unwrap();
+        assert_eq!(container::shown(&kept), format!("/docker/{id}"));
+        assert_eq!(container::named(&kept).unwrap().runtime.as_deref(), Some("docker"));
+        let (_root, l, key) = fake('Z', "5:pids:/\n1:name=systemd:/\n");
+        assert_eq!(path(&l.cgroup(key, 1)).0, None, "the root group says nothing of a dead one");
+    }
+}

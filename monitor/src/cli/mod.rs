@@ -9,6 +9,7 @@ mod enforcement;
 mod events;
 mod exec;
 mod failure;
+mod generate;
 mod jobs;
 mod kill;
 mod notify;
@@ -97,6 +98,8 @@ enum Command {
     Doctor(doctor::Args),
     Replay(replay::Args),
     Unpin(unpin::Args),
+    #[command(hide = true)]
+    Generate(generate::Args),
 }
 
 const fn exec_example() -> &'static str {
@@ -132,6 +135,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Doctor(a) => a.run(&context),
         Command::Replay(a) => a.run(),
         Command::Unpin(a) => a.run(&context),
+        Command::Generate(a) => a.run(),
     };
     outcome.unwrap_or_else(|f| f.tell(json))
 }
@@ -167,6 +171,33 @@ mod tests {
             assert!(help.contains("Example"), "{} --help has no example", sub.get_name());
             assert!(sub.get_about().is_some(), "{}", sub.get_name());
         }
+    }
+
+    #[test]
+    fn pages_and_completions_tell_every_command() {
+        let dir = tempfile::tempdir().unwrap();
+        let (man, shells) = (dir.path().join("man"), dir.path().join("shells"));
+        let args = [
+            "jobwarden",
+            "generate",
+            "--man",
+            man.to_str().unwrap(),
+            "--completions",
+            shells.to_str().unwrap(),
+        ];
+        let Command::Generate(a) = Cli::try_parse_from(args).unwrap().command else { panic!("{args:?}") };
+        a.run().unwrap();
+        let read = |path: PathBuf| std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path:?}: {e}"));
+        let main = read(man.join("jobwarden.1"));
+        let files = ["jobwarden.bash", "_jobwarden", "jobwarden.fish"].map(|f| read(shells.join(f)));
+        for sub in Cli::command().get_subcommands().filter(|s| !s.is_hide_set()) {
+            let name = sub.get_name();
+            let page = read(man.join(format!("jobwarden-{name}.1")));
+            assert!(page.contains("Example"), "{name}");
+            assert!(main.contains(&format!("jobwarden\\-{name}(1)")), "{name} is not in jobwarden(1)");
+            assert!(files.iter().all(|f| f.contains(name)), "{name} is not completed");
+        }
+        assert!(!man.join("jobwarden-generate.1").exists());
     }
 
     #[test]

@@ -152,7 +152,7 @@ mod tests {
         let dir = root.path().join("7");
         std::fs::create_dir_all(&dir).unwrap();
         let zeros = "0 ".repeat(14);
-        std::fs::write(dir.join("stat"), format!("7 (x y) {state} 1 7 7 0 {zeros}0 100 0 0\n")).unwrap();
+        std::fs::write(dir.join("stat"), format!("7 (x y) {state} 1 7 7 0 {zeros}100 0 0\n")).unwrap();
         std::fs::write(dir.join("cgroup"), cgroup).unwrap();
         let looker = Looker::new(Proc::at(root.path()));
         let start = 100 * (1_000_000_000 / looker.ticks_per_second);

@@ -188,13 +188,13 @@ mod tests {
         let Command::Generate(a) = Cli::try_parse_from(args).unwrap().command else { panic!("{args:?}") };
         a.run().unwrap();
         let read = |path: PathBuf| std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path:?}: {e}"));
-        let main = read(man.join("jobwarden.1"));
+        let overview = read(man.join("jobwarden.1"));
         let files = ["jobwarden.bash", "_jobwarden", "jobwarden.fish"].map(|f| read(shells.join(f)));
         for sub in Cli::command().get_subcommands().filter(|s| !s.is_hide_set()) {
             let name = sub.get_name();
             let page = read(man.join(format!("jobwarden-{name}.1")));
             assert!(page.contains("Example"), "{name}");
-            assert!(main.contains(&format!("jobwarden\\-{name}(1)")), "{name} is not in jobwarden(1)");
+            assert!(overview.contains(&format!("jobwarden\\-{name}(1)")), "{name} is not in jobwarden(1)");
             assert!(files.iter().all(|f| f.contains(name)), "{name} is not completed");
         }
         assert!(!man.join("jobwarden-generate.1").exists());

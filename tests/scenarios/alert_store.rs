@@ -1,10 +1,7 @@
 //! What was accepted is delivered: through SIGKILL at any moment while the receiver flaps, and through a full disk.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::io::Read as _;
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
 use std::process::Stdio;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,6 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use jobwarden::alert::{Center, Clock, SubmitError};
 use jobwarden::contract::{Alert, AlertKind, AlertState};
 use jobwarden_tests::alerts::{Hook, alert, resolved, webhook};
+use jobwarden_tests::disk::Disk;
 use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, pause, rounds, skip};
 
 /// (id, state) as the notifier said them; a half line at the end is not said.
@@ -80,47 +78,6 @@ fn sigkill_at_any_moment_loses_no_accepted_alert() -> Result<()> {
     let twice = heard.values().map(|t| t.len().saturating_sub(2)).sum::<usize>();
     loudly(&format!("{} alerts accepted in {all_rounds} rounds, {twice} told again", accepted.len()));
     Ok(())
-}
-
-/// A tmpfs of its own; unmounted when dropped.
-struct Disk<'a>(&'a Path);
-
-impl<'a> Disk<'a> {
-    fn mount(at: &'a Path, bytes: usize) -> Result<Self> {
-        std::fs::create_dir(at)?;
-        let target = CString::new(at.as_os_str().as_bytes())?;
-        let size = CString::new(format!("size={bytes}"))?;
-        let flags = libc::MS_NOSUID | libc::MS_NODEV;
-        // SAFETY: all strings are NUL-terminated and outlive the call.
-        let rc = unsafe {
-            libc::mount(c"jwtest".as_ptr(), target.as_ptr(), c"tmpfs".as_ptr(), flags, size.as_ptr().cast())
-        };
-        ensure!(rc == 0, "mount a tmpfs: {}", std::io::Error::last_os_error());
-        Ok(Self(at))
-    }
-
-    /// Takes all that is free.
-    fn fill(&self) -> Result<()> {
-        use std::io::Write as _;
-        let mut f = std::fs::File::create(self.0.join("ballast"))?;
-        for size in [65_536, 4096, 1] {
-            while f.write_all(&vec![1; size]).is_ok() {}
-        }
-        Ok(())
-    }
-
-    fn free(&self) -> Result<()> {
-        Ok(std::fs::remove_file(self.0.join("ballast"))?)
-    }
-}
-
-impl Drop for Disk<'_> {
-    fn drop(&mut self) {
-        if let Ok(target) = CString::new(self.0.as_os_str().as_bytes()) {
-            // SAFETY: the string is NUL-terminated and outlives the call.
-            unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
-        }
-    }
 }
 
 #[test]

@@ -42,6 +42,75 @@ fn http_says_what_it_may_and_no_more() -> Result<()> {
     Ok(())
 }
 
+/// The body of one GET, unpacked if it was packed.
+fn page(port: u16, headers: &str) -> Result<(String, String)> {
+    use std::io::{Read as _, Write as _};
+    let mut s = std::net::TcpStream::connect((std::net::Ipv4Addr::LOCALHOST, port))?;
+    s.set_read_timeout(Some(ms(5000)))?;
+    write!(s, "GET /metrics HTTP/1.0\r\nHost: localhost\r\n{headers}\r\n")?;
+    let mut all = Vec::new();
+    s.read_to_end(&mut all)?;
+    let end = all.windows(4).position(|w| w == b"\r\n\r\n").context("no HTTP answer")?;
+    let head = String::from_utf8_lossy(&all[..end]).to_ascii_lowercase();
+    let mut body = String::new();
+    if head.contains("content-encoding: gzip") {
+        flate2::read::GzDecoder::new(&all[end + 4..]).read_to_string(&mut body)?;
+    } else {
+        body = String::from_utf8(all.split_off(end + 4))?;
+    }
+    Ok((head, body))
+}
+
+/// Names of families and of samples, without the numbers, which change from one scrape to the next.
+fn names(page: &str) -> Vec<String> {
+    let sample = |l: &str| l.rsplit_once(' ').map_or_else(|| l.to_owned(), |(name, _)| name.to_owned());
+    page.lines().map(|l| if l.starts_with('#') { l.to_owned() } else { sample(l) }).collect()
+}
+
+#[test]
+fn the_page_packed_and_as_openmetrics() -> Result<()> {
+    let ground = ground!("the_page_packed_and_as_openmetrics");
+    let config = format!(
+        "[[job]]\nname = \"w\"\nmatch = {{ argv = \"{}\" }}\n[[receiver]]\nname = \"x\"\ntype = \"exec\"\ncommand = [\"/bin/true\"]\n",
+        ground.tag
+    );
+    let agent = Agent::start(&ground, &config)?;
+    let (head, plain) = page(agent.port, "")?;
+    ensure!(head.contains("version=0.0.4") && !head.contains("content-encoding"), "{head}");
+    let (head, packed) = page(agent.port, "Accept-Encoding: gzip\r\n")?;
+    ensure!(head.contains("content-encoding: gzip"), "{head}");
+    assert_eq!(names(&plain), names(&packed));
+    let accept =
+        "Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5\r\nAccept-Encoding: gzip\r\n";
+    let (head, open) = page(agent.port, accept)?;
+    ensure!(head.contains("application/openmetrics-text") && head.contains("gzip"), "{head}");
+    ensure!(open.ends_with("# EOF\n") && open.matches("# EOF").count() == 1, "it ends once");
+    // Each sample belongs to the family above it, by the suffixes that its type allows; a family comes once.
+    let (mut family, mut kind, mut seen) = (String::new(), String::new(), std::collections::BTreeSet::new());
+    for line in open.lines().filter(|l| *l != "# EOF") {
+        if let Some(head) = line.strip_prefix("# TYPE ") {
+            (family, kind) =
+                head.split_once(' ').map(|(f, k)| (f.to_owned(), k.to_owned())).context("TYPE")?;
+            ensure!(seen.insert(family.clone()), "{family} comes twice");
+            ensure!(!family.ends_with("_total"), "a family's name has no _total in OpenMetrics: {family}");
+        } else if !line.starts_with('#') {
+            let name = line.split(['{', ' ']).next().unwrap_or_default();
+            let suffix =
+                name.strip_prefix(family.as_str()).with_context(|| format!("{name} under {family}"))?;
+            let allowed: &[&str] = match kind.as_str() {
+                "counter" => &["_total"],
+                "histogram" => &["_bucket", "_sum", "_count"],
+                _ => &[""],
+            };
+            ensure!(allowed.contains(&suffix), "{line} in a {kind}");
+        }
+    }
+    ensure!(seen.len() > 40, "{seen:?}");
+    let samples = |page: &str| names(page).into_iter().filter(|n| !n.starts_with('#')).collect::<Vec<_>>();
+    assert_eq!(samples(&plain), samples(&open), "both have the same samples");
+    agent.stop()
+}
+
 #[test]
 fn metrics_are_well_formed() -> Result<()> {
     let ground = ground!("metrics_are_well_formed");

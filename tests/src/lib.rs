@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod alerts;
+pub mod disk;
 pub mod events;
 pub mod ground;
 pub mod limit;

@@ -202,18 +202,17 @@ fn inside(core: &mut Core, pid: u32, container: &str) -> Result<Key, ApiError> {
 fn why(core: &mut Core, q: &WhyQuery, reply: Reply<crate::api::wire::Causes>) {
     let keys = match (&q.target, &q.container) {
         (None, _) => return cause::of_all(core, reply),
-        (Some(Asked::Alert(id)), _) => core
-            .engine
-            .alert_subject(id)
-            .map(|k| vec![(k, Some(id.clone()))])
-            .ok_or_else(|| ApiError::not_found("alert", id)),
-        (Some(Asked::Pid(pid)), Some(container)) => inside(core, *pid, container).map(|k| vec![(k, None)]),
+        (Some(Asked::Alert(id)), _) => match core.engine.alerts(true).into_iter().find(|a| a.id == *id) {
+            Some(alert) => return cause::of_one(core, alert, reply),
+            None => Err(ApiError::not_found("alert", id)),
+        },
+        (Some(Asked::Pid(pid)), Some(container)) => inside(core, *pid, container).map(|k| vec![k]),
         (Some(t), _) => resolve(core, t).map(|found| {
             found
                 .into_iter()
                 .map(|t| match t {
-                    Target::Process(k) => (k, None),
-                    Target::Job(id) => (id.root, None),
+                    Target::Process(k) => k,
+                    Target::Job(id) => id.root,
                 })
                 .collect()
         }),
@@ -242,7 +241,16 @@ fn status(core: &Core) -> Status {
     let by_kind = |of: &dyn Fn(usize) -> u64| -> BTreeMap<String, u64> {
         monitor_abi::KIND_NAMES.iter().enumerate().map(|(i, k)| ((*k).to_owned(), of(i))).collect()
     };
-    let counters = core.kernel.totals().unwrap_or_default();
+    // What cannot be read is left out and said: it is not 0.
+    let counters = core.kernel.totals();
+    let (mut not_ready, mut probes_off) = (core.ready.borrow().reasons.clone(), BTreeMap::new());
+    if let Err(e) = &counters {
+        not_ready.push(format!("the probes' counters cannot be read: {e}"));
+    }
+    match core.kernel.probes() {
+        Ok(all) => probes_off.extend(all.into_iter().filter_map(|p| Some((p.name.to_owned(), p.off?)))),
+        Err(e) => drop(probes_off.insert("all".to_owned(), format!("they cannot be asked: {e}"))),
+    }
     let sum = |name: &str| g.processes.get(name).copied().unwrap_or(0);
     let alerts = core.engine.alerts(true);
     let firing = alerts.iter().filter(|a| a.state == crate::contract::AlertState::Firing).count();
@@ -255,8 +263,8 @@ fn status(core: &Core) -> Status {
         pid: std::process::id(),
         started: host::rfc3339(core.started.saturating_add(host::boot_to_wall())),
         synced: core.counts.synced,
-        not_ready: core.ready.borrow().reasons.clone(),
-        lost: by_kind(&|i| counters[i].lost),
+        not_ready,
+        lost: counters.map(|c| by_kind(&|i| c[i].lost)).unwrap_or_default(),
         events: by_kind(&|i| core.counts.events[i]),
         processes: usize::try_from(g.processes.values().sum::<u64>()).unwrap_or(usize::MAX),
         zombies: usize::try_from(sum("zombie")).unwrap_or(usize::MAX),
@@ -266,13 +274,7 @@ fn status(core: &Core) -> Status {
         alerts_firing: firing,
         alerts_pending: alerts.len() - firing,
         undelivered: core.center.pending(),
-        probes_off: core
-            .kernel
-            .probes()
-            .unwrap_or_default()
-            .into_iter()
-            .filter_map(|p| Some((p.name.to_owned(), p.off?)))
-            .collect(),
+        probes_off,
         config: core.options.config_path.clone().or_else(super::core::default_config),
         config_ok: core.counts.reload_ok,
         listen: core.options.listening.map(|a| a.to_string()),

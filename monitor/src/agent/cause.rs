@@ -13,7 +13,7 @@ use super::core::{Core, Internal};
 use super::look::Looker;
 use crate::api::Reply;
 use crate::api::wire::Causes;
-use crate::contract::{Cause, State, Verdict};
+use crate::contract::{Alert, AlertKind, Cause, State, Verdict};
 use crate::enforce::Lineage;
 use crate::host;
 use crate::kernel::Kernel;
@@ -221,9 +221,54 @@ fn seek(
     }))
 }
 
+/// What an alert itself says, where there is no process to be looked at: those about the host, which are jobwarden's own,
+/// and those whose subject is gone.
+pub(super) fn itself(core: &Core, a: Alert) -> Option<Cause> {
+    let own = || core.engine.current(std::process::id());
+    let process = a.subject.or_else(|| core.engine.process(own()?, host::boot_now()))?;
+    let remedy = match a.kind {
+        AlertKind::EventsLost => {
+            "nothing, if it was once; else make `ring_bytes` larger, and see that the agent is not starved of CPU"
+        }
+        AlertKind::EnforcementStopped => {
+            "find out why so many jobs are over their time, then `jobwarden enforcement on`"
+        }
+        AlertKind::StorageFailed => {
+            "make room in the state directory, or mend its disk: it is tried again each second"
+        }
+        AlertKind::Capacity => "look at `jobwarden_store_entries` on /metrics for what there is too much of",
+        AlertKind::JobTimeout => "look at `jobwarden jobs`; `jobwarden jobs extend` or `jobwarden kill` it",
+        AlertKind::KillFailed => "look at what holds the survivors: `jobwarden why` of each",
+        AlertKind::Zombie | AlertKind::Orphan => "nothing: the processes are gone",
+    };
+    let mut cause = Cause {
+        process,
+        verdict: Verdict::Unknown,
+        summary: a.summary,
+        evidence: Vec::new(),
+        remedy: remedy.to_owned(),
+        alert: Some(a.id),
+    };
+    core.redact.cause(&mut cause);
+    Some(cause)
+}
+
+/// The process to look at for an alert; None where there is none, or none any more.
+fn subject(core: &Core, a: &Alert) -> Option<Key> {
+    core.engine.alert_subject(&a.id).filter(|&k| core.engine.process(k, host::boot_now()).is_some())
+}
+
 /// For `why` of these processes.
-pub(super) fn of(core: &Core, keys: Vec<(Key, Option<String>)>, reply: Reply<Causes>) {
-    ask(core, Vec::new(), keys, reply);
+pub(super) fn of(core: &Core, keys: Vec<Key>, reply: Reply<Causes>) {
+    ask(core, Vec::new(), keys.into_iter().map(|k| (k, None)).collect(), reply);
+}
+
+/// For `why` of one alert.
+pub(super) fn of_one(core: &Core, a: Alert, reply: Reply<Causes>) {
+    match subject(core, &a) {
+        Some(key) => ask(core, Vec::new(), vec![(key, Some(a.id))], reply),
+        None => ask(core, itself(core, a).into_iter().collect(), Vec::new(), reply),
+    }
 }
 
 /// For `why` of every firing alert. Of many, what was found for each alert, and a new look only where there is nothing.
@@ -232,7 +277,10 @@ pub(super) fn of_all(core: &Core, reply: Reply<Causes>) {
     let alerts = core.engine.alerts(false);
     let few = alerts.len() <= FEW;
     for a in alerts {
-        let Some(key) = core.engine.alert_subject(&a.id) else { continue };
+        let Some(key) = subject(core, &a) else {
+            known.extend(itself(core, a));
+            continue;
+        };
         match a.cause.filter(|c| !few && c.process.id == key) {
             Some(mut cause) => {
                 core.redact.cause(&mut cause);

@@ -1,5 +1,6 @@
 //! `status` and `enforcement`.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
@@ -37,7 +38,7 @@ pub fn status(s: &Status, now: SystemTime, style: Style) -> String {
             ),
         ),
         ("synced", synced.0, synced.1),
-        ("lost", if lost > 0 { Paint::Bad } else { Paint::Plain }, lost_text(lost, seen, &by_kind)),
+        ("lost", if lost > 0 { Paint::Bad } else { Paint::Plain }, lost_text(lost, seen, &by_kind, &s.lost)),
         (
             "processes",
             Paint::Plain,
@@ -77,7 +78,11 @@ pub fn status(s: &Status, now: SystemTime, style: Style) -> String {
     out
 }
 
-fn lost_text(lost: u64, seen: u64, by_kind: &[String]) -> String {
+fn lost_text(lost: u64, seen: u64, by_kind: &[String], all: &BTreeMap<String, u64>) -> String {
+    // An agent that can read its probes' counters names every kind.
+    if all.is_empty() {
+        return "unknown".to_owned();
+    }
     if lost == 0 {
         return format!("none of {seen} events");
     }

@@ -1,0 +1,50 @@
+//! A small disk of a test's own, which can be filled.
+
+use std::ffi::CString;
+use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+
+/// A tmpfs; unmounted when dropped.
+pub struct Disk(PathBuf);
+
+impl Disk {
+    /// Makes the folder and mounts it there.
+    pub fn mount(at: &Path, bytes: usize) -> Result<Self> {
+        std::fs::create_dir_all(at)?;
+        let target = CString::new(at.as_os_str().as_bytes())?;
+        let size = CString::new(format!("size={bytes}"))?;
+        let flags = libc::MS_NOSUID | libc::MS_NODEV;
+        // SAFETY: all strings are NUL-terminated and outlive the call.
+        let rc = unsafe {
+            libc::mount(c"jwtest".as_ptr(), target.as_ptr(), c"tmpfs".as_ptr(), flags, size.as_ptr().cast())
+        };
+        ensure!(rc == 0, "mount a tmpfs: {}", std::io::Error::last_os_error());
+        Ok(Self(at.to_owned()))
+    }
+
+    /// Takes all that is free.
+    pub fn fill(&self) -> Result<()> {
+        let mut f = std::fs::File::create(self.0.join("ballast"))?;
+        for size in [65_536, 4096, 1] {
+            while f.write_all(&vec![1; size]).is_ok() {}
+        }
+        Ok(())
+    }
+
+    /// Gives it back.
+    pub fn free(&self) -> Result<()> {
+        Ok(std::fs::remove_file(self.0.join("ballast"))?)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Ok(target) = CString::new(self.0.as_os_str().as_bytes()) {
+            // SAFETY: the string is NUL-terminated and outlives the call.
+            unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+        }
+    }
+}

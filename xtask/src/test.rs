@@ -145,6 +145,10 @@ fn command(test: &Built, left: Duration) -> Command {
     let passed: Vec<(String, String)> = std::env::vars()
         .filter(|(name, _)| name.starts_with("JWTEST_") || ["CI", "RUST_BACKTRACE"].contains(&name.as_str()))
         .collect();
+    if args.all {
+        // What the caller says comes after this and wins.
+        env.push(("JWTEST_SCRAPE_SECONDS", "60".to_owned()));
+    }
     env.extend(passed.iter().map(|(name, value)| (name.as_str(), value.clone())));
     let mut command = root::command("timeout", env);
     // In the foreground, so that Ctrl-C reaches the test. What it left behind is its own to clean up.

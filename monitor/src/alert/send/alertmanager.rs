@@ -91,7 +91,9 @@ impl Alertmanager {
         // What fires again has not ended: an end of before must not be told after this.
         for p in &self.peers {
             let mut missed = p.missed();
-            alerts.iter().for_each(|a| drop(missed.remove(&a.id)));
+            for a in alerts {
+                missed.remove(&a.id);
+            }
         }
         let rests = |p: &Arc<Peer>| (0..REST).contains(&(now - p.failed_at.load(Ordering::Relaxed)));
         let all_rest = self.peers.iter().all(rests);

@@ -1,8 +1,8 @@
 //! Delivery to the real Alertmanager, Debian's, on loopback: what arrives, that it groups, that a silence works, that it
 //! ends, and a cluster of two.
 
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -31,6 +31,20 @@ fn program() -> Option<PathBuf> {
     names.into_iter().find_map(|n| folders.iter().map(|f| f.join(n)).find(|p| p.is_file()))
 }
 
+/// Debian's has its files under /usr/share by a fixed name. One that is only unpacked sees its own there, in a mount
+/// namespace that ends with it.
+fn command(ground: &Ground, program: &Path) -> Command {
+    let template = "prometheus/alertmanager/default.tmpl";
+    let share = program.parent().and_then(Path::parent).map(|p| p.join("share")).unwrap_or_default();
+    if Path::new("/usr/share").join(template).exists() || !share.join(template).exists() {
+        return ground.command(program);
+    }
+    let mut c = ground.command("unshare");
+    c.args(["--mount", "sh", "-c", "mount --bind \"$1\" /usr/share && shift && exec \"$@\"", "sh"]);
+    c.arg(share).arg(program);
+    c
+}
+
 /// One running Alertmanager; killed when dropped.
 struct Alertmanager {
     child: Child,
@@ -53,7 +67,7 @@ impl Alertmanager {
         std::fs::write(&config, CONFIG)?;
         let (port, cluster) = (free_port()?, free_port()?);
         let log = std::fs::File::create(dir.join("log"))?;
-        let mut c = ground.command(program);
+        let mut c = command(ground, program);
         c.arg(format!("--config.file={}", config.display()))
             .arg(format!("--storage.path={}", dir.display()))
             .arg(format!("--web.listen-address=127.0.0.1:{port}"))

@@ -255,7 +255,7 @@ fn kernel_options(o: &Options) -> kernel::Options {
         bpffs: o.config.agent.pin.then(|| o.config.agent.bpffs.clone()),
         trace: o.trace_probes,
         ring_bytes: o.config.agent.ring_bytes,
-        lineage_entries: o.config.agent.lineage_entries,
+        lineage_entries: Some(o.config.agent.lineage_entries).filter(|&n| n != 0),
         ..kernel::Options::default()
     }
 }

@@ -76,8 +76,8 @@ pub struct Agent {
     pub bpffs: PathBuf,
     /// A power of two, at least a page. What does not fit is lost, counted and mended.
     pub ring_bytes: u32,
-    /// Of the kernel's lineage map; None: as many processes as there can be, up to 65,536.
-    pub lineage_entries: Option<u32>,
+    /// Of the kernel's lineage map; 0: as many processes as there can be, up to 65,536.
+    pub lineage_entries: u32,
     /// A `tracing` filter, `"info"`.
     pub log: String,
     pub log_json: bool,
@@ -98,7 +98,7 @@ impl Default for Agent {
             pin: true,
             bpffs: DEFAULT_BPFFS.into(),
             ring_bytes: DEFAULT_RING_BYTES,
-            lineage_entries: None,
+            lineage_entries: 0,
             log: "info".into(),
             log_json: false,
             labels: BTreeMap::new(),

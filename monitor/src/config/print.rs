@@ -58,9 +58,7 @@ fn agent(out: &mut Out, a: &Agent) {
     out.key("pin", a.pin);
     out.path("bpffs", Some(&a.bpffs));
     out.key("ring_bytes", i64::from(a.ring_bytes));
-    if let Some(n) = a.lineage_entries {
-        out.key("lineage_entries", i64::from(n));
-    }
+    out.key("lineage_entries", i64::from(a.lineage_entries));
     out.key("log", a.log.as_str());
     out.key("log_format", if a.log_json { "json" } else { "text" });
     out.key("labels", a.labels.iter().map(|(k, v)| (k.clone(), v.clone().into())).collect::<toml::Table>());

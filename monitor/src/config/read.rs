@@ -200,7 +200,7 @@ fn agent(mut s: Section<'_, '_>, overrides: &Overrides) -> Agent {
         pin: !overrides.no_pin & s.read("pin", value::boolean).unwrap_or(default.pin),
         bpffs: given(overrides.bpffs.as_ref(), s.read("bpffs", value::path), default.bpffs),
         ring_bytes: s.read("ring_bytes", value::ring).unwrap_or(default.ring_bytes),
-        lineage_entries: s.read("lineage_entries", value::entries),
+        lineage_entries: s.read("lineage_entries", value::entries).unwrap_or(default.lineage_entries),
         log: s.read("log", value::log_filter).unwrap_or(default.log),
         log_json: s.read("log_format", value::choice(&formats)).unwrap_or_default(),
         labels: s.table("labels", "labels").map(|t| labels(&t)).unwrap_or_default(),

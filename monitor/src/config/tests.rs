@@ -82,7 +82,7 @@ fn each_mistake_is_told_with_its_place() {
         ("[enforcement]\nprotect = [{}]", 2, 12, "must not be empty"),
         ("[enforcement]\nmax_job_kills_per_minute = 0", 2, 28, "from 1 to 1000000"),
         ("[agent]\nring_bytes = 5000", 2, 14, "a power of two"),
-        ("[agent]\nlineage_entries = 5", 2, 19, "a number from 16"),
+        ("[agent]\nlineage_entries = 5", 2, 19, "0 or a number from 16"),
         ("[[job]]\nname = \"a b\"\nmatch = { exe = \"x\" }", 2, 8, "1 to 64 letters"),
         ("[[job]]\nname = \"a\"", 1, 1, "expected the key `match`"),
         ("[[job]]\nname = \"a\"\nmatch = { user = \"no-such-user-here\" }", 3, 18, "a user of this machine"),

@@ -139,12 +139,12 @@ pub(super) fn ring(v: &DeValue<'_>) -> Value<u32> {
     }
 }
 
-/// Entries of a preallocated map.
+/// Entries of a preallocated map; 0: as many as the host may need.
 pub(super) fn entries(v: &DeValue<'_>) -> Value<u32> {
     let n = v.as_integer().and_then(|i| u32::from_str_radix(i.as_str(), i.radix()).ok());
     match n {
-        Some(n) if (16..=1 << 22).contains(&n) => Ok(n),
-        _ => wrong("a number from 16 to 4194304", v),
+        Some(n) if n == 0 || (16..=1 << 22).contains(&n) => Ok(n),
+        _ => wrong("0 or a number from 16 to 4194304", v),
     }
 }
 

@@ -194,7 +194,7 @@ impl Engine {
 
     /// Makes `root` and all who descend from it members of `g`, which is new inside `outer`; inner groups that are there
     /// already become inner groups of it.
-    fn enroll(&mut self, g: Idx, outer: Idx, root: Idx) {
+    pub(super) fn enroll(&mut self, g: Idx, outer: Idx, root: Idx) {
         let family: Vec<Idx> = self.forest.descend(root).collect();
         for i in family {
             let own = self.forest.node(i).group;

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use super::jobs::{Begin, policy_of};
+use super::jobs::{Begin, Job, policy_of};
 use super::timers::Timer;
 use super::{Effect, Engine, JobPolicy, SECOND};
 use crate::config::{Match, Rule};
@@ -184,6 +184,14 @@ impl Engine {
         let name = &w.rule.name;
         let same = |g: Idx| self.jobs.get(g).is_some_and(|j| j.record.rule.as_ref() == Some(name));
         if self.forest.groups.chain(self.forest.node(i).group).any(same) || !self.forest.node(i).alive() {
+            return;
+        }
+        // Its exec record comes again after a restart: the job is the saved one, whose members no row has told yet.
+        let (key, group) = (self.forest.node(i).key, self.forest.node(i).group);
+        let saved = |j: &Job| j.restored && j.record.id.root == key && j.record.rule.as_ref() == Some(name);
+        let saved = self.jobs.iter().find(|(_, j)| j.done.is_none() && saved(j)).map(|(g, _)| g);
+        if let Some(g) = saved {
+            self.enroll(g, group, i);
             return;
         }
         let b = Begin {

@@ -96,6 +96,33 @@ fn what_expired_meanwhile_has_one_more_grace() {
     assert!(matches!(kills.as_slice(), [k] if k.reason == Reason::Timeout), "{kills:?}");
 }
 
+/// SIGKILL after the job was saved and before its record was let go: the record comes again.
+#[test]
+fn the_record_of_a_saved_job_comes_again() {
+    let mut w = World::new(RULE);
+    let worker = w.sim.spawn(1, "worker");
+    let again = w.sim.ring.clone();
+    w.drain();
+    label(&mut w);
+    let id = w.e.jobs()[0].id;
+    let jobs = w.e.job_records();
+    w.e = Engine::new(settings(), &config(RULE));
+    w.e.restore_jobs(jobs);
+    w.sim.ring = again;
+    w.drain();
+    let child = w.sim.fork(worker);
+    w.drain();
+    let s = w.sim.snapshot(true);
+    w.merge(s);
+    let mut fx = Vec::new();
+    w.e.ready(w.sim.now, &mut fx);
+    w.answer(fx);
+    for p in [worker, child] {
+        assert_eq!(w.e.jobs_of(w.sim.key(p)), [id]);
+    }
+    assert_eq!(w.e.jobs().len(), 1);
+}
+
 #[test]
 fn a_deadline_of_after_the_restart_has_no_grace() {
     let mut w = World::new(RULE);

@@ -126,6 +126,9 @@ pub struct Process {
     /// Dead ancestors between it and `lineage_parent` that are not kept: "n more".
     #[serde(default, skip_serializing_if = "is_zero")]
     pub elided: u32,
+    /// There is more of argv: it was longer than a record, or could not be read, and nobody has asked /proc for it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub argv_cut: bool,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]

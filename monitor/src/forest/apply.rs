@@ -22,6 +22,18 @@ pub(crate) struct Born {
     pub(crate) kernel_thread: bool,
 }
 
+/// What an exec record says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Execed<'a> {
+    pub(crate) uid: u32,
+    pub(crate) comm: Comm,
+    pub(crate) file: &'a [u8],
+    /// NUL-separated.
+    pub(crate) argv: &'a [u8],
+    /// There is more of argv than that.
+    pub(crate) cut: bool,
+}
+
 impl Forest {
     pub(crate) fn fork(&mut self, b: &Born, at: u64) -> Option<Idx> {
         if let Some(i) = self.find(b.child) {
@@ -91,6 +103,9 @@ impl Forest {
     fn inherit(&mut self, i: Idx, from: Idx) {
         let n = self.node(from);
         let (argv, exe, cgroup) = (n.argv, n.exe, n.cgroup);
+        if n.flags.has(Flags::CUT) {
+            self.node_mut(i).flags.set(Flags::CUT);
+        }
         self.share_str(i, |n| &mut n.argv, argv);
         self.share_str(i, |n| &mut n.exe, exe);
         self.share_str(i, |n| &mut n.cgroup, cgroup);
@@ -130,8 +145,9 @@ impl Forest {
         }
     }
 
-    /// `argv` is NUL-separated.
-    pub(crate) fn exec(&mut self, key: Key, uid: u32, comm: Comm, file: &[u8], argv: &[u8], at: u64) {
+    /// Its program is another one.
+    pub(crate) fn exec(&mut self, key: Key, e: &Execed<'_>, at: u64) {
+        let Execed { uid, comm, file, argv, cut } = *e;
         let Some(i) = self.known(key, at) else { return };
         match self.node(i).state {
             State::Running => {}
@@ -151,6 +167,10 @@ impl Forest {
         (n.uid, n.comm) = (uid, comm);
         n.flags.clear(Flags::READ);
         n.flags.clear(Flags::NAMED);
+        n.flags.clear(Flags::CUT);
+        if cut {
+            n.flags.set(Flags::CUT);
+        }
         // Who starts containers moves a child into its group before it lets it exec.
         self.share_str(i, |n| &mut n.cgroup, Str::NONE);
         self.set_str(i, |n| &mut n.exe, file);

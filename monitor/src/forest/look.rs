@@ -113,6 +113,7 @@ impl Forest {
             && !(argv.is_empty() && self.node(i).argv.is_known())
         {
             self.set_str(i, |n| &mut n.argv, argv.strip_suffix(&[0]).unwrap_or(argv));
+            self.node_mut(i).flags.clear(Flags::CUT);
         }
         if let Some(exe) = &f.exe {
             self.set_str(i, |n| &mut n.exe, exe);

@@ -113,6 +113,7 @@ impl Forest {
         }
         if let Some(argv) = row.argv.as_ref().filter(|_| !execed) {
             self.set_str(i, |n| &mut n.argv, argv.strip_suffix(&[0]).unwrap_or(argv));
+            self.node_mut(i).flags.clear(Flags::CUT);
         }
         if let Some(exe) = row.exe.as_ref().filter(|_| !execed) {
             self.set_str(i, |n| &mut n.exe, exe);

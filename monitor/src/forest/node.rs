@@ -12,7 +12,7 @@ pub(crate) const NONE: Idx = u32::MAX;
 
 /// Facts that are yes or no.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Flags(u16);
+pub(crate) struct Flags(u32);
 
 impl Flags {
     /// Who forked it is known from the kernel (or it has no lineage parent: PID 1, kthreadd).
@@ -46,6 +46,8 @@ impl Flags {
 
     /// Its lineage was told by its parent, not by the kernel: a CLONE_PARENT child's is corrected when the kernel speaks.
     pub(crate) const INFERRED: Self = Self(1 << 15);
+    /// Its exec record had only the beginning of argv, or none of it; /proc has not been asked yet.
+    pub(crate) const CUT: Self = Self(1 << 16);
 
     pub(crate) const fn has(self, f: Self) -> bool {
         self.0 & f.0 != 0

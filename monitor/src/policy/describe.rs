@@ -107,6 +107,7 @@ impl Engine {
             exit: if super::summary::exits(n.state) { self.exit_of(i) } else { None },
             children: self.forest.children(i).map(|c| self.forest.node(c).key).collect(),
             elided: n.elided,
+            argv_cut: n.flags.has(Flags::CUT),
         })
     }
 

@@ -8,7 +8,7 @@ use super::{Effect, Engine, LOSS_OVER, Observation, SECOND, nanos, rules, summar
 use crate::config::Config;
 use crate::contract::{Alert, AlertKind, State};
 use crate::event::{Body, Event};
-use crate::forest::{Change, Facts, Flags, Idx, Merge, Moved, NONE, RowState, Snapshot, apply::Born};
+use crate::forest::{Change, Facts, Flags, Idx, Merge, Moved, NONE, RowState, Snapshot, apply};
 use crate::key::Key;
 
 /// A store that was full has room again when it is filled to less than this, in percent.
@@ -21,14 +21,15 @@ impl Engine {
         match e.body {
             Body::Fork { lineage_parent, parent, job, uid, comm, kernel_thread, no_entry } => {
                 let group = if job == 0 { None } else { self.jobs.by_number(job) };
-                let born = Born { child: key, lineage_parent, parent, group, uid, comm, kernel_thread };
+                let born =
+                    apply::Born { child: key, lineage_parent, parent, group, uid, comm, kernel_thread };
                 match self.forest.fork(&born, e.at) {
                     Some(i) => self.enter_kernel(i, lineage_parent, job, no_entry, fx),
                     None => self.check_capacity(now, fx),
                 }
             }
-            Body::Exec { uid, comm, filename, argv, cgroup, .. } => {
-                self.forest.exec(key, uid, comm, filename, argv, e.at);
+            Body::Exec { uid, comm, filename: file, argv, argv_cut: cut, cgroup, .. } => {
+                self.forest.exec(key, &apply::Execed { uid, comm, file, argv, cut }, e.at);
                 self.execed_in(key, cgroup, now, fx);
             }
             Body::Exit { status, comm } => self.forest.exit(key, status, comm, e.at),

@@ -130,6 +130,18 @@ impl Engine {
         let own: Vec<Own> = line.iter().map(|&a| self.own_facts(self.forest.node(a), needs)).collect();
         for (index, (w, cheap)) in self.rules.iter().enumerate() {
             let with = |m: &Match, read: bool| chain(&own, read, |f| m.matches(f));
+            let asked_about = &line[..=w.needs.parents.min(line.len() - 1)];
+            // Where argv is cut, what is known of it may match or not for that alone: all of it is read first.
+            if w.needs.argv && ask {
+                let cut = |&&a: &&Idx| {
+                    let n = self.forest.node(a);
+                    n.alive() && n.flags.has(Flags::CUT) && !n.flags.has(Flags::READ)
+                };
+                let cut: Vec<Idx> = asked_about.iter().filter(cut).copied().collect();
+                if !cut.is_empty() {
+                    return Verdict::Read(cut);
+                }
+            }
             if w.reads() {
                 if cheap.as_ref().is_some_and(|m| !with(m, false)) {
                     continue;
@@ -140,8 +152,7 @@ impl Engine {
                     let told = !w.needs.exe && n.cgroup.is_known();
                     n.alive() && !told && !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL)
                 };
-                let missing: Vec<Idx> =
-                    line[..=w.needs.parents.min(line.len() - 1)].iter().filter(unread).copied().collect();
+                let missing: Vec<Idx> = asked_about.iter().filter(unread).copied().collect();
                 if ask && !missing.is_empty() {
                     return Verdict::Read(missing);
                 }

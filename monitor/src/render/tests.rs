@@ -45,6 +45,7 @@ fn process(pid: u32, parent: Option<u32>, args: &[&str]) -> Process {
         exit: None,
         children: vec![],
         elided: 0,
+        argv_cut: false,
     }
 }
 

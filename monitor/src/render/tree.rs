@@ -295,5 +295,6 @@ const fn paints(p: &Process) -> (Paint, Paint) {
 }
 
 fn command(p: &Process) -> String {
-    if p.argv.is_empty() { format!("[{}]", escape(&p.comm)) } else { argv(&p.argv) }
+    let cut = if p.argv_cut { " …" } else { "" };
+    if p.argv.is_empty() { format!("[{}]{cut}", escape(&p.comm)) } else { argv(&p.argv) + cut }
 }

@@ -4,6 +4,41 @@ fn names(w: &World) -> Vec<String> {
     w.e.jobs().into_iter().map(|j| j.name).collect()
 }
 
+/// A record carries 1 KiB of argv, or none of it: /proc is asked for the rest before a rule says no, or yes.
+#[test]
+fn what_the_record_cut_is_read() {
+    let mut w = World::new("[[job]]\nname = \"w\"\nmatch = { argv = \"--id 77$\" }");
+    for (sent, whole) in
+        [("long --id 7", "long --id 77"), ("", "long --id 77"), ("long --id 77", "long --id 777")]
+    {
+        let p = w.sim.spawn(1, whole);
+        for e in &mut w.sim.ring {
+            if let crate::event::Body::Exec { argv, argv_cut, .. } = &mut e.body {
+                *argv = Box::leak(sent.replace(' ', "\0").into_bytes().into_boxed_slice());
+                *argv_cut = true;
+            }
+        }
+        w.drain();
+        let shown = w.process(w.sim.key(p)).unwrap();
+        assert_eq!(shown.argv.join(" "), whole);
+        assert_eq!((shown.job.is_some(), shown.argv_cut), (whole.ends_with(" 77"), false), "{sent}");
+    }
+    // Gone before /proc could be asked: what is known decides, and it is marked.
+    let p = w.sim.spawn(1, "long --id 77");
+    if let Some(crate::event::Body::Exec { argv_cut, .. }) = w.sim.ring.last_mut().map(|e| &mut e.body) {
+        *argv_cut = true;
+    }
+    let key = w.sim.key(p);
+    w.sim.exit(p, 0);
+    let gone = w.sim.procs.remove(&p).unwrap();
+    let exit = w.sim.ring.pop().unwrap();
+    w.drain();
+    assert!(w.process(key).is_some_and(|p| p.argv_cut && p.job.is_some()));
+    w.sim.procs.insert(p, gone);
+    w.sim.ring.push(exit);
+    w.drain();
+}
+
 #[test]
 fn first_match_wins_and_the_same_rule_starts_no_second() {
     let mut w = World::new(

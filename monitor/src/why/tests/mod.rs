@@ -181,6 +181,7 @@ fn process(pid: u32, lineage_parent: Option<Key>) -> Process {
         exit: None,
         children: Vec::new(),
         elided: 0,
+        argv_cut: false,
     }
 }
 

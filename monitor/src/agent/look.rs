@@ -4,12 +4,13 @@
 //! a stranger is mistaken for the dead one only if it started in the very same tick; the forest, which has seen the
 //! stranger's fork, refuses such an answer by key.
 
+use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt as _;
 
 use super::records;
 use crate::container::{self, Cgroups};
 use crate::contract::{Process, State, text};
-use crate::forest::{Facts, Look, Seen};
+use crate::forest::{ARGV_MAX, Facts, Look, Seen};
 use crate::host;
 use crate::key::Key;
 use crate::policy::Observation;
@@ -59,7 +60,7 @@ impl Looker {
         let cgroups = self.cgroups(pid);
         let pid_ns = self.pid_ns(pid);
         Some(Facts {
-            argv: std::fs::read(self.proc.path(pid, "cmdline")).ok().filter(|b| !b.is_empty()),
+            argv: self.argv(pid).ok().filter(|b| !b.is_empty()),
             exe: self.proc.exe(pid).ok().map(|p| p.into_os_string().into_vec()),
             cgroup: cgroups.and_then(|c| c.kept()),
             uid: status.uid,
@@ -110,6 +111,13 @@ impl Looker {
         let cgroup = self.cgroups(p.id.pid)?.kept().filter(|_| self.same(p.id))?;
         (p.container, p.cgroup) = (container::named(&cgroup), Some(container::shown(&cgroup).to_owned()));
         Some(Observation::Cgroup { key: p.id, id: 0, cgroup: Some(cgroup), by_id: false })
+    }
+
+    /// The beginning of /proc/PID/cmdline, which may have megabytes.
+    fn argv(&self, pid: u32) -> std::io::Result<Vec<u8>> {
+        let mut argv = Vec::new();
+        std::fs::File::open(self.proc.path(pid, "cmdline"))?.take(ARGV_MAX as u64).read_to_end(&mut argv)?;
+        Ok(argv)
     }
 
     /// The inode of its pid namespace.

@@ -3,7 +3,7 @@
 
 use super::node::rank;
 use super::strings::Str;
-use super::{Change, Facts, Flags, Forest, Idx, Look, NONE, Seen};
+use super::{ARGV_MAX, Change, Facts, Flags, Forest, Idx, Look, NONE, Seen};
 use crate::contract::State;
 use crate::key::Key;
 
@@ -113,7 +113,11 @@ impl Forest {
             && !(argv.is_empty() && self.node(i).argv.is_known())
         {
             self.set_str(i, |n| &mut n.argv, argv.strip_suffix(&[0]).unwrap_or(argv));
-            self.node_mut(i).flags.clear(Flags::CUT);
+            if argv.len() < ARGV_MAX {
+                self.node_mut(i).flags.clear(Flags::CUT);
+            } else {
+                self.node_mut(i).flags.set(Flags::CUT);
+            }
         }
         if let Some(exe) = &f.exe {
             self.set_str(i, |n| &mut n.exe, exe);

@@ -21,7 +21,7 @@ use std::collections::{HashMap, HashSet};
 use groups::{Counts, Group, Groups};
 pub(crate) use hash::Fast;
 pub(crate) use node::{Flags, Idx, NO_UID, NONE, Node};
-pub use row::{Facts, Look, Merge, Row, RowLineage, RowState, Seen, Snapshot};
+pub use row::{ARGV_MAX, Facts, Look, Merge, Row, RowLineage, RowState, Seen, Snapshot};
 use signals::{Signal, Signals};
 pub(crate) use strings::Str;
 use strings::Strings;

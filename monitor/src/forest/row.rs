@@ -93,10 +93,13 @@ pub struct Look {
     pub live_thread: bool,
 }
 
+/// Most bytes of argv that are kept of one process.
+pub const ARGV_MAX: usize = 64 << 10;
+
 /// What is not in the events and is read from /proc only for those that need it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
-    /// NUL-separated, as /proc/PID/cmdline has it.
+    /// NUL-separated, as /proc/PID/cmdline has it; up to [`ARGV_MAX`] bytes.
     pub argv: Option<Vec<u8>>,
     /// The resolved path of /proc/PID/exe.
     pub exe: Option<Vec<u8>>,

@@ -9,6 +9,7 @@ pub mod alerts;
 pub mod disk;
 pub mod events;
 pub mod ground;
+pub mod kill;
 pub mod limit;
 pub mod metrics;
 pub mod shape;

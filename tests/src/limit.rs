@@ -1,8 +1,10 @@
 //! A cgroup of a test's own, under a limit of processes: without one no bomb is thrown.
 
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::{Ground, eventually, loudly, ms};
 
@@ -27,9 +29,20 @@ impl Limit {
         self.0.join("cgroup.procs")
     }
 
-    /// How many processes and threads are in it: the kernel's own count, which misses nobody.
-    pub fn count(&self) -> Result<u32> {
-        Ok(std::fs::read_to_string(self.0.join("pids.current"))?.trim().parse()?)
+    /// The command will be within the limit from its first instruction.
+    pub fn holds(&self, c: &mut Command) {
+        let procs = self.procs();
+        // SAFETY: the child has one thread; open, write and close are all that happens.
+        unsafe { c.pre_exec(move || std::fs::write(&procs, "0")) };
+    }
+
+    /// Nobody is in it, by the kernel's own count, which misses nobody: also the last zombie is reaped.
+    pub fn empty(&self) -> Result<()> {
+        eventually("an empty cgroup", ms(5000), || {
+            let left = std::fs::read_to_string(self.0.join("pids.current"))?;
+            ensure!(left.trim() == "0", "{left} are in it: {:?}", std::fs::read_to_string(self.procs())?);
+            Ok(())
+        })
     }
 }
 

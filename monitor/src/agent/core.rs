@@ -39,6 +39,9 @@ const CAUSE_WAIT: Duration = Duration::from_millis(700);
 const HOLD: Duration = Duration::from_millis(1_500);
 /// What a look shows may ask for another one at once; the rest waits for the next turn.
 const LOOKS_A_TURN: usize = 8;
+/// And no more once they have taken this long: before what a look saw is told, the ring is read up to it, which takes its
+/// time when it is full.
+const LOOKS_TIME: Duration = Duration::from_millis(20);
 /// Keys whose facts are read by one blocking task: one process that blocks its readers holds up only so many.
 const FACTS_BATCH: usize = 64;
 
@@ -189,6 +192,13 @@ impl Core {
         let mut check = tokio::time::interval(CHECK);
         check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            // However busy the ring is, each turn answers one who asked: a bomb must not keep its own end waiting.
+            if let Ok(r) = requests.try_recv() {
+                self.request(r, &mut ring);
+            }
+            if let Ok(m) = internal.try_recv() {
+                self.message(m, &mut ring);
+            }
             let wake = if self.looks_wanted.is_empty() { self.engine.next_wake() } else { Some(0) };
             let wake =
                 wake.map(|at| Instant::now() + Duration::from_nanos(at.saturating_sub(host::boot_now())));
@@ -200,17 +210,8 @@ impl Core {
                     r.map_err(AgentError::Ring)?;
                     self.drain(&mut ring);
                 }
-                Some(m) = internal.recv() => {
-                    if matches!(m, Internal::Scrape(_)) {
-                        self.drain(&mut ring);
-                    }
-                    self.internal(m);
-                }
-                Some(r) = requests.recv() => {
-                    // An answer knows of all that happened before it was asked for.
-                    self.drain(&mut ring);
-                    super::answer::answer(&mut self, r);
-                }
+                Some(m) = internal.recv() => self.message(m, &mut ring),
+                Some(r) = requests.recv() => self.request(r, &mut ring),
                 () = at(wake) => self.tick(),
                 () = at(self.sync.resync_at) => self.resync("loss", &mut ring),
                 _ = check.tick() => self.check(&mut ring),
@@ -223,6 +224,19 @@ impl Core {
         self.settle(&mut ring);
         self.stop();
         Ok(())
+    }
+
+    fn request(&mut self, r: Request, ring: &mut Ring) {
+        // An answer knows of all that happened before it was asked for.
+        self.drain(ring);
+        super::answer::answer(self, r);
+    }
+
+    fn message(&mut self, m: Internal, ring: &mut Ring) {
+        if matches!(m, Internal::Scrape(_)) {
+            self.drain(ring);
+        }
+        self.internal(m);
     }
 
     /// Reads what is in the ring, up to a bound of its own. A job's registration is saved and labelled before its exec
@@ -473,8 +487,9 @@ impl Core {
 
     /// After each turn: what was only collected is sent off.
     fn settle(&mut self, ring: &mut Ring) {
+        let begun = Instant::now();
         for _ in 0..LOOKS_A_TURN {
-            if self.looks_wanted.is_empty() {
+            if self.looks_wanted.is_empty() || begun.elapsed() > LOOKS_TIME {
                 break;
             }
             self.look(ring);

@@ -1,0 +1,80 @@
+//! What scenarios of a job's end share: the job, a control family beside it, and whether anything is left.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use jobwarden::contract::{Job, KillReport};
+
+use crate::truth::letter;
+use crate::{Agent, Ground, Limit, Shape, eventually, ms};
+
+/// Rules for jobs by the first argument: `NAME TAG`.
+#[must_use]
+pub fn rule(ground: &Ground, name: &str, argv: &str, more: &str) -> String {
+    format!("[[job]]\nname = \"{name}\"\nmatch = {{ argv = \"{argv}.*{}\" }}\n{more}\n", ground.tag)
+}
+
+pub fn job(agent: &Agent<'_>, root: u32) -> Result<Job> {
+    eventually("the job", ms(3000), || {
+        agent
+            .jobs()?
+            .into_iter()
+            .find(|j| j.root.pid == root)
+            .with_context(|| format!("{root} is no job's root"))
+    })
+}
+
+/// A family outside the job, alike but for its name.
+pub fn control(ground: &Ground) -> Result<(Shape, [u32; 2])> {
+    let mut s = Shape::start(ground, "setsid", &["control"])?;
+    let family = [s.fact("child")?, s.fact("grandchild")?];
+    Ok((s, family))
+}
+
+pub fn whole(mut control: (Shape, [u32; 2])) -> Result<()> {
+    ensure!(control.0.ended()?.is_none(), "the control family's parent is gone");
+    for pid in control.1 {
+        ensure!(letter(pid).is_ok_and(|l| l != 'Z'), "{pid} of the control family is gone");
+    }
+    control.0.finish()?;
+    Ok(())
+}
+
+/// Live processes of the test whose argv contains `name`.
+#[must_use]
+pub fn alive(ground: &Ground, name: &str) -> Vec<i32> {
+    let argv = |p: i32| std::fs::read(format!("/proc/{p}/cmdline")).unwrap_or_default();
+    let named = |p: &i32| argv(*p).windows(name.len()).any(|w| w == name.as_bytes());
+    ground.alive().into_iter().filter(named).collect()
+}
+
+/// One reading of /proc is no snapshot: a chain whose members fork and exit faster than it is read may be in none. So many
+/// empty ones, one after the other, miss no chain.
+const EMPTY_READINGS: u32 = 20;
+
+pub fn all_gone(ground: &Ground, name: &str) -> Result<()> {
+    eventually("nothing is left", ms(300), || {
+        for reading in 1..=EMPTY_READINGS {
+            let left = alive(ground, name);
+            ensure!(left.is_empty(), "reading {reading}: {left:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    })
+}
+
+/// Within 2 s. A bomb takes the CPUs from the client and from the agent's unoptimized core too, so the way to the kill and
+/// back has more.
+pub fn in_time(report: &KillReport, told: Duration) -> Result<()> {
+    ensure!(report.took_s < ms(2000).as_secs_f64(), "{} s", report.took_s);
+    ensure!(told < ms(15_000), "{told:?}");
+    Ok(())
+}
+
+/// A bomb that is within the limit from its first instruction.
+pub fn bomb(ground: &Ground, limit: &Limit, args: &[&str]) -> Result<Shape> {
+    let mut c = ground.command(crate::ground::program("shape-bomb")?);
+    c.args(args).arg(&ground.tag);
+    limit.holds(&mut c);
+    Shape::spawn("bomb", c)
+}

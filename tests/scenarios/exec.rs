@@ -5,62 +5,10 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden_tests::agent::{Output, run};
+use jobwarden_tests::exec::{Exec, both, left, nothing_left};
 use jobwarden_tests::ground::program;
-use jobwarden_tests::{Agent, Ground, eventually, ground, ms};
+use jobwarden_tests::{Agent, eventually, ground, ms, skip};
 use serde_json::Value;
-
-/// `exec` with an agent (its socket) or without one.
-struct Exec<'a> {
-    ground: &'a Ground,
-    socket: String,
-}
-
-impl Exec<'_> {
-    fn command(&self, args: &[&str]) -> Result<std::process::Command> {
-        let mut c = self.ground.command(program("jobwarden")?);
-        c.args(["--socket", &self.socket, "exec"]).args(args);
-        Ok(c)
-    }
-    fn run(&self, args: &[&str]) -> Result<Output> {
-        run(self.command(args)?, ms(20_000)).with_context(|| format!("exec {args:?}"))
-    }
-    fn sh(&self, options: &[&str], script: &str) -> Result<Output> {
-        let mut args = options.to_vec();
-        args.extend(["--", "/bin/sh", "-c", script]);
-        self.run(&args)
-    }
-}
-
-/// Runs the test twice: with an agent, and alone.
-fn both(ground: &Ground, test: impl Fn(&Exec<'_>) -> Result<()>) -> Result<()> {
-    let alone = Exec { ground, socket: ground.path("nobody").to_string_lossy().into_owned() };
-    test(&alone).context("without an agent")?;
-    let agent = Agent::start(ground, "")?;
-    let with = Exec { ground, socket: agent.socket.to_string_lossy().into_owned() };
-    test(&with).context("with an agent")
-}
-
-/// Live processes of the test, but for an agent and those of `exec` itself.
-fn left(ground: &Ground) -> Vec<String> {
-    let argv = |pid: i32| {
-        let b = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&b).replace('\0', " ")
-    };
-    ground
-        .alive()
-        .into_iter()
-        .map(|p| format!("{p} {}", argv(p)))
-        .filter(|a| !a.contains(" agent "))
-        .collect()
-}
-
-fn nothing_left(ground: &Ground) -> Result<()> {
-    eventually("nothing is left", ms(500), || {
-        let left = left(ground);
-        ensure!(left.is_empty(), "{left:?}");
-        Ok(())
-    })
-}
 
 #[test]
 fn the_deadline_ends_all_of_it() -> Result<()> {
@@ -244,7 +192,7 @@ fn as_timeout_does() -> Result<()> {
         (&["--timeout", "5s"], &["5"], "no-such-command-at-all"),
         (&["--timeout", "5s"], &["5"], "kill -KILL $$"),
     ];
-    let exec = Exec { ground: &ground, socket: ground.path("nobody").to_string_lossy().into_owned() };
+    let exec = Exec::alone(&ground);
     for (ours, theirs, script) in cases {
         let mut c = ground.command("timeout");
         c.args(theirs).args(["/bin/sh", "-c", script]);
@@ -294,53 +242,81 @@ fn exec_inside_exec() -> Result<()> {
     })
 }
 
-/// A terminal of its own for a command: the other end, with which a test types.
-fn on_a_terminal(c: &mut std::process::Command) -> Result<std::fs::File> {
-    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-    use std::os::unix::process::CommandExt as _;
-    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
-    grantpt(&master)?;
-    unlockpt(&master)?;
-    let name = ptsname(&master, Vec::new())?;
-    let slave = std::fs::File::options().read(true).write(true).open(name.to_string_lossy().as_ref())?;
-    c.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
-    // SAFETY: both calls are async-signal-safe.
-    unsafe {
-        c.pre_exec(|| {
-            rustix::process::setsid()?;
-            rustix::process::ioctl_tiocsctty(std::io::stdin())?;
-            Ok(())
-        });
-    }
-    Ok(master.into())
+#[test]
+fn what_it_leaves_behind_may_end_by_itself() -> Result<()> {
+    let ground = ground!("what_it_leaves_behind_may_end_by_itself");
+    both(&ground, |exec| {
+        let done = ground.path("done");
+        let script = format!("(sleep 0.6; touch {}) >/dev/null 2>&1 & exit 3", done.display());
+        // By default it is ended at once.
+        let out = exec.sh(&[], &script)?;
+        ensure!(out.code() == Some(3) && !done.exists(), "{out:?}");
+        nothing_left(&ground)?;
+        // Given its time it ends by itself, and nobody waits longer than that.
+        let begun = Instant::now();
+        let out = exec.sh(&["--orphan-after", "60s"], &script)?;
+        ensure!(out.code() == Some(3) && done.exists(), "{out:?}");
+        ensure!(begun.elapsed() >= ms(500) && begun.elapsed() < ms(15_000), "{:?}", begun.elapsed());
+        std::fs::remove_file(&done)?;
+        // The time is over before.
+        let out = exec.sh(&["--orphan-after", "100ms"], &script)?;
+        ensure!(out.code() == Some(3) && !done.exists(), "{out:?}");
+        nothing_left(&ground)
+    })
 }
 
 #[test]
-fn ctrl_c_on_a_terminal() -> Result<()> {
-    let ground = ground!("ctrl_c_on_a_terminal");
+fn the_report_says_how_it_ended() -> Result<()> {
+    let ground = ground!("the_report_says_how_it_ended");
+    let path = ground.path("report.json").to_string_lossy().into_owned();
+    let stubborn = program("shape-stubborn")?.to_string_lossy().into_owned();
     both(&ground, |exec| {
-        let begun = ground.path("typed");
-        let _ = std::fs::remove_file(&begun);
-        let script = format!(
-            "trap 'exit 5' INT; read line; echo $line >{}; while :; do sleep 0.05; done",
-            begun.display()
-        );
-        let mut c = exec.command(&["--", "/bin/sh", "-c", &script])?;
-        let mut terminal = on_a_terminal(&mut c)?;
-        let mut child = c.spawn()?;
-        drop(c);
-        std::io::Write::write_all(&mut terminal, b"hello\n")?;
-        eventually("CMD reads its terminal", ms(5000), || {
-            ensure!(std::fs::read_to_string(&begun)? == "hello\n", "not yet");
-            Ok(())
-        })?;
-        std::io::Write::write_all(&mut terminal, b"\x03")?;
-        let status = eventually("the end", ms(5000), || child.try_wait()?.context("it runs"));
-        if status.is_err() {
-            child.kill()?;
-            child.wait()?;
-        }
-        ensure!(status?.code() == Some(5), "Ctrl-C reaches CMD");
-        nothing_left(&ground)
+        let read = || -> Result<Value> { Ok(serde_json::from_slice(&std::fs::read(&path)?)?) };
+        exec.sh(&["--name", "short", "--report", &path], "exit 7")?;
+        let r = read()?;
+        ensure!(r["name"] == "short" && r["timed_out"] == false, "{r}");
+        ensure!(r["exit"] == serde_json::json!({ "code": 7 }) && r["exit_status"] == 7, "{r}");
+        ensure!(r["command"] == serde_json::json!(["/bin/sh", "-c", "exit 7"]), "{r}");
+        ensure!(r["pid"].as_u64() > Some(1) && r["took_s"].as_f64() > Some(0.0), "{r}");
+        ensure!(r["started"].as_str().is_some_and(|t| t.ends_with('Z')), "{r}");
+        let late = ["--timeout", "500ms", "--grace", "200ms", "--report", &path];
+        exec.run(&[&late[..], &["--", &stubborn, "1", &ground.tag]].concat())?;
+        let r = read()?;
+        ensure!(r["timed_out"] == true && r["exit_status"] == 124, "{r}");
+        ensure!(r["exit"]["signal"] == "SIGKILL", "{r}");
+        let signalled = r["kill"]["signalled"].as_array().context("no list")?;
+        let with = |signal: &str, outcome: &str| {
+            signalled.iter().filter(|s| s["signal"] == signal && s["outcome"] == outcome).count()
+        };
+        ensure!(with("SIGTERM", "survived") == 3 && with("SIGKILL", "ended") == 3, "{r}");
+        ensure!(r["kill"]["survivors"] == serde_json::json!([]), "{r}");
+        // A path that cannot be written stops it before CMD runs.
+        let out = exec.sh(&["--report", "/nowhere/at/all"], "echo ran")?;
+        ensure!(out.code() == Some(125) && out.out().is_empty(), "{out:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_job_that_owns_its_cgroup() -> Result<()> {
+    let ground = ground!("a_job_that_owns_its_cgroup");
+    let proc = jobwarden::proc::Proc::default();
+    let Some(own) = jobwarden::enforce::cgroup::of(&proc, std::process::id()).filter(|d| d.exists()) else {
+        skip!("a_job_that_owns_its_cgroup: no v2 cgroup here");
+    };
+    let ours = || -> Result<Vec<String>> {
+        let names = std::fs::read_dir(&own)?.filter_map(|e| e.ok()?.file_name().into_string().ok());
+        Ok(names.filter(|n| n.starts_with("jobwarden-exec-")).collect())
+    };
+    let before = ours()?;
+    both(&ground, |exec| {
+        let script = "cat /proc/self/cgroup; trap '' TERM; sleep 60 & setsid sleep 60 & wait; wait";
+        let out = exec.sh(&["--cgroup", "--timeout", "700ms", "--grace", "200ms"], script)?;
+        ensure!(out.code() == Some(124), "{out:?}");
+        ensure!(out.out().lines().any(|l| l.starts_with("0::") && l.contains("jobwarden-exec-")), "{out:?}");
+        nothing_left(&ground)?;
+        let left: Vec<String> = ours()?.into_iter().filter(|n| !before.contains(n)).collect();
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
     })
 }

@@ -8,6 +8,7 @@ pub mod agent;
 pub mod alerts;
 pub mod disk;
 pub mod events;
+pub mod exec;
 pub mod ground;
 pub mod kill;
 pub mod limit;

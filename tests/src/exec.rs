@@ -1,0 +1,65 @@
+//! What scenarios of `exec` share: the command with an agent and without one, and whether anything is left.
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::agent::{Output, run};
+use crate::ground::program;
+use crate::{Agent, Ground, eventually, ms};
+
+/// `exec` with an agent (its socket) or without one.
+pub struct Exec<'a> {
+    ground: &'a Ground,
+    pub socket: String,
+}
+
+impl<'a> Exec<'a> {
+    #[must_use]
+    pub fn alone(ground: &'a Ground) -> Self {
+        Self { ground, socket: ground.path("nobody").to_string_lossy().into_owned() }
+    }
+
+    pub fn command(&self, args: &[&str]) -> Result<std::process::Command> {
+        let mut c = self.ground.command(program("jobwarden")?);
+        c.args(["--socket", &self.socket, "exec"]).args(args);
+        Ok(c)
+    }
+    pub fn run(&self, args: &[&str]) -> Result<Output> {
+        run(self.command(args)?, ms(20_000)).with_context(|| format!("exec {args:?}"))
+    }
+    pub fn sh(&self, options: &[&str], script: &str) -> Result<Output> {
+        let mut args = options.to_vec();
+        args.extend(["--", "/bin/sh", "-c", script]);
+        self.run(&args)
+    }
+}
+
+/// Runs the test twice: with an agent, and alone.
+pub fn both(ground: &Ground, test: impl Fn(&Exec<'_>) -> Result<()>) -> Result<()> {
+    test(&Exec::alone(ground)).context("without an agent")?;
+    let agent = Agent::start(ground, "")?;
+    let with = Exec { ground, socket: agent.socket.to_string_lossy().into_owned() };
+    test(&with).context("with an agent")
+}
+
+/// Live processes of the test, but for an agent and those of `exec` itself.
+#[must_use]
+pub fn left(ground: &Ground) -> Vec<String> {
+    let argv = |pid: i32| {
+        let b = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&b).replace('\0', " ")
+    };
+    ground
+        .alive()
+        .into_iter()
+        .map(|p| format!("{p} {}", argv(p)))
+        .filter(|a| !a.contains(" agent "))
+        .collect()
+}
+
+pub fn nothing_left(ground: &Ground) -> Result<()> {
+    eventually("nothing is left", ms(500), || {
+        let left = left(ground);
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+}

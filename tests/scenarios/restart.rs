@@ -455,3 +455,49 @@ fn a_recording_is_replayed() -> Result<()> {
     ensure!(foreign.code() == Some(1) && foreign.err().contains(&file), "{foreign:?}");
     Ok(())
 }
+
+/// The agent ends in the middle of a kill that a member which cannot die keeps going. Whether the doom's pin stays.
+fn cut_short(ground: &Ground, bpffs: &Bpffs, crash: bool) -> Result<bool> {
+    let config = format!("[[job]]\nname = \"short\"\nmatch = {{ argv = \"traced.*{}\" }}\n", ground.tag);
+    let agent = pinned(ground, &bpffs.path(), &config)?;
+    let mut s = Shape::start(ground, "traced", &[])?;
+    let (held, tracer): (u32, u32) = (s.fact("held")?, s.fact("tracer")?);
+    let job = agent.process_when(held, "in the job", |p| p.job.is_some())?.job;
+    // A part of the job: while it is ended it is a job of its own, of which the saved state knows nothing.
+    let mut kill = agent.command(&["kill", "--grace", "0s", &held.to_string()])?;
+    kill.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+    let mut kill = kill.spawn()?;
+    let doomed = |agent: &Agent<'_>| -> Result<bool> {
+        Ok(agent.metrics()?.one("jobwarden_probe_attached", &["sys_enter"])? > 0.5)
+    };
+    eventually("the doom", ms(5000), || {
+        ensure!(doomed(&agent)?, "not yet");
+        Ok(())
+    })?;
+    if crash {
+        agent.crash()?
+    } else {
+        agent.stop()?
+    }
+    kill.wait()?;
+    let sets = std::fs::read_dir(bpffs.0.join("jobwarden"))?.filter_map(Result::ok);
+    let mut pins = sets.filter_map(|d| std::fs::read_dir(d.path()).ok()).flatten().filter_map(Result::ok);
+    let stays = pins.any(|f| f.file_name().to_string_lossy() == "link_sys_enter");
+    let again = pinned(ground, &bpffs.path(), &config)?;
+    ensure!(!doomed(&again)?, "nobody carries the kill out any more");
+    for pid in [held, tracer] {
+        ensure!(again.process(pid)?.job == job, "{pid} is in its job still");
+    }
+    again.stop()?;
+    s.finish()?;
+    Ok(stays)
+}
+
+#[test]
+fn a_kill_that_the_agents_end_cuts_short() -> Result<()> {
+    let ground = ground!("a_kill_that_the_agents_end_cuts_short");
+    let bpffs = Bpffs::mount(&ground)?;
+    ensure!(cut_short(&ground, &bpffs, true)?, "by SIGKILL it leaves its doom behind");
+    ensure!(!cut_short(&ground, &bpffs, false)?, "a clean stop ends every doom");
+    Ok(())
+}

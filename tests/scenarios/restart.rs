@@ -475,9 +475,9 @@ fn cut_short(ground: &Ground, bpffs: &Bpffs, crash: bool) -> Result<bool> {
         Ok(())
     })?;
     if crash {
-        agent.crash()?
+        agent.crash()?;
     } else {
-        agent.stop()?
+        agent.stop()?;
     }
     kill.wait()?;
     let sets = std::fs::read_dir(bpffs.0.join("jobwarden"))?.filter_map(Result::ok);

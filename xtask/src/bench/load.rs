@@ -40,7 +40,7 @@ pub(crate) enum Kind {
     Incident,
     /// A child that its tracer does not let die, until stdin is closed
     Held,
-    /// N chains in which each process forks one successor and exits, in a session and a cgroup of their own; for 20 s
+    /// N processes of which each forks two and exits, and so on, in a session and a cgroup of their own; for 20 s
     Bomb,
 }
 
@@ -128,12 +128,20 @@ fn paced(seconds: u64) -> Result<u64> {
 }
 
 fn syscalls(n: u64) -> f64 {
-    let begun = Instant::now();
+    let begun = cpu_ns();
     for _ in 0..n {
         // SAFETY: takes nothing, changes nothing.
         unsafe { libc::syscall(libc::SYS_getppid) };
     }
-    begun.elapsed().as_nanos() as f64 / n as f64
+    (cpu_ns() - begun) as f64 / n as f64
+}
+
+/// CPU time of this thread: what others do at the same time does not count.
+fn cpu_ns() -> i64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `t` is valid for writing.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut t) };
+    t.tv_sec * 1_000_000_000 + t.tv_nsec
 }
 
 fn fork(child: impl FnOnce()) -> Result<libc::pid_t> {
@@ -240,7 +248,7 @@ fn held() -> Result<()> {
 }
 
 /// We stay outside of the session and the cgroup, adopt the dead and reap them, or they would use up the limit.
-fn bomb(chains: u64, cgroup: &Path) -> Result<()> {
+fn bomb(first_ones: u64, cgroup: &Path) -> Result<()> {
     let until = Instant::now() + BOMB_LASTS;
     // SAFETY: a constant.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };
@@ -252,10 +260,10 @@ fn bomb(chains: u64, cgroup: &Path) -> Result<()> {
         if std::fs::write(&procs, "0").is_err() {
             return;
         }
-        for _ in 0..chains {
-            let _ = fork(|| chain(until));
+        for _ in 0..first_ones {
+            let _ = fork(|| multiply(until));
         }
-        wait_until(until);
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
     })?;
     println!("ready {first}");
     std::thread::spawn(move || {
@@ -272,21 +280,18 @@ fn bomb(chains: u64, cgroup: &Path) -> Result<()> {
     }
 }
 
-fn chain(until: Instant) {
-    while Instant::now() < until {
+/// Each forks two and exits.
+fn multiply(until: Instant) {
+    let mut forked = 0;
+    while forked < 2 && Instant::now() < until {
         // SAFETY: one thread.
         match unsafe { libc::fork() } {
             // The limit is reached: again.
             -1 => std::thread::sleep(Duration::from_millis(1)),
-            // The successor goes on.
-            0 => {}
-            _ => return,
+            0 => forked = 0,
+            _ => forked += 1,
         }
     }
-}
-
-fn wait_until(until: Instant) {
-    std::thread::sleep(until.saturating_duration_since(Instant::now()));
 }
 
 /// As the first word of a line of output.

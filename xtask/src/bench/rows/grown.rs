@@ -30,17 +30,20 @@ pub(super) fn growth(binary: &Path, scale: Scale) -> Vec<Row> {
     let sizes = [scale.processes / 100, scale.processes / 10, scale.processes].map(|n| n.max(20));
     let all: Vec<Result<(f64, f64)>> = sizes.iter().map(|&n| measure(n)).collect();
     let mut rows = Vec::new();
-    for (n, times) in [(1, 10), (2, 100)] {
-        for (what, pick) in [
-            ("CPU for one life", (|m: &(f64, f64)| m.0) as fn(&(f64, f64)) -> f64),
-            ("CPU for a scrape", |m| m.1),
+    for n in [1, 2] {
+        let times = sizes[n] / sizes[0];
+        for (what, unit, pick) in [
+            ("CPU for one life", "us", (|m: &(f64, f64)| m.0) as fn(&(f64, f64)) -> f64),
+            ("CPU for a scrape", "ms", |m| m.1),
         ] {
             let ratio = match (&all[0], &all[n]) {
                 (Ok(one), Ok(more)) => Ok(Figure::one(pick(more) / pick(one))),
                 (Err(e), _) | (_, Err(e)) => Err(again(e)),
             };
-            let said = all[0].as_ref().map_or_else(|_| String::new(), |m| format!(" ({:.3} there)", pick(m)));
-            let what = format!("{what} with {} processes against {}{said}, {times}x", sizes[n], sizes[0]);
+            let said =
+                all[0].as_ref().map_or_else(|_| String::new(), |m| format!(" (there {:.3} {unit})", pick(m)));
+            let what =
+                format!("growth {times}x: {what} with {} processes against {}{said}", sizes[n], sizes[0]);
             rows.push(row(what, "times", &[Goal::AtMost(WORSE)], ratio));
         }
     }

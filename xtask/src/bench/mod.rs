@@ -10,8 +10,9 @@ mod watch;
 
 use std::fs;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use self::figure::{Figure, Goal};
 use crate::{cargo, needs, root};
@@ -61,6 +62,27 @@ struct Scale {
 const FULL: Scale = Scale { lives: 200_000, rounds: 20, seconds: 60, processes: 10_000, short: false };
 const SHORT: Scale = Scale { lives: 2_000, rounds: 1, seconds: 2, processes: 500, short: true };
 
+static STOPPED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn stop(_: libc::c_int) {
+    STOPPED.store(true, Ordering::Relaxed);
+}
+
+/// From Ctrl-C on nothing more is started, so that all that was changed is put back on the way out.
+fn heed_signals() {
+    let handler = stop as extern "C" fn(libc::c_int);
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: the handler only stores to an atomic.
+        unsafe { libc::signal(signal, handler as libc::sighandler_t) };
+    }
+}
+
+/// Before anything is started.
+fn going_on() -> Result<()> {
+    ensure!(!STOPPED.load(Ordering::Relaxed), "interrupted");
+    Ok(())
+}
+
 pub(crate) fn run(args: &Args) -> Result<bool> {
     needs::check(&needs::for_agent())?;
     if !root::is_root() {
@@ -74,9 +96,11 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         Some(b) => b.clone(),
         None => cargo::jobwarden(profile)?,
     };
+    heed_signals();
     watch::own_mounts()?;
     let _tracefs = watch::tracefs();
     let rows = rows::all(&binary, scale, &args.only);
+    going_on()?;
     let command = if args.short { "cargo xtask bench --short" } else { "cargo xtask bench" };
     println!("\n{}", page::table(&rows));
     if args.json {

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::load;
 use super::watch::{bound, terminate};
+use super::{going_on, load};
 
 /// This program as a load.
 pub(super) fn command(kind: &str, n: u64) -> Result<Command> {
+    going_on()?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["load", kind, &n.to_string()]).stdin(Stdio::null());
     bound(&mut command);

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::going_on;
+
 /// A peer: its name, the programs and their arguments, and how many events it tells of one life.
 pub(super) struct Peer {
     pub(super) name: &'static str,
@@ -131,6 +133,7 @@ pub(super) struct Watch {
 impl Watch {
     /// Starts a peer and waits until it has attached what it attaches.
     pub(super) fn peer(peer: &Peer) -> Result<Self> {
+        going_on()?;
         let folder = Folder::new()?;
         let log = folder.0.join("log");
         let mut watch = Self { children: Vec::new(), _folder: folder };
@@ -266,6 +269,7 @@ impl Agent {
     }
 
     pub(super) fn with(binary: &Path, config: &str) -> Result<Self> {
+        going_on()?;
         let folder = Folder::new()?;
         let path = |name| folder.0.join(name);
         fs::write(path("jobwarden.toml"), config)?;

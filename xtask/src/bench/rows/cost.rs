@@ -144,7 +144,7 @@ pub(super) fn flood(binary: &Path, scale: Scale) -> Vec<Row> {
     let peer = |peer: &Peer| -> Result<Figure> {
         let watch = Watch::peer(peer)?;
         let before = watch.cpu()?;
-        let lives = everywhere("flood", (scale.seconds / 6).max(1))?;
+        let lives = everywhere("flood", (scale.seconds / 12).max(1))?;
         std::thread::sleep(Duration::from_millis(500));
         let cpu = watch.cpu()?.saturating_sub(before);
         Ok(Figure::one(cpu.as_secs_f64() * 1e6 / lives as f64))

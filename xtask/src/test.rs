@@ -114,7 +114,7 @@ fn one(test: &Built, args: &Args, left: Duration) -> Result<Tally> {
         tally.fail("not started: the time for all tests is used up".to_owned());
         return Ok(tally);
     }
-    let mut command = command(test, left);
+    let mut command = command(test, args, left);
     if args.all {
         command.arg("--include-ignored");
     }
@@ -139,7 +139,7 @@ fn one(test: &Built, args: &Args, left: Duration) -> Result<Tally> {
 }
 
 /// The test binary as cargo would run it, through `timeout` and as root, stderr in one stream with stdout.
-fn command(test: &Built, left: Duration) -> Command {
+fn command(test: &Built, args: &Args, left: Duration) -> Command {
     let mut env = vec![("CARGO_MANIFEST_DIR", test.package_dir.display().to_string())];
     env.push(("PATH", path()));
     let passed: Vec<(String, String)> = std::env::vars()

@@ -54,26 +54,7 @@ impl Core {
         self.carry_over(ring);
         self.sync.lost = if self.kernel.from_pins() { lost } else { 0 };
         self.count_lost();
-        self.snapshot("start", ring).map_err(AgentError::Snapshot)?;
-        self.forget_strays();
-        Ok(())
-    }
-
-    /// Jobs in pinned maps that no saved state knows: the agent before this one was killed while it made them, or while it
-    /// ended processes outside of jobs. A doom in force is left to run out: it ends what was begun.
-    fn forget_strays(&self) {
-        let forget = || -> io::Result<()> {
-            for (number, doomed) in self.kernel.job_numbers()? {
-                if !doomed && !self.engine.has_number(number) {
-                    tracing::info!(number, "a job of before that nobody knows is taken out of the kernel");
-                    crate::enforce::Lineage::forget(&*self.kernel, number)?;
-                }
-            }
-            Ok(())
-        };
-        if let Err(e) = forget() {
-            tracing::warn!(error = %e, "jobs of before that nobody knows stay in the kernel");
-        }
+        self.snapshot("start", ring).map_err(AgentError::Snapshot)
     }
 
     /// The probes' counters are pinned and this agent's are not: all that was sent and is not in the ring any more was

@@ -86,10 +86,9 @@ impl Kernel {
         Ok(all)
     }
 
-    /// The numbers of the jobs that the kernel knows, and whether each is doomed now.
-    pub fn job_numbers(&self) -> io::Result<Vec<(u64, bool)>> {
-        let now = self.now();
-        Ok(self.jobs()?.into_iter().map(|(id, j)| (id, j.doom_until > now)).collect())
+    /// The numbers of the jobs that the kernel knows, with the number of the job around each (0 = none).
+    pub fn job_numbers(&self) -> io::Result<Vec<(u64, u64)>> {
+        Ok(self.jobs()?.into_iter().map(|(id, j)| (id, j.outer)).collect())
     }
 
     /// What the lineage map, or that of the dead, has on a process.

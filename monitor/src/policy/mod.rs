@@ -427,12 +427,6 @@ impl Engine {
         self.enforcement.on(now) && !self.enforcement.state.fuse_open
     }
 
-    /// Whether a job has this number.
-    #[must_use]
-    pub fn has_number(&self, number: u64) -> bool {
-        self.jobs.by_number(number).is_some()
-    }
-
     /// A free job number: boot-time ns, never given twice.
     pub fn free_number(&mut self, now: u64) -> u64 {
         self.jobs.free_number(now)

@@ -97,7 +97,7 @@ async fn members_by_lineage() {
     kernel.forget(inner).unwrap();
     assert_eq!(pids(&kernel, inner), HashSet::new());
     expect_members(&kernel, outer, &all);
-    assert_eq!(kernel.job_numbers().unwrap(), [(outer, false)]);
+    assert_eq!(kernel.job_numbers().unwrap(), [(outer, 0)]);
     // SAFETY: started above, and of this test.
     unsafe { libc::kill(orphan as i32, libc::SIGKILL) };
 }
@@ -130,7 +130,7 @@ async fn a_job_around_a_job() {
     kernel.label(outer, 0, root).unwrap();
     assert_eq!(pids(&kernel, inner), HashSet::from([child]));
     assert_eq!(pids(&kernel, outer), HashSet::from([root.pid, child]));
-    let jobs: HashSet<_> = kernel.jobs().unwrap().into_iter().map(|(id, j)| (id, j.outer)).collect();
+    let jobs: HashSet<_> = kernel.job_numbers().unwrap().into_iter().collect();
     assert_eq!(jobs, HashSet::from([(inner, outer), (outer, 0)]));
 }
 

@@ -60,7 +60,7 @@ impl Drop for Alertmanager {
 }
 
 impl Alertmanager {
-    fn start(ground: &Ground, program: &PathBuf, name: &str, peer: Option<u16>) -> Result<Self> {
+    fn start(ground: &Ground, program: &Path, name: &str, peer: Option<u16>) -> Result<Self> {
         let dir = ground.path(name);
         std::fs::create_dir(&dir)?;
         let config = dir.join("config.yml");

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{Alert, AlertKind, AlertState, Cause, Evidence, Exit, State, Verdict};
 use jobwarden::proc::{InSyscall, Proc};
-use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, ms, rounds, skip, truth};
+use jobwarden_tests::{Agent, Events, Ground, Shape, eventually, ground, ms, rounds, skip, truth};
 use rustix::process::Signal;
 
 /// The environment variable that marks what one family has started.
@@ -63,13 +63,17 @@ impl<'g> Family<'g> {
 
     /// Run by `prefix`.
     fn by(ground: &'g Ground, prefix: &[&str], script: &str) -> Result<Self> {
+        Self::with(ground, prefix, script, &[])
+    }
+
+    fn with(ground: &'g Ground, prefix: &[&str], script: &str, args: &[&str]) -> Result<Self> {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let file = ground.path(&format!("family-{n}.py"));
         std::fs::write(&file, format!("{PRELUDE}{script}"))?;
         let mut words = prefix.iter().copied().chain([python().context("no python3")?]);
         let mut c = ground.command(words.next().unwrap_or_default());
         let mark = format!("{}-{n}", ground.tag);
-        c.args(words).arg(&file).arg(&ground.tag).env(MARK, &mark);
+        c.args(words).arg(&file).arg(&ground.tag).args(args).env(MARK, &mark);
         Ok(Self { shape: Shape::spawn(&format!("family {n}"), c)?, ground, mark })
     }
 
@@ -798,4 +802,79 @@ sys.stdin.read()
         }
         Ok(())
     })
+}
+
+/// In argv, in a process's own name, in the source that Python shows and in the name of a FIFO.
+#[test]
+fn a_secret_is_shown_nowhere() -> Result<()> {
+    const SECRET: &str = "s3cr3tword";
+    let ground = ground!("a_secret_is_shown_nowhere");
+    if python().is_none() {
+        skip!("a_secret_is_shown_nowhere: no python3");
+    }
+    let rule = config(&ground, "zombie_after = \"300ms\"\norphan_after = \"300ms\"");
+    let agent = Agent::start(&ground, &format!("[agent]\nredact = [\"s3cr3t[a-z]+\"]\n{rule}"))?;
+    let events = Events::start(&ground, &agent)?;
+    let script = format!(
+        "\
+os.mkfifo('{SECRET}')
+r = os.open('{SECRET}', os.O_RDONLY | os.O_NONBLOCK)
+w = os.open('{SECRET}', os.O_WRONLY)
+os.set_inheritable(w, True)
+os.set_blocking(r, True)
+told, tell = os.pipe()
+z = os.fork()
+if z == 0:
+    c = os.fork()
+    if c == 0:
+        libc.prctl(15, b'{SECRET}', 0, 0, 0)
+        os.write(tell, str(os.getpid()).encode())
+        while True:
+            time.sleep(300)
+    os._exit(0)
+os.close(w)
+say(z=z, holder=int(os.read(told, 9)))
+os.read(r, len('{SECRET}'))
+"
+    );
+    let mut f = Family::with(&ground, &[], &script, &[&format!("--password={SECRET}")])?;
+    let (z, holder) = (f.says("z")?, f.says("holder")?);
+    zombie(&agent, z)?;
+    until_in(f.pid(), &[READ])?;
+    let orphan = agent.process_when(holder, "an orphan", |p| p.orphan)?;
+    let alert = eventually("alerts with their causes", ms(10_000), || {
+        let (a, b) =
+            (firing(&agent, AlertKind::Zombie, f.pid())?, firing(&agent, AlertKind::Orphan, holder)?);
+        ensure!(a.cause.is_some() && b.cause.is_some(), "{a:?} {b:?}");
+        Ok(a)
+    })?;
+    let (z, holder, id) = (z.to_string(), holder.to_string(), orphan.id.to_string());
+    let mut masked = 0;
+    for args in [
+        &["tree"][..],
+        &["tree", &z],
+        &["why"],
+        &["why", &z],
+        &["why", &holder],
+        &["why", &alert.id],
+        &["alerts", "--all"],
+        &["kill", "--dry-run", &holder],
+        &["kill", "--grace", "0s", &id],
+        &["audit"],
+        &["alerts", "--history"],
+    ] {
+        for json in [&["--json"][..], &[]] {
+            let out = agent.cli(&[json, args].concat())?;
+            let text = out.out() + &out.err();
+            ensure!(!text.contains(SECRET), "{args:?} {json:?} shows it:\n{text}");
+            masked += usize::from(text.contains("***"));
+        }
+    }
+    // The mask stands there, so the secret would have.
+    ensure!(masked > 12, "only {masked} answers had anything to mask");
+    let told = serde_json::to_string(&events.all())?;
+    ensure!(told.contains("--password=***") && !told.contains(SECRET), "{told}");
+    let log = std::fs::read_to_string(&agent.log)?;
+    ensure!(!log.contains(SECRET), "{log}");
+    Ok(())
 }

@@ -131,9 +131,10 @@ fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
     let host_ns = core.looker.own_pid_ns();
     let mut read = Vec::new();
     for p in &mut tree.processes {
-        core.redact.process(p);
         read.extend(core.looker.place(p, host_ns));
         core.looker.show(p);
+        // Last: what was read just now may hold a secret too.
+        core.redact.process(p);
     }
     // The next view need not read it again.
     let mut fx = Vec::new();

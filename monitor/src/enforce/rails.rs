@@ -229,7 +229,12 @@ impl<'a> Judge<'a> {
 
     /// The name of a process, as it was when it was first looked at.
     pub(super) fn reference(&self, m: &Member) -> Ref {
-        self.seen.get(&m.key).map_or_else(|| bare(m), |s| s.reference.clone())
+        let masked = || {
+            let mut r = bare(m);
+            self.redact.reference(&mut r);
+            r
+        };
+        self.seen.get(&m.key).map_or_else(masked, |s| s.reference.clone())
     }
 
     /// The name of a process by key; None if it was never looked at.

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use super::{Run, SIGKILL, Sent};
-use crate::contract::{KillReport, Ref, Signalled, SignalledOutcome, Spared};
+use crate::contract::{KillReport, Ref, Signalled, SignalledOutcome, Spared, Stuck};
 use crate::enforce::audit::{self, Entry};
 use crate::enforce::order::Outcome;
 use crate::enforce::stuck;
@@ -93,8 +93,7 @@ impl Run<'_> {
             .spared
             .iter()
             .filter_map(|(k, why)| Some(Spared { process: self.judge.named(*k)?.clone(), why: why.clone() }));
-        let stuck =
-            survivors.iter().map(|r| stuck::look(&self.e.proc, &*self.e.lineage, r.clone())).collect();
+        let stuck = survivors.iter().map(|r| self.stuck(r)).collect();
         Outcome {
             report: KillReport {
                 target: self.order.target.clone(),
@@ -107,5 +106,13 @@ impl Run<'_> {
             },
             signals,
         }
+    }
+
+    fn stuck(&self, survivor: &Ref) -> Stuck {
+        let mut s = stuck::look(&self.e.proc, &*self.e.lineage, survivor.clone());
+        if let Some(tracer) = &mut s.tracer {
+            self.e.redact.reference(tracer);
+        }
+        s
     }
 }

@@ -1,6 +1,6 @@
 //! Which container a process is in, told from its cgroup paths: pure. Container runtimes write the container's id
 //! into the path, each in its own way; a path that none of them would write belongs to no container, unless the runtime's
-//! own records (see `agent/records.rs`) name it.
+//! own records (see `records.rs`) name it.
 
 use crate::contract::Container;
 

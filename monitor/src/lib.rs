@@ -22,6 +22,7 @@ pub mod policy;
 pub mod privileges;
 pub mod proc;
 pub mod recording;
+mod records;
 pub mod redact;
 pub mod render;
 pub mod signal;

@@ -7,7 +7,6 @@
 use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt as _;
 
-use super::records;
 use crate::container::{self, Cgroups};
 use crate::contract::{Process, State, text};
 use crate::forest::{ARGV_MAX, Facts, Look, Seen};
@@ -15,6 +14,7 @@ use crate::host;
 use crate::key::Key;
 use crate::policy::Observation;
 use crate::proc::{self, Proc};
+use crate::records;
 
 /// A reader of /proc that knows how its clock relates to the kernel's.
 #[derive(Clone, Debug)]
@@ -57,7 +57,7 @@ impl Looker {
         }
         let pid = key.pid;
         let status = self.proc.status(pid).ok()?;
-        let cgroups = self.cgroups(pid);
+        let cgroups = self.cgroups(key);
         let pid_ns = self.pid_ns(pid);
         Some(Facts {
             argv: self.argv(pid).ok().filter(|b| !b.is_empty()),
@@ -70,9 +70,11 @@ impl Looker {
     }
 
     /// Its cgroups, and what the runtimes' records add. `None`: gone.
-    fn cgroups(&self, pid: u32) -> Option<Cgroups> {
-        let mut all = Cgroups::parse(&std::fs::read(self.proc.path(pid, "cgroup")).ok()?);
-        if self.proc.stat(pid).ok()?.state == b'Z' {
+    fn cgroups(&self, key: Key) -> Option<Cgroups> {
+        let mut all = Cgroups::parse(&std::fs::read(self.proc.path(key.pid, "cgroup")).ok()?);
+        // After it was read: the pid is still that process's.
+        let stat = self.proc.stat(key.pid).ok().filter(|s| s.start_ticks == self.ticks(key))?;
+        if stat.state == b'Z' {
             all = all.of_the_dead();
         }
         all.recorded = records::path(&self.proc, &all);
@@ -82,16 +84,11 @@ impl Looker {
     /// The answer to `Effect::ReadCgroup`. That the id alone tells the path is said only where no v1 hierarchy is there, and
     /// the group at that path has this id: the process may have moved since its exec.
     pub(super) fn cgroup(&self, key: Key, id: u64) -> Observation {
-        let all = self.cgroups(key.pid).filter(|_| self.same(key));
+        let all = self.cgroups(key);
         let by_id = all.as_ref().is_some_and(|c| {
             c.v1.is_none() && c.v2.as_deref().is_some_and(|p| records::has_id(&self.proc, p, id))
         });
         Observation::Cgroup { key, id, cgroup: all.and_then(|c| c.kept()), by_id }
-    }
-
-    /// After something was read of this pid: it is still that process's.
-    fn same(&self, key: Key) -> bool {
-        self.proc.stat(key.pid).is_ok_and(|s| s.start_ticks == self.ticks(key))
     }
 
     /// Fills in, for a view, where a process is: cgroup, container, namespace, pid inside. What the engine may keep of it
@@ -108,7 +105,7 @@ impl Looker {
         if p.cgroup.is_some() {
             return None;
         }
-        let cgroup = self.cgroups(p.id.pid)?.kept().filter(|_| self.same(p.id))?;
+        let cgroup = self.cgroups(p.id)?.kept()?;
         (p.container, p.cgroup) = (container::named(&cgroup), Some(container::shown(&cgroup).to_owned()));
         Some(Observation::Cgroup { key: p.id, id: 0, cgroup: Some(cgroup), by_id: false })
     }
@@ -131,7 +128,9 @@ impl Looker {
     pub(super) fn inside(&self, key: Key, host: Option<u64>) -> Option<(u64, u32)> {
         let ns = self.pid_ns(key.pid)?;
         let pid = if host == Some(ns) { key.pid } else { *self.proc.status(key.pid).ok()?.ns_pids.last()? };
-        self.same(key).then_some((ns, pid))
+        // After it was read: the pid is still that process's.
+        let same = self.proc.stat(key.pid).is_ok_and(|s| s.start_ticks == self.ticks(key));
+        same.then_some((ns, pid))
     }
 
     /// The pid namespace of the agent itself.

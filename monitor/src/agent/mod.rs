@@ -8,7 +8,6 @@ mod driver;
 mod kill;
 mod look;
 mod notify;
-mod records;
 mod scrape;
 mod storage;
 mod stores;

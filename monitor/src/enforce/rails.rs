@@ -315,7 +315,11 @@ impl Own {
         let cgroups = (needs.cgroup || needs.container)
             .then(|| std::fs::read(proc.path(pid, "cgroup")).ok())
             .flatten()
-            .map(|b| Cgroups::parse(&b))
+            .map(|b| {
+                let mut all = Cgroups::parse(&b);
+                all.recorded = crate::records::path(proc, &all);
+                all
+            })
             .unwrap_or_default();
         Self {
             joined: Some(argv.join(" ")),

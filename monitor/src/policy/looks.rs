@@ -16,7 +16,7 @@ const BURST: u64 = 512;
 const ALERT_BURST: u64 = 16_384;
 const ALERT_LOOKS_PER_S: u64 = 8_192;
 /// Cgroups that are read at exec, where an id does not tell them.
-const CGROUPS_PER_S: u64 = 1_000;
+const CGROUPS_PER_S: u64 = 200;
 
 /// A bucket of looks. A burst of exits empties it, and most of those are reaped before their next turn.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl Budget {
     }
 
     pub(super) fn cgroups() -> Self {
-        Self::new(BURST, CGROUPS_PER_S)
+        Self::new(CGROUPS_PER_S, CGROUPS_PER_S)
     }
 
     pub(super) fn take(&mut self, now: u64) -> bool {

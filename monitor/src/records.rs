@@ -28,7 +28,7 @@ struct RuncState {
 
 /// A path that names the container, as its runtime would have written it; None where the paths say all, or nobody has
 /// written anything down.
-pub(super) fn path(proc: &Proc, c: &Cgroups) -> Option<String> {
+pub(crate) fn path(proc: &Proc, c: &Cgroups) -> Option<String> {
     [&c.v2, &c.v1].into_iter().flatten().find_map(|p| match container(p) {
         Some(found) if found.runtime.is_some() => None,
         Some(found) => shim(proc, p, &found.id),
@@ -68,7 +68,7 @@ fn has_state(proc: &Proc, id: &str, group: &str) -> bool {
 }
 
 /// Whether the v2 group at this path has this id: it is the inode of the group's folder.
-pub(super) fn has_id(proc: &Proc, path: &str, id: u64) -> bool {
+pub(crate) fn has_id(proc: &Proc, path: &str, id: u64) -> bool {
     // Beside v1 hierarchies v2 is mounted one folder further down.
     let mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
     let mut all = mounts.iter().flat_map(|m| roots(proc, &format!("{m}{path}")));

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{Alert, AlertKind, AlertState, Cause, KillReport, Process, State, Verdict};
+use jobwarden::privileges::{KEPT, TO_START, WHERE_ASKED};
 use jobwarden_tests::{Agent, Ground, Output, Shape, agent, eventually, ground, ms, skip};
 
 /// Nobody's uid, and a group that the base system has.
@@ -86,6 +87,25 @@ impl Runc {
         c.arg("run").arg("--bundle").arg(ground.path("")).arg(&self.id);
         c
     }
+}
+
+/// The DaemonSet's container: the host's pid namespace and network, a read-only root, and these capabilities alone.
+fn as_in_the_daemonset(ground: &Ground) -> Result<()> {
+    let file = ground.path("config.json");
+    let mut c: serde_json::Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+    c["root"]["readonly"] = true.into();
+    c["process"]["noNewPrivileges"] = true.into();
+    // What is missing here itself cannot be given (SYS_RESOURCE: only kernels before 5.11 need it).
+    let have = rustix::thread::capabilities(None)?.permitted;
+    let named =
+        KEPT.iter().chain(&WHERE_ASKED).chain(&TO_START).filter(|k| k.1 != "CHOWN" && have.contains(k.0));
+    let caps: Vec<String> = named.map(|k| format!("CAP_{}", k.1)).collect();
+    c["process"]["capabilities"] =
+        serde_json::json!({"bounding": caps, "effective": caps, "permitted": caps, "ambient": []});
+    let namespaces = c["linux"]["namespaces"].as_array_mut().context("no namespaces")?;
+    namespaces.retain(|n| n["type"] != "pid" && n["type"] != "network");
+    std::fs::write(file, serde_json::to_vec(&c)?)?;
+    Ok(())
 }
 
 impl Drop for Runc {
@@ -330,4 +350,65 @@ fn a_containers_root_with_the_socket_may_not_kill() -> Result<()> {
     ensure!(Path::new(&format!("/proc/{}", s.pid())).exists(), "it was ended");
     drop(s);
     agent.stop()
+}
+
+#[test]
+fn the_agent_works_in_a_container_with_the_daemonsets_capabilities() -> Result<()> {
+    let ground = ground!("the_agent_works_in_a_container_with_the_daemonsets_capabilities");
+    if !has("runc") || !has("ldd") {
+        skip!("the_agent_works_in_a_container: no runc (Debian's package runc)");
+    }
+    let (run, state) = (ground.path("run"), ground.path("state"));
+    for dir in [&run, &state] {
+        std::fs::create_dir_all(dir)?;
+    }
+    let port = agent::free_port()?;
+    let socket = run.join("sock");
+    let (listen, at) = (format!("127.0.0.1:{port}"), socket.display().to_string());
+    let kept = state.display().to_string();
+    let args =
+        ["/bin/jobwarden", "--socket", &at, "agent", "--no-pin", "--listen", &listen, "--state-dir", &kept];
+    let c = Runc::new(&ground, &["jobwarden"], &args, &[&run, &state])?;
+    as_in_the_daemonset(&ground)?;
+    let mut inner =
+        c.run(&ground).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let cli = |args: &[&str]| -> Result<Output> {
+        let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
+        c.arg("--json").arg("--socket").arg(&socket).args(args);
+        agent::run(c, ms(10_000))
+    };
+    let synced = eventually("synced", ms(15_000), || {
+        let status: jobwarden::api::Status = cli(&["status"])?.json()?;
+        ensure!(status.synced, "{:?}", status.not_ready);
+        Ok(status)
+    });
+    let done = synced.and_then(|status| {
+        let of = std::fs::read_to_string(format!("/proc/{}/status", status.pid))?;
+        let eff = of.lines().find_map(|l| l.strip_prefix("CapEff:")).context("no CapEff")?;
+        let eff = u64::from_str_radix(eff.trim(), 16)?;
+        let must = KEPT.iter().fold(0, |s, k| s | k.0.bits());
+        ensure!(eff & must == must, "{eff:x}");
+        // Somebody of another user on the host: seen, explained and ended from in there.
+        let mut other = ground.command("sleep");
+        other.arg("600").uid(NOBODY).gid(NOBODY);
+        let mut other = Shape::spawn("sleep", other)?;
+        let pid = other.pid().to_string();
+        let p = eventually("in the tree", ms(5000), || {
+            let tree: jobwarden::contract::Tree = cli(&["tree", &pid])?.json()?;
+            let p = tree.processes.into_iter().find(|p| p.pid == other.pid()).context("not there")?;
+            ensure!(p.uid == Some(NOBODY) && p.ns_pid == Some(p.pid), "{p:?}");
+            Ok(p)
+        })?;
+        let report: KillReport = cli(&["kill", &p.id.to_string()])?.json()?;
+        ensure!(report.survivors.is_empty() && report.signalled.len() == 1, "{report:?}");
+        other.wait(ms(5000))?;
+        Ok(())
+    });
+    drop(c);
+    let _ = inner.wait();
+    let mut log = String::new();
+    if let Some(mut e) = inner.stderr.take() {
+        std::io::Read::read_to_string(&mut e, &mut log)?;
+    }
+    done.context(log)
 }

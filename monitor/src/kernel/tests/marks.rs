@@ -46,29 +46,27 @@ async fn orders_that_overlap_keep_their_marks() {
 #[tokio::test]
 async fn dooms_of_two_threads() {
     let Some(kernel) = start("dooms_of_two_threads", &Options::default()) else { return };
-    let shells = [Shell::new(), Shell::new()];
-    let jobs: Vec<u64> = shells
-        .iter()
-        .map(|s| {
-            let job = kernel.now();
-            kernel.label(job, 0, s.key(&kernel)).unwrap();
-            job
-        })
-        .collect();
+    // Nobody is in these jobs; it takes a while to read them all, in which the other thread dooms and undooms.
+    let first = kernel.now();
+    for id in first..first + 2000 {
+        kernel.maps.jobs.put(&id, &monitor_abi::Job { id, ..Default::default() }).unwrap();
+    }
     let detached = std::thread::scope(|scope| {
         let one = |job: u64| {
             let (kernel, mut detached) = (&kernel, 0);
             move || {
-                for _ in 0..150 {
+                for round in 0..60 {
                     let order = OrderId::fresh();
                     kernel.doom(job, kernel.now() + MINUTE, order).unwrap();
+                    // Somebody who decided before this doom may act only now.
+                    std::thread::sleep(Duration::from_micros(round * 170 % 4000));
                     detached += usize::from(!kernel.doom_attached());
                     kernel.release(order).unwrap();
                 }
                 detached
             }
         };
-        let threads: Vec<_> = jobs.iter().map(|&j| scope.spawn(one(j))).collect();
+        let threads = [scope.spawn(one(first)), scope.spawn(one(first + 1))];
         threads.into_iter().map(|t| t.join().unwrap()).sum::<usize>()
     });
     assert_eq!(detached, 0, "doomed, and nobody would be killed");

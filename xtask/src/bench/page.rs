@@ -150,7 +150,7 @@ pub(super) fn page(rows: &[Row], scale: Scale, command: &str) -> String {
     format!(
         "# Benchmarks\n\n\
          Written by `{command}` on {}, Linux {}, {} processors ({}), {} MiB. Peers ran in the same run, in turn with jobwarden. \
-         A figure is a median with its quartiles, of {} rounds where there are rounds; {} lives for the probes' time, {} s for \
+         A figure is a median with its quartiles, of {} rounds where there are rounds (of the exporter and lsof 5, of the bomb 3: they take seconds for one); {} lives for the probes' time, {} s for \
          floods and for idling, {} processes where many stand by. The agent ran on its defaults, with a bpffs of its own. \
          `peer / jobwarden` says how many times jobwarden's figure the peer's is. \
          {} of {} rows do not reach their goal and say so.\n\n{}\n{PUBLISHED}\n\

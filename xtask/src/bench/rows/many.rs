@@ -12,6 +12,8 @@ use crate::bench::watch::{Agent, Exporter, fetch, located};
 use crate::bench::{Row, Scale};
 
 const JOBS: u64 = 20;
+/// Rounds of peers that take seconds for one.
+const SLOW: usize = 5;
 
 /// A rule for each of the families that [`families`] starts.
 pub(super) fn config() -> String {
@@ -64,7 +66,7 @@ pub(super) fn many(binary: &Path, scale: Scale) -> Vec<Row> {
         }
         // One after the other: beside it, the exporter would be measured too. Its CPU does not hang on who else runs.
         let exporter = Exporter::start();
-        for _ in 0..scale.rounds.min(10) {
+        for _ in 0..scale.rounds.min(SLOW) {
             theirs.add(exporter.as_ref().map_err(again).and_then(|e| {
                 let before = e.cpu()?;
                 e.scrape()?;
@@ -115,7 +117,7 @@ pub(super) fn why(binary: &Path, scale: Scale) -> Vec<Row> {
         let lsof = located("lsof");
         for round in 0..scale.rounds {
             ours.add(clocked(|| quiet(&mut agent.command(&["why", &pid]))));
-            if round < scale.rounds.min(10) {
+            if round < scale.rounds.min(SLOW) {
                 theirs.add(lsof.as_ref().map_err(again).and_then(|p| {
                     clocked(|| {
                         // It ends with 1 wherever one file could not be looked at.

@@ -18,13 +18,20 @@ pub(super) fn command(kind: &str, n: u64) -> Result<Command> {
     Ok(command)
 }
 
-/// Runs a load to its end; how long it took.
-pub(super) fn timed(kind: &str, n: u64) -> Result<Duration> {
+/// Runs a load to its end; how long it took, and the CPU time of it and its children.
+pub(super) fn spent(kind: &str, n: u64) -> Result<[Duration; 2]> {
     let begun = Instant::now();
-    let status = command(kind, n)?.stdout(Stdio::null()).status()?;
+    let child = command(kind, n)?.stdout(Stdio::null()).spawn()?;
+    let mut status = 0;
+    // SAFETY: of integers only, for which 0 is a value; both are valid for writing, and the child is ours and not reaped.
+    let (reaped, used) = unsafe {
+        let mut used: libc::rusage = std::mem::zeroed();
+        (libc::wait4(child.id().cast_signed(), &raw mut status, 0, &raw mut used), used)
+    };
     let took = begun.elapsed();
-    ensure!(status.success(), "load {kind} {n} ended with {status}");
-    Ok(took)
+    ensure!(reaped > 0 && status == 0, "load {kind} {n} ended with status {status}");
+    let time = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+    Ok([took, time(used.ru_utime) + time(used.ru_stime)])
 }
 
 /// Runs a load to its end; what it says.

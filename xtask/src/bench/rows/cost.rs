@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use super::{Series, again, row};
 use crate::bench::figure::{Figure, Goal};
 use crate::bench::load::PACE;
-use crate::bench::stand::{everywhere, timed, told};
+use crate::bench::stand::{everywhere, spent, told};
 use crate::bench::watch::{Agent, EVENTS, PEERS, Peer, Watch, fetch, resident_kib, sleeps};
 use crate::bench::{Row, Scale};
 
@@ -78,37 +78,41 @@ pub(super) fn probes(binary: &Path, scale: Scale) -> Vec<Row> {
     ]
 }
 
-const LOADS: [(&str, &str, u64); 2] = [
-    ("vforks", "slow-down of vfork + exit + wait", 4_000),
-    ("execs", "slow-down of fork + exec of a static program + wait", 1_000),
+const SLOWER: [&str; 4] = [
+    "slow-down of vfork + exit + wait",
+    "the same in CPU time, which others on the machine do not change",
+    "slow-down of fork + exec of a static program + wait",
+    "the same in CPU time",
 ];
 
 /// How much longer spawning takes with a watcher than without, in per cent: nobody, jobwarden, nobody, a peer, nobody, and
 /// so on. The unwatched runs stand on both sides of the watched one, so that a drift of the machine cancels out.
 pub(super) fn spawning(binary: &Path, scale: Scale) -> Vec<Row> {
-    let both = || -> Result<[Duration; 2]> {
+    let run = || -> Result<[Duration; 4]> {
         // A watcher was waited for, and whoever has slept runs faster for a while on a busy machine: so all have slept.
         std::thread::sleep(Duration::from_millis(200));
-        Ok([timed("vforks", LOADS[0].2)?, timed("execs", LOADS[1].2)?])
+        let ([a, b], [c, d]) = (spent("vforks", 3_000)?, spent("execs", 800)?);
+        Ok([a, b, c, d])
     };
-    // Of each watcher, for each load. The first is jobwarden.
-    let mut all: Vec<[Series; 2]> = (0..=PEERS.len()).map(|_| [Series::new(), Series::new()]).collect();
+    // Of each watcher, for each row. The first is jobwarden.
+    let mut all: Vec<[Series; 4]> =
+        (0..=PEERS.len()).map(|_| std::array::from_fn(|_| Series::new())).collect();
     for _ in 0..scale.rounds {
-        let mut before = both();
+        let mut before = run();
         for (n, series) in all.iter_mut().enumerate() {
             if !series[0].going() {
                 continue;
             }
             let with = match n.checked_sub(1).map(|n| &PEERS[n]) {
-                None => Agent::start(binary).and_then(|_agent| both()),
-                Some(peer) => Watch::peer(peer).and_then(|_watch| both()),
+                None => Agent::start(binary).and_then(|_agent| run()),
+                Some(peer) => Watch::peer(peer).and_then(|_watch| run()),
             };
-            let after = both();
-            for (load, to) in series.iter_mut().enumerate() {
+            let after = run();
+            for (row, to) in series.iter_mut().enumerate() {
                 to.add(match (&before, &with, &after) {
                     (Ok(a), Ok(w), Ok(b)) => {
-                        let without = (a[load] + b[load]).as_secs_f64() / 2.0;
-                        Ok((w[load].as_secs_f64() / without - 1.0) * 100.0)
+                        let without = (a[row] + b[row]).as_secs_f64() / 2.0;
+                        Ok((w[row].as_secs_f64() / without - 1.0) * 100.0)
                     }
                     (Err(e), ..) | (_, Err(e), _) | (.., Err(e)) => Err(again(e)),
                 });
@@ -116,13 +120,13 @@ pub(super) fn spawning(binary: &Path, scale: Scale) -> Vec<Row> {
             before = after;
         }
     }
-    let mut by_load = [Vec::new(), Vec::new()];
+    let mut by_row: [Vec<Result<Figure>>; 4] = std::array::from_fn(|_| Vec::new());
     for series in all {
-        for (to, s) in by_load.iter_mut().zip(series) {
+        for (to, s) in by_row.iter_mut().zip(series) {
             to.push(s.figure());
         }
     }
-    let rows = LOADS.iter().zip(by_load).map(|((_, what, _), figures)| {
+    let rows = SLOWER.iter().zip(by_row).map(|(what, figures)| {
         let mut figures = figures.into_iter();
         let ours = figures.next().unwrap_or_else(|| Figure::of(Vec::new()));
         let peers = PEERS.iter().map(|p| p.name.to_owned()).zip(figures).collect();

@@ -16,11 +16,13 @@ pub(super) fn is_full(e: &io::Error) -> bool {
 }
 
 impl Kernel {
-    /// Enters a process that the fork probe could not, or puts it into its job (0: none). Who is gone is not entered.
+    /// Enters a process that the fork probe could not, or puts it into its job (0: none) if it is in none: a kill may have put
+    /// it into one of its own meanwhile. Who is gone is not entered.
     pub fn enter(&self, key: Key, parent: Key, job: u64) -> io::Result<()> {
         let _guard = super::lock(&self.editing);
         let spared = self.lineage_of(parent)?.map_or(0, |l| l.flags & LINEAGE_SPARED);
-        let job = (job != 0).then_some(job);
+        let has = self.maps.lineage.get(&key.into())?.map_or(0, |l| l.job);
+        let job = (job != 0 && has == 0).then_some(job);
         let made = self.edit(&Edit { parent: Some(parent), job, set: spared, create: true, ..Edit::of(key) });
         // Looked at afterwards: who is there now is freed later, and its entry goes then.
         match Proc::default().stat(key.pid) {

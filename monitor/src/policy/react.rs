@@ -43,14 +43,13 @@ impl Engine {
         self.settle(now, fx);
     }
 
-    /// The kernel put the child of `parent` into `job`. If it had no room, or does not know the job that the child belongs
-    /// to here (its forker was not in the map either), it is told.
+    /// The kernel put the child of `parent` into `job`. If it had no room, or into none though the child belongs to one here
+    /// (its forker was not in the map either), it is told. (A job that is not known here is that of a kill of some: the
+    /// kernel is right.)
     fn enter_kernel(&self, i: Idx, parent: Key, job: u64, missed: bool, fx: &mut Vec<Effect>) {
-        let g = self.forest.node(i).group;
-        let told = self.jobs.get(g).filter(|j| !j.told).map_or(0, |j| j.record.number);
-        let known = |j: &Idx| self.forest.groups.chain(*j).any(|x| x == g);
-        let lacks = told != 0 && told != job && !self.jobs.by_number(job).as_ref().is_some_and(known);
-        if missed || lacks {
+        let told = self.jobs.get(self.forest.node(i).group).filter(|j| !j.told);
+        let told = told.map_or(0, |j| j.record.number);
+        if missed || (job == 0 && told != 0) {
             let job = if told == 0 { job } else { told };
             fx.push(Effect::Enter { process: self.forest.node(i).key, parent, job, missed });
         }

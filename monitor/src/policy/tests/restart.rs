@@ -206,6 +206,12 @@ fn who_is_not_in_the_kernels_map_is_entered() {
     w.drain();
     let key = |p| w.sim.key(p);
     assert_eq!(w.entered, [(key(lost), number), (key(outside), 0), (key(child), number)]);
+    // A kill of some puts them into a job of its own, which is nobody's business here.
+    w.entered.clear();
+    w.sim.procs.get_mut(&child).unwrap().job = 77;
+    w.sim.fork(child);
+    w.drain();
+    assert_eq!(w.entered, []);
     // Both records are lost: the snapshot finds it by its lineage.
     w.sim.procs.get_mut(&child).unwrap().job = 0;
     let late = w.sim.fork(child);

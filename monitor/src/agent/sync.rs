@@ -19,8 +19,8 @@ use crate::key::Key;
 const RESYNC_MAX: Duration = Duration::from_secs(8);
 /// Turns without a record in which one that is being written at the ring's head is waited for.
 const SPINS: usize = 1_000;
-/// Turns in which the ring is hoped to stand still.
-const STILL: usize = 1_000;
+/// How long the ring is hoped to stand still for a moment; then the hope is put off.
+const STILL: Duration = Duration::from_millis(50);
 /// Processes that wait for room in the lineage map; the next snapshot finds those beyond.
 const UNENTERED_MAX: usize = 65_536;
 /// `capacity` for the lineage map ends this long after the last process that found no room.
@@ -50,7 +50,7 @@ impl Core {
     /// `lost`: what an earlier agent with the same pins has told already.
     pub(super) fn first_sync(&mut self, ring: &mut Ring, lost: u64) -> Result<(), AgentError> {
         // Pinned maps: what was written while the agent was down is older than the snapshot.
-        while self.drain(ring) > 0 {}
+        self.catch_up(ring);
         self.carry_over(ring);
         self.sync.lost = if self.kernel.from_pins() { lost } else { 0 };
         self.count_lost();
@@ -61,11 +61,9 @@ impl Core {
     /// received, by this agent or by one before it. Known when the ring stands still, which it does between two records.
     fn carry_over(&mut self, ring: &mut Ring) {
         self.sync.carried = !self.kernel.from_pins();
-        for _ in 0..STILL {
-            if self.sync.carried {
-                return;
-            }
-            while self.drain(ring) > 0 {}
+        let end = Instant::now() + STILL;
+        while !self.sync.carried && Instant::now() < end {
+            self.catch_up(ring);
             let before = self.kernel.ring_positions();
             let Ok(totals) = self.kernel.totals() else { return };
             if before.0 == before.1 && self.kernel.ring_positions() == before {

@@ -26,13 +26,14 @@ fn five_thousand_as_fast_as_possible() -> Result<()> {
     let mut missed = 0;
     eventually("each fork, exec, exit and reap", ms(30_000), || {
         let mut lives: BTreeMap<Key, BTreeMap<String, usize>> = BTreeMap::new();
-        for e in events.all() {
+        // Once: more come while they are counted.
+        let all = events.all();
+        for e in &all {
             if let Some(p) = &e.process {
-                *lives.entry(p.id).or_default().entry(e.kind).or_default() += 1;
+                *lives.entry(p.id).or_default().entry(e.kind.clone()).or_default() += 1;
             }
         }
-        let mine: BTreeMap<Key, usize> = events
-            .all()
+        let mine: BTreeMap<Key, usize> = all
             .iter()
             .filter(|e| e.kind == "exec")
             .filter_map(|e| e.process.as_ref())

@@ -458,7 +458,10 @@ impl Core {
                 self.storage.set(Source::Alerts, wrong);
                 self.tell_storage();
             }
-            Internal::Full(wrong) => self.engine.condition(AlertKind::Capacity, wrong, now, &mut fx),
+            Internal::Full(wrong) => {
+                self.sync.stores_full = wrong;
+                self.capacity(&mut fx);
+            }
             Internal::Reloaded { result, peer, reply } => self.reloaded(result, peer, reply),
             Internal::Scrape(reply) => {
                 let _ = reply.send((self.engine.gauges(now), self.counts.clone()));

@@ -14,6 +14,7 @@ use crate::contract::AlertKind;
 use crate::host;
 use crate::kernel::Ring;
 use crate::key::Key;
+use crate::policy::Effect;
 
 /// Resyncs back off up to this while records go on being lost.
 const RESYNC_MAX: Duration = Duration::from_secs(8);
@@ -39,6 +40,8 @@ pub(super) struct Sync {
     unentered: HashMap<Key, (Key, u64)>,
     /// When the lineage map was full for the last time.
     full_at: Option<Instant>,
+    /// Which stores are full, as last looked at.
+    pub stores_full: Option<String>,
     /// Jobs that seem to be over.
     pub emptied: Vec<u64>,
     /// Whom /proc could not be asked about: no descriptors were left.
@@ -201,17 +204,26 @@ impl Core {
         }
     }
 
-    fn lineage_full(&mut self, fx: &mut Vec<crate::policy::Effect>) {
+    fn lineage_full(&mut self, fx: &mut Vec<Effect>) {
         if self.sync.full_at.replace(Instant::now()).is_none() {
             tracing::error!(
                 "the kernel's lineage map is full: what it has no room for escapes kills until there is"
             );
-            let text = format!(
-                "The kernel's lineage map ({} processes) is full: a kill does not reach those it has no room for.",
-                self.kernel.lineage_max()
-            );
-            self.engine.condition(AlertKind::Capacity, Some(text), host::boot_now(), fx);
+            self.capacity(fx);
         }
+    }
+
+    /// The one alert about what is full: the lineage map as the probes find it, and the stores as they are looked at.
+    pub(super) fn capacity(&mut self, fx: &mut Vec<Effect>) {
+        let map = self.sync.full_at.map(|_| {
+            format!(
+                "The kernel's lineage map ({} processes) is full: a kill does not reach those it has no room for",
+                self.kernel.lineage_max()
+            )
+        });
+        let said: Vec<String> = map.into_iter().chain(self.sync.stores_full.clone()).collect();
+        let wrong = (!said.is_empty()).then(|| said.join("; "));
+        self.engine.condition(AlertKind::Capacity, wrong, host::boot_now(), fx);
     }
 
     fn enter_waiting(&mut self) {
@@ -222,7 +234,7 @@ impl Core {
         if over && self.sync.unentered.is_empty() {
             self.sync.full_at = None;
             let mut fx = Vec::new();
-            self.engine.condition(AlertKind::Capacity, None, host::boot_now(), &mut fx);
+            self.capacity(&mut fx);
             self.apply(fx);
         }
     }

@@ -375,3 +375,26 @@ pub(super) fn lost_line(n: u64) -> EventLine {
         more: BTreeMap::from([("count".into(), n.into()), ("where".into(), "ring".into())]),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_only_at_the_start_is_named_when_it_changes() {
+        let config = |text: &str| {
+            let none = BTreeMap::new();
+            crate::config::parse("t.toml".as_ref(), text, &none, &crate::config::Overrides::default())
+                .unwrap_or_else(|e| panic!("{e}"))
+        };
+        let old = config("");
+        let named = |text: &str| needs_restart(&old, &config(text));
+        assert_eq!(named("[zombies]\nafter = \"1m\"\n[agent]\nlabels = { dc = \"x\" }"), [""; 0]);
+        assert_eq!(named("[agent]\nring_bytes = 16777216"), ["agent.ring_bytes"]);
+        assert_eq!(
+            named("[agent]\nlisten = \"0.0.0.0:1\"\nallow_plain = true"),
+            ["agent.listen", "agent.allow_plain"]
+        );
+        assert_eq!(named("[agent]\npin = false\nlog = \"debug\""), ["agent.pin", "agent.log"]);
+    }
+}

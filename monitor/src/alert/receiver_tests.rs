@@ -1,5 +1,5 @@
 //! What single kinds of receivers promise: PagerDuty whatever it answers, a peer of Alertmanager that missed an end, a
-//! receiver behind a private CA.
+//! receiver behind a private CA, a program whose family hides.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
@@ -13,6 +13,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::Value;
 
 use super::testing::{Act, Request, Server, alert, config, resolved, until, webhook};
+use super::tests::{alive, exec, start};
 use super::*;
 
 const GRACE: Duration = Duration::from_secs(5);
@@ -204,5 +205,33 @@ async fn a_receiver_with_a_ca_of_its_own_is_trusted_and_no_other() {
     // A file that holds no certificate is refused at once, and nothing is changed.
     let bad = center.reload(&webhook(&url, &format!("ca_file = {key:?}"))).await;
     assert!(bad.is_err_and(|e| e.to_string().contains("no certificate")));
+    center.stop(GRACE).await;
+}
+
+/// The mark is gone from every environment, so only the process group and the parentage tell who is whose.
+#[tokio::test]
+async fn a_family_that_clears_its_environment_is_ended_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().display();
+    let wait = |file: &str| format!("while ! test -s {at}/{file}; do sleep 0.01; done");
+    // One stays in the group and loses its parent; one leaves the group and keeps its parent to the timeout.
+    let group =
+        format!("env -i sh -c 'echo $$ > {at}/group; exec sleep 1000' & {}; exec sleep 0", wait("group"));
+    let center = start(&exec(&group, "10s"), dir.path());
+    center.submit(&alert(1)).await.unwrap();
+    until("the program", async || center.pending() == 0).await;
+    assert!(!alive(&dir.path().join("group")), "it was in the program's process group");
+    center.stop(GRACE).await;
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().display();
+    let child = format!("exec env -i sh -c 'setsid sh -c \"echo \\$\\$ > {at}/child; sleep 1000\" & wait'");
+    let center = start(&exec(&child, "600ms"), dir.path());
+    center.submit(&alert(1)).await.unwrap();
+    let error = async || {
+        let left = center.undelivered().await;
+        left.first().and_then(|u| u.undelivered[0].error.clone()).unwrap_or_default()
+    };
+    until("the timeout", async || error().await.contains("not ended after")).await;
+    assert!(!alive(&dir.path().join("child")), "its parent was the program");
     center.stop(GRACE).await;
 }

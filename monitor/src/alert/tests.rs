@@ -7,7 +7,7 @@ use super::*;
 
 const GRACE: Duration = Duration::from_secs(5);
 
-fn start(cfg: &Config, dir: &Path) -> Center {
+pub(super) fn start(cfg: &Config, dir: &Path) -> Center {
     Center::start(cfg, dir, Clock::system()).unwrap()
 }
 
@@ -329,14 +329,14 @@ async fn alertmanager_is_told_again_before_its_alerts_end() {
     center.stop(GRACE).await;
 }
 
-fn exec(script: &str, timeout: &str) -> Config {
+pub(super) fn exec(script: &str, timeout: &str) -> Config {
     config(&format!(
         "[[receiver]]\nname = \"x\"\ntype = \"exec\"\ncommand = [\"/bin/sh\", \"-c\", {}]\ntimeout = \"{timeout}\"",
         toml::Value::from(script)
     ))
 }
 
-fn alive(pid_file: &Path) -> bool {
+pub(super) fn alive(pid_file: &Path) -> bool {
     let pid = std::fs::read_to_string(pid_file).unwrap();
     std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()))
         .is_ok_and(|s| !s.contains(") Z ") && !s.contains(") X "))
@@ -366,31 +366,24 @@ async fn a_program_gets_the_alert_and_leaves_nobody_behind() {
     center.stop(GRACE).await;
 }
 
-/// The mark is gone from every environment, so only the process group and the parentage tell who is whose.
 #[tokio::test]
-async fn a_family_that_clears_its_environment_is_ended_all_the_same() {
+async fn what_waits_for_its_cause_is_on_the_disk_and_is_told_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
-    let at = dir.path().display();
-    let wait = |file: &str| format!("while ! test -s {at}/{file}; do sleep 0.01; done");
-    // One stays in the group and loses its parent; one leaves the group and keeps its parent to the timeout.
-    let group =
-        format!("env -i sh -c 'echo $$ > {at}/group; exec sleep 1000' & {}; exec sleep 0", wait("group"));
-    let center = start(&exec(&group, "10s"), dir.path());
-    center.submit(&alert(1)).await.unwrap();
-    until("the program", async || center.pending() == 0).await;
-    assert!(!alive(&dir.path().join("group")), "it was in the program's process group");
+    let server = Server::start(|_, _| Act::Answer(200)).await;
+    let center = start(&webhook(&server.url, ""), dir.path());
+    let held = |n| Submission { alert: alert(n), hold: Some(Duration::from_mins(10)) };
+    center.submit_each(vec![held(1), held(2)]).await.unwrap();
+    // The cause of the second one comes.
+    let with_cause = Alert { summary: "blocked on a pipe".into(), ..alert(2) };
+    center.submit(&with_cause).await.unwrap();
+    until("the second", async || center.pending() == 1).await;
+    assert_eq!(server.told(), [pair(2, "firing")], "once, with its cause, and the first not yet");
+    assert_eq!(server.requests()[0].json()["alerts"][0]["summary"], "blocked on a pipe");
     center.stop(GRACE).await;
-    let dir = tempfile::tempdir().unwrap();
-    let at = dir.path().display();
-    let child = format!("exec env -i sh -c 'setsid sh -c \"echo \\$\\$ > {at}/child; sleep 1000\" & wait'");
-    let center = start(&exec(&child, "600ms"), dir.path());
-    center.submit(&alert(1)).await.unwrap();
-    let error = async || {
-        let left = center.undelivered().await;
-        left.first().and_then(|u| u.undelivered[0].error.clone()).unwrap_or_default()
-    };
-    until("the timeout", async || error().await.contains("not ended after")).await;
-    assert!(!alive(&dir.path().join("child")), "its parent was the program");
+    // Nobody is there any more who could say that the wait is over.
+    let center = start(&webhook(&server.url, ""), dir.path());
+    until("the first", async || center.pending() == 0).await;
+    assert_eq!(server.told(), [pair(2, "firing"), pair(1, "firing")]);
     center.stop(GRACE).await;
 }
 

@@ -367,7 +367,7 @@ fn alerts_about_the_host_go_on_after_a_restart_and_end() {
     assert_eq!(w.changes(), [], "nobody is told again");
     for a in w.e.alerts(false) {
         let said = match a.kind {
-            AlertKind::EventsLost => "7 records were lost",
+            AlertKind::EventsLost => "7 records of the kernel were lost",
             AlertKind::Capacity => "kernel_lineage is full",
             _ => "disk full",
         };

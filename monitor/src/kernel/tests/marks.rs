@@ -131,6 +131,10 @@ async fn what_a_killed_agent_leaves() {
     first.spare(root, true, order).unwrap();
     let inherited = shell.background("sleep 60");
     first.label_inside(temporary, part).unwrap();
+    // Until it sleeps it enters system calls, and the doom is meant to find none here.
+    wait_for("its sleep", Duration::from_secs(20), || {
+        crate::proc::Proc::default().stat(child).is_ok_and(|s| s.state == b'S' && s.comm.bytes() == b"sleep")
+    });
     first.doom(job, first.now() + MINUTE, order).unwrap();
     first.doom(temporary, first.now() + MINUTE, order).unwrap();
     // As by SIGKILL: nobody takes his marks away.

@@ -247,19 +247,20 @@ fn what_it_leaves_behind_may_end_by_itself() -> Result<()> {
     let ground = ground!("what_it_leaves_behind_may_end_by_itself");
     both(&ground, |exec| {
         let done = ground.path("done");
-        let script = format!("(sleep 0.6; touch {}) >/dev/null 2>&1 & exit 3", done.display());
+        let script = |s| format!("(sleep {s}; touch {}) >/dev/null 2>&1 & exit 3", done.display());
         // By default it is ended at once.
-        let out = exec.sh(&[], &script)?;
+        let out = exec.sh(&[], &script(20.0))?;
         ensure!(out.code() == Some(3) && !done.exists(), "{out:?}");
         nothing_left(&ground)?;
         // Given its time it ends by itself, and nobody waits longer than that.
         let begun = Instant::now();
-        let out = exec.sh(&["--orphan-after", "60s"], &script)?;
+        let out = exec.sh(&["--orphan-after", "60s"], &script(0.6))?;
         ensure!(out.code() == Some(3) && done.exists(), "{out:?}");
-        ensure!(begun.elapsed() >= ms(500) && begun.elapsed() < ms(15_000), "{:?}", begun.elapsed());
+        let least = std::time::Duration::from_millis(500);
+        ensure!(begun.elapsed() >= least && begun.elapsed() < ms(15_000), "{:?}", begun.elapsed());
         std::fs::remove_file(&done)?;
         // The time is over before.
-        let out = exec.sh(&["--orphan-after", "100ms"], &script)?;
+        let out = exec.sh(&["--orphan-after", "100ms"], &script(20.0))?;
         ensure!(out.code() == Some(3) && !done.exists(), "{out:?}");
         nothing_left(&ground)
     })

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{AlertKind, AlertState, KillReport};
 use jobwarden_tests::ground::program;
-use jobwarden_tests::kill::{all_gone, bomb, control, in_time, job, rule, whole};
+use jobwarden_tests::kill::{alive, all_gone, bomb, control, in_time, job, rule, whole};
 use jobwarden_tests::truth::letter;
 use jobwarden_tests::{Agent, Ground, Limit, Shape, eventually, ground, loudly, ms, pause, skip};
 use rustix::process::Signal;
@@ -68,6 +68,49 @@ fn a_bomb_of_vfork_and_clone() -> Result<()> {
     ensure!(report.survivors.is_empty(), "{:?}", report.survivors);
     in_time(&report, told)?;
     whole(beside)
+}
+
+/// What a recursive kill by a list of children does: one reading of /proc, then SIGKILL to each in it.
+fn kill_by_list(ground: &Ground, root: u32) -> usize {
+    let proc = jobwarden::proc::Proc::default();
+    let parent_of = |p: i32| Some((p.cast_unsigned(), proc.stat(p.cast_unsigned()).ok()?.ppid));
+    let parents: Vec<(u32, u32)> = ground.alive().into_iter().filter_map(parent_of).collect();
+    let mut family = vec![root];
+    let mut i = 0;
+    while i < family.len() {
+        let children: Vec<u32> = parents.iter().filter(|(_, up)| *up == family[i]).map(|(p, _)| *p).collect();
+        family.extend(children);
+        i += 1;
+    }
+    // Children first, as such scripts do. Most are gone by now, which is just the point.
+    family.iter().rev().filter(|p| ground.signal(p.cast_signed(), Signal::KILL).is_ok()).count()
+}
+
+#[test]
+fn chains_that_a_kill_by_list_does_not_end() -> Result<()> {
+    let ground = ground!("chains_that_a_kill_by_list_does_not_end");
+    let Some(limit) = Limit::new(&ground, 300) else {
+        skip!("chains_that_a_kill_by_list_does_not_end: no pids controller here");
+    };
+    let agent = Agent::start(&ground, &rule(&ground, "chains", "bomb chains", ""))?;
+    let mut s = bomb(&ground, &limit, &["chains", "10", "25"])?;
+    s.fact::<u32>("started")?;
+    let target = job(&agent, s.pid())?;
+    let by_list = kill_by_list(&ground, s.pid());
+    s.wait(ms(3000))?;
+    pause(300);
+    // One reading may miss a chain, so several are taken.
+    let lived = (0..20).any(|_| !alive(&ground, "chains").is_empty());
+    ensure!(lived, "a kill by list ended them: this shows nothing");
+    let report: KillReport = agent.json(&["kill", "--grace", "0s", &target.id.to_string()])?;
+    all_gone(&ground, "chains").with_context(|| format!("{report:?}\n{}", agent.log_tail()))?;
+    loudly(&format!(
+        "10 chains outlived a recursive kill of {by_list} by list; jobwarden's took {:.3} s",
+        report.took_s
+    ));
+    ensure!(report.survivors.is_empty(), "{report:?}");
+    drop(s);
+    limit.empty()
 }
 
 #[test]

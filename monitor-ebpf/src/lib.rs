@@ -211,6 +211,9 @@ pub struct KillCounter {
     pub other: u64,
 }
 
+/// How far up the fork probe looks for an ancestor with a job while a family is labelled.
+pub const LABEL_DEPTH: usize = 256;
+
 /// What may change while the maps are pinned; the one entry of an array map.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -219,7 +222,9 @@ pub struct Control {
     pub signal_mask: u64,
     /// Not 0: the probes log by aya-log.
     pub trace: u32,
-    pub pad: u32,
+    /// Not 0: a family is being labelled, and who is forked by a process without a job is given that of the nearest ancestor
+    /// that has one.
+    pub labelling: u32,
 }
 
 /// Row flag: orphans of its namespace or its descendants are given to it (init of a pid namespace, or a subreaper).

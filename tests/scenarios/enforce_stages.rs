@@ -102,6 +102,9 @@ impl Reused {
 }
 
 impl Lineage for Reused {
+    fn relabel(&self, job: u64, root: Key) -> io::Result<()> {
+        self.kernel.relabel(job, root)
+    }
     fn label(&self, job: u64, outer: u64, root: Key) -> io::Result<()> {
         self.kernel.label(job, outer, root)
     }

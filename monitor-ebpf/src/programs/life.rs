@@ -5,11 +5,11 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use monitor_abi::{
     EXIT_GROUP, Exit, FORK_NO_ENTRY, Fork, KERNEL_THREAD, KIND_EXIT, KIND_FORK, KIND_LEADER_EXIT, KIND_REAP,
-    LINEAGE_SPARED, Lineage, ProcKey, Reap,
+    LABEL_DEPTH, LINEAGE_SPARED, Lineage, ProcKey, Reap,
 };
 
 use super::task::{self, Ptr};
-use super::{DEAD, LINEAGE, doom, frozen, ring};
+use super::{CONTROL, DEAD, JOBS, LINEAGE, doom, frozen, ring};
 
 const EEXIST: i32 = -17;
 
@@ -56,13 +56,67 @@ pub(crate) fn fork(ctx: BtfTracePointContext) -> i32 {
 #[inline(always)]
 fn inherited(forker: &ProcKey) -> (u64, u32) {
     // SAFETY: the forker is `current`: its entry is deleted only when it is freed, and is edited in place.
-    match unsafe { LINEAGE.get(forker) } {
-        // SAFETY: volatile, since `edit` may write the entry meanwhile on another CPU.
-        Some(l) => unsafe {
-            ((&raw const l.job).read_volatile(), (&raw const l.flags).read_volatile() & LINEAGE_SPARED)
-        },
-        None => (0, 0),
+    let Some(l) = (unsafe { LINEAGE.get(forker) }) else { return (0, 0) };
+    let (job, flags) = word(l);
+    if job != 0 || !labelling() {
+        return (job, flags);
     }
+    let above = above(l.parent.tgid, l.parent.start);
+    (above & !SPARED_BIT, if above & SPARED_BIT != 0 { LINEAGE_SPARED } else { flags })
+}
+
+#[inline(always)]
+fn word(l: &Lineage) -> (u64, u32) {
+    // SAFETY: volatile, since `edit` may write the entry meanwhile on another CPU.
+    unsafe { ((&raw const l.job).read_volatile(), (&raw const l.flags).read_volatile() & LINEAGE_SPARED) }
+}
+
+#[inline(always)]
+fn labelling() -> bool {
+    // SAFETY: volatile, the agent may change it meanwhile.
+    CONTROL.get(0).is_some_and(|c| unsafe { (&raw const c.labelling).read_volatile() != 0 })
+}
+
+/// Set in what [`above`] gives if that ancestor is spared. Job numbers are boot-time nanoseconds, which are smaller.
+const SPARED_BIT: u64 = 1 << 63;
+
+/// The job of the nearest ancestor that has one, from this one upwards. A chain in which each process forks one successor and
+/// exits is faster than the agent, which labels whom it has read of; those are ancestors of the chain's head by then, dead ones
+/// mostly, and what its head forks next is told here.
+#[inline(never)]
+fn above(tgid: u32, start: u64) -> u64 {
+    let mut at = ProcKey { start, tgid, pad: 0 };
+    for _ in 0..LABEL_DEPTH {
+        // PID 1 and the kernel's own are in no job.
+        if at.tgid <= 1 {
+            return 0;
+        }
+        let Some(l) = entry(&at) else { return 0 };
+        let (job, spared) = word(l);
+        let up = l.parent;
+        // A slot is used again as soon as it is free, for anybody; no key comes back. What still has the key had it while it was
+        // read. Where it has moved to the dead meanwhile, the next fork of the chain asks again.
+        if !entry(&at).is_some_and(|now| core::ptr::eq(now, l)) {
+            return 0;
+        }
+        if job != 0 {
+            // One that is forgotten leaves its number with the dead.
+            // SAFETY: only whether there is an entry is asked.
+            if unsafe { JOBS.get(job) }.is_none() {
+                return 0;
+            }
+            return if spared != 0 { job | SPARED_BIT } else { job };
+        }
+        at = up;
+    }
+    0
+}
+
+/// Of the living, or of the dead.
+#[inline(always)]
+fn entry(key: &ProcKey) -> Option<&'static Lineage> {
+    // SAFETY: map values stay mapped; what they hold is checked by the caller.
+    unsafe { LINEAGE.get(key).or_else(|| DEAD.get(key)) }
 }
 
 /// Enters the child with what it inherits: its innermost job, whether it is spared, and whether there was room.

@@ -58,6 +58,8 @@ pub trait Lineage: Send + Sync {
     /// The same for a job that lasts as long as an order: inside the innermost job that `root` is in at that moment, so that
     /// it falls back to that one when this is forgotten, and that one's doom reaches it too.
     fn label_inside(&self, job: u64, root: Key) -> io::Result<()>;
+    /// Labels once more a job that is labelled: whom a fork probe missed, or a labelling that did not come to its end.
+    fn relabel(&self, job: u64, root: Key) -> io::Result<()>;
     /// All who are in `job`, its inner jobs included; zombies too.
     fn members(&self, job: u64) -> io::Result<Vec<Member>>;
     /// Sets the spare flag of one process for an order; forks inherit it from then on. `heirs`: they are to have it.

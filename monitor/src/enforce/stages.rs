@@ -177,7 +177,12 @@ impl<'a> Run<'a> {
             labelled: Vec::new(),
         };
         let jobs = match &order.what {
-            What::Whole => vec![order.job],
+            What::Whole => {
+                if let Err(error) = marks.lineage.relabel(order.job, order.root) {
+                    tracing::warn!(job = %order.target, %error, "the job could not be labelled anew; who is in it is ended");
+                }
+                vec![order.job]
+            }
             What::Descendants { number, roots } => label(&mut marks, *number, roots)?,
         };
         let tops = match (&order.what, order.reason) {

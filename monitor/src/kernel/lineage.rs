@@ -139,7 +139,9 @@ impl Kernel {
 
     /// One pass of labelling; whether it changed anything.
     fn label_pass(&self, job: u64, outer: u64, before: u64, root: Key) -> io::Result<bool> {
-        let rows = self.rows()?;
+        let mut rows = self.rows()?;
+        // The youngest first: chains are run after by their heads.
+        rows.sort_unstable_by_key(|r| std::cmp::Reverse(r.key.start));
         let family = self.family(&rows, &[root])?;
         let mut jobs = self.jobs()?;
         let mut changed = false;
@@ -150,8 +152,12 @@ impl Kernel {
             }
             if now == 0 || now == outer || now == before || !jobs.contains_key(&now) {
                 let parent = (r.parent.tgid != 0).then(|| r.parent.into());
-                let e = Edit { parent, job: Some(job), create: true, ..Edit::of(r.key.into()) };
-                changed |= self.edit(&e)? == Edited::Changed;
+                let create = r.known == 0;
+                let e = Edit { parent, job: Some(job), create, ..Edit::of(r.key.into()) };
+                changed |= match self.edit(&e)? {
+                    Edited::Missing => self.label_dead(r.key.into(), job)?,
+                    edited => edited == Edited::Changed,
+                };
                 continue;
             }
             // In a job of its own that began inside the family: the outermost such becomes an inner job of this one.
@@ -167,6 +173,18 @@ impl Kernel {
         Ok(changed)
     }
 
+    /// One that was freed since it was read: its successors look for their job with it.
+    fn label_dead(&self, key: Key, job: u64) -> io::Result<bool> {
+        let Some(l) = self.maps.dead.get(&key.into())? else { return Ok(false) };
+        self.maps.dead.put(&key.into(), &abi::Lineage { job, ..l })?;
+        Ok(true)
+    }
+
+    fn set_labelling(&self, on: bool) -> io::Result<()> {
+        let c = self.maps.control.get(&0)?.unwrap_or_default();
+        self.maps.control.put(&0, &abi::Control { labelling: on.into(), ..c })
+    }
+
     /// The caller holds the lock of edits.
     fn enter_job(&self, job: u64, outer: u64, root: Key) -> io::Result<()> {
         if job == 0 {
@@ -178,7 +196,10 @@ impl Kernel {
         // The root first: who forks from now on hands it down.
         let e = Edit { job: Some(job), ..Edit::of(root) };
         self.edit(&e)?;
-        self.to_a_fixpoint(|| self.label_pass(job, outer, before, root))
+        self.set_labelling(true)?;
+        let done = self.to_a_fixpoint(|| self.label_pass(job, outer, before, root));
+        self.set_labelling(false)?;
+        done
     }
 
     /// Repeats `pass` until one changes nothing, and the fork probe missed no fork meanwhile.
@@ -199,6 +220,10 @@ impl Kernel {
     }
 }
 
+pub(super) fn no_job(job: u64) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("the kernel's map has no job {job}"))
+}
+
 impl Lineage for Kernel {
     fn label(&self, job: u64, outer: u64, root: Key) -> io::Result<()> {
         let _guard = super::lock(&self.editing);
@@ -211,6 +236,12 @@ impl Lineage for Kernel {
         let present = self.maps.lineage.get(&root.into())?.map_or(0, |l| l.job);
         let outer = if self.maps.jobs.get(&present)?.is_some() { present } else { 0 };
         self.enter_job(job, outer, root)
+    }
+
+    fn relabel(&self, job: u64, root: Key) -> io::Result<()> {
+        let _guard = super::lock(&self.editing);
+        let Some(known) = self.maps.jobs.get(&job)? else { return Err(no_job(job)) };
+        self.enter_job(job, known.outer, root)
     }
 
     fn members(&self, job: u64) -> io::Result<Vec<Member>> {

@@ -6,7 +6,7 @@ use std::io;
 
 use monitor_abi::{LINEAGE_SPARED, TaskRow};
 
-use super::lineage::{Edit, Edited};
+use super::lineage::{Edit, Edited, no_job};
 use super::offsets::SYS_ENTER;
 use super::{Kernel, sys};
 use crate::enforce::OrderId;
@@ -96,10 +96,7 @@ impl Kernel {
                 return Err(io::Error::other("jobwarden is stopping: no job is doomed any more"));
             }
             if self.maps.jobs.get(&job)?.is_none() {
-                return Err(io::Error::new(
-                    io::ErrorKind::NotFound,
-                    format!("the kernel's map has no job {job}"),
-                ));
+                return Err(no_job(job));
             }
             marks.dooms.entry(job).or_default().insert(by, until);
             self.write_doom(job, marks.doom_until(job))?;

@@ -155,7 +155,7 @@ impl Kernel {
         let gauge = ring::Gauge::new(&events).map_err(KernelError::io("map the ring's positions"))?;
         let ring = ring::open(events).map_err(|e| KernelError::Object(e.to_string()))?;
         let maps = Maps::new(&set.maps)?;
-        let control = Control { signal_mask: options.signal_mask, trace: options.trace.into(), pad: 0 };
+        let control = Control { signal_mask: options.signal_mask, trace: options.trace.into(), labelling: 0 };
         maps.control.put(&0, &control).map_err(KernelError::io("write the control map"))?;
         if !pinned {
             set.links = attach(&set.programs)?;

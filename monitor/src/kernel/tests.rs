@@ -86,10 +86,19 @@ async fn one_life_in_order() {
     let Some(kernel) = start("one_life_in_order", &Options::default()) else { return };
     let mut ring = kernel.take_ring().unwrap();
     assert!(kernel.take_ring().is_err());
-    let mut child = Command::new("/bin/sh").args(["-c", "exit 3", "a b", ""]).spawn().unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(3));
-    let seen = watch(&mut ring, child.id(), "reap 0x300").await;
-    assert_eq!(seen, ["fork", "exec /bin/sh /bin/sh\0-c\0exit 3\0a b\0\0", "exit 0x300", "reap 0x300"]);
+    let whole = ["fork", "exec /bin/sh /bin/sh\0-c\0exit 3\0a b\0\0", "exit 0x300", "reap 0x300"];
+    // Linux 6.18 now and then runs no BPF program at sched_process_free (recursion_misses 0): a life may lack its reap, and
+    // nothing else, and not each of them.
+    for _ in 0..3 {
+        let mut child = Command::new("/bin/sh").args(["-c", "exit 3", "a b", ""]).spawn().unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(3));
+        let seen = watch(&mut ring, child.id(), "reap 0x300").await;
+        if seen == whole {
+            return;
+        }
+        assert_eq!(seen, whole[..3]);
+    }
+    panic!("three lives without a reap");
 }
 
 #[tokio::test]

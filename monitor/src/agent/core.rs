@@ -2,7 +2,7 @@
 //! or passes on what the engine wants done. Everything slow (reading a process's memory, killing, explaining, sending)
 //! runs beside it and comes back as an [`Internal`] message, so the ring is always read in time.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +13,12 @@ use tokio::time::Instant;
 use super::driver::Driver;
 use super::look::Looker;
 use super::notify::Notify;
+use super::reload::Reloads;
 use super::storage::{Source, Storage};
 use super::sync::Sync;
 use super::{AgentError, Options};
 use crate::alert::{Center, Submission};
-use crate::api::{ApiError, Class, Feed, Peer, Readiness, Reloaded, Reply, Request};
+use crate::api::{Feed, Peer, Readiness, Reloaded, Reply, Request};
 use crate::config::Config;
 use crate::contract::{Alert, AlertKind, Cause, EventLine, JobId, KillReport};
 use crate::enforce::{Audit, Enforcer, Reason};
@@ -29,7 +30,7 @@ use crate::key::Key;
 use crate::metrics::Counts;
 use crate::policy::{AlertChange, Effect, Gauges, Moment, Observation};
 use crate::redact::Redactor;
-use crate::state::{State, Store};
+use crate::state::Store;
 
 /// How often the loss counters are read, and programs that the kernel skipped counted.
 const CHECK: Duration = Duration::from_secs(1);
@@ -100,11 +101,9 @@ pub(super) struct Core {
     /// The cgroups that jobs of `exec --cgroup` own.
     pub cgroups: HashMap<JobId, PathBuf>,
     pub(super) notify: Notify,
-    store: Store,
-    storage: Storage,
-    /// A reload is under way; these wait for its end, so that the last config that was read is the one in force.
-    reloading: bool,
-    reloads: VecDeque<(Option<Peer>, Option<Reply<Reloaded>>)>,
+    pub(super) store: Store,
+    pub(super) storage: Storage,
+    pub(super) reloads: Reloads,
     pub(super) state_dirty: bool,
     facts_wanted: Vec<Key>,
     cgroups_wanted: Vec<(Key, u64)>,
@@ -166,8 +165,7 @@ impl Core {
             notify: Notify::from_env(),
             store: p.store,
             storage: Storage::default(),
-            reloading: false,
-            reloads: VecDeque::new(),
+            reloads: Reloads::default(),
             state_dirty: false,
             facts_wanted: Vec::new(),
             cgroups_wanted: Vec::new(),
@@ -329,47 +327,6 @@ impl Core {
         crate::enforce::Lineage::label(&*self.kernel, job.number, job.outer, job.id.root)
     }
 
-    /// Jobs and the operator's word, at once: a SIGKILL of the agent right after loses nothing.
-    fn save(&mut self) {
-        self.state_dirty = false;
-        let state = State {
-            boot_id: self.boot_id.clone(),
-            jobs: self.engine.job_records(),
-            enforcement: self.engine.enforcement_state(),
-            version: crate::state::VERSION,
-            boot_to_wall: host::boot_to_wall(),
-            lost: self.sync.lost,
-        };
-        let wrong = self.store.save(&state).err().map(|e| e.to_string());
-        match &wrong {
-            Some(e) if !self.storage.failed(Source::Jobs) => {
-                tracing::error!(error = %e, "jobs could not be saved; it is tried again each second");
-            }
-            None if self.storage.failed(Source::Jobs) => tracing::info!("jobs are saved again"),
-            _ => {}
-        }
-        self.storage.set(Source::Jobs, wrong);
-        self.tell_storage();
-    }
-
-    /// What could not be written is tried again.
-    pub(super) fn check_storage(&mut self) {
-        if self.storage.failed(Source::Jobs) {
-            self.save();
-        }
-        self.audit.retry();
-        self.storage.set(Source::Audit, self.audit.error());
-        self.tell_storage();
-    }
-
-    fn tell_storage(&mut self) {
-        let ready = self.ready.borrow().ready;
-        let Some(health) = self.storage.news(ready) else { return };
-        let mut fx = Vec::new();
-        self.engine.condition(AlertKind::StorageFailed, health.wrong(), host::boot_now(), &mut fx);
-        self.alerts_of(fx);
-    }
-
     /// Not `apply`: an alert about what is done there must not come back to it. It is submitted like any other.
     pub(super) fn alerts_of(&mut self, fx: Vec<Effect>) {
         for f in fx {
@@ -520,75 +477,6 @@ impl Core {
         }
     }
 
-    /// The config file again; all of it or nothing. The receivers are tried first, beside the core, and the rest is
-    /// swapped when they are there.
-    pub(super) fn reload(&mut self, peer: Option<Peer>, reply: Option<Reply<Reloaded>>) {
-        self.reloads.push_back((peer, reply));
-        self.next_reload();
-    }
-
-    fn next_reload(&mut self) {
-        if self.reloading {
-            return;
-        }
-        let Some((peer, reply)) = self.reloads.pop_front() else { return };
-        self.reloading = true;
-        self.notify.reloading(host::monotonic_us());
-        let o = &self.options;
-        let config = match crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides) {
-            Ok(c) => Box::new(c),
-            Err(e) => return self.reloaded(Err(e.to_string()), peer, reply),
-        };
-        let (center, tx) = (self.center.clone(), self.internal.clone());
-        tokio::spawn(async move {
-            let result = center.reload(&config).await.map(|()| config).map_err(|e| e.to_string());
-            let _ = tx.send(Internal::Reloaded { result, peer, reply });
-        });
-    }
-
-    fn reloaded(
-        &mut self,
-        result: Result<Box<Config>, String>,
-        peer: Option<Peer>,
-        reply: Option<Reply<Reloaded>>,
-    ) {
-        self.reloading = false;
-        self.notify.reloaded();
-        let done = result.map(|c| self.swap(*c)).map_err(|e| {
-            self.counts.reload_ok = false;
-            tracing::error!(error = %e, "the new config is refused, the old one stays");
-            ApiError::new(Class::Failed, "invalid-config", e)
-                .hint("the old config stays in force; `jobwarden check` shows what is wrong")
-        });
-        if let Some(peer) = peer {
-            super::answer::audited(self, &peer, "reload", &done);
-        }
-        if let Some(reply) = reply {
-            let _ = reply.send(done);
-        }
-        self.next_reload();
-    }
-
-    fn swap(&mut self, config: Config) -> Reloaded {
-        let needs_restart = super::answer::needs_restart(&self.config, &config);
-        let mut fx = Vec::new();
-        self.engine.reload(&config, host::boot_now(), &mut fx);
-        self.redact = Arc::new(Redactor::new(config.agent.redact.clone()));
-        self.enforcer.redact = Arc::clone(&self.redact);
-        self.counts.reload_ok = true;
-        self.counts.reload_at = wall_seconds();
-        let reloaded = Reloaded {
-            config: self.options.config_path.clone().or_else(default_config),
-            jobs: config.jobs.len(),
-            receivers: config.receivers.len(),
-            needs_restart,
-        };
-        self.config = config;
-        self.apply(fx);
-        tracing::info!(jobs = reloaded.jobs, receivers = reloaded.receivers, "config reloaded");
-        reloaded
-    }
-
     fn stop(mut self) {
         // Pins stay after a clean stop, and nobody is there to renew a doom or to see it through.
         if let Err(e) = self.kernel.stop_dooms() {
@@ -622,7 +510,7 @@ pub(super) fn default_config() -> Option<PathBuf> {
     p.exists().then_some(p)
 }
 
-fn wall_seconds() -> f64 {
+pub(super) fn wall_seconds() -> f64 {
     (host::boot_now() + host::boot_to_wall()) as f64 / 1e9
 }
 

@@ -8,6 +8,7 @@ mod driver;
 mod kill;
 mod look;
 mod notify;
+mod reload;
 mod scrape;
 mod storage;
 mod stores;

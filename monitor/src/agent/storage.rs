@@ -1,6 +1,11 @@
 //! What is wrong with the stores on the disk, each by itself: there is one alert for all of them, and it ends when every
 //! one of them takes again what it is given.
 
+use super::core::Core;
+use crate::contract::AlertKind;
+use crate::host;
+use crate::state::State;
+
 /// The stores of the state directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Source {
@@ -54,6 +59,49 @@ impl Storage {
         }
         self.told = Some(now.clone());
         Some(now)
+    }
+}
+
+impl Core {
+    /// Jobs and the operator's word, at once: a SIGKILL of the agent right after loses nothing.
+    pub(super) fn save(&mut self) {
+        self.state_dirty = false;
+        let state = State {
+            boot_id: self.boot_id.clone(),
+            jobs: self.engine.job_records(),
+            enforcement: self.engine.enforcement_state(),
+            version: crate::state::VERSION,
+            boot_to_wall: host::boot_to_wall(),
+            lost: self.sync.lost,
+        };
+        let wrong = self.store.save(&state).err().map(|e| e.to_string());
+        match &wrong {
+            Some(e) if !self.storage.failed(Source::Jobs) => {
+                tracing::error!(error = %e, "jobs could not be saved; it is tried again each second");
+            }
+            None if self.storage.failed(Source::Jobs) => tracing::info!("jobs are saved again"),
+            _ => {}
+        }
+        self.storage.set(Source::Jobs, wrong);
+        self.tell_storage();
+    }
+
+    /// What could not be written is tried again.
+    pub(super) fn check_storage(&mut self) {
+        if self.storage.failed(Source::Jobs) {
+            self.save();
+        }
+        self.audit.retry();
+        self.storage.set(Source::Audit, self.audit.error());
+        self.tell_storage();
+    }
+
+    pub(super) fn tell_storage(&mut self) {
+        let ready = self.ready.borrow().ready;
+        let Some(health) = self.storage.news(ready) else { return };
+        let mut fx = Vec::new();
+        self.engine.condition(AlertKind::StorageFailed, health.wrong(), host::boot_now(), &mut fx);
+        self.alerts_of(fx);
     }
 }
 

@@ -1,0 +1,89 @@
+//! The config read anew while the agent runs: one reload after the other, each whole or not at all. What the new config means
+//! is the engine's and the receivers'.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::core::{Core, Internal, default_config, wall_seconds};
+use crate::api::{ApiError, Class, Peer, Reloaded, Reply};
+use crate::config::Config;
+use crate::host;
+use crate::redact::Redactor;
+
+/// One is under way; the others wait for its end, so that the last config that was read is the one in force.
+#[derive(Debug, Default)]
+pub(super) struct Reloads {
+    under_way: bool,
+    waiting: VecDeque<(Option<Peer>, Option<Reply<Reloaded>>)>,
+}
+
+impl Core {
+    /// The config file again; all of it or nothing. The receivers are tried first, beside the core, and the rest is
+    /// swapped when they are there.
+    pub(super) fn reload(&mut self, peer: Option<Peer>, reply: Option<Reply<Reloaded>>) {
+        self.reloads.waiting.push_back((peer, reply));
+        self.next_reload();
+    }
+
+    fn next_reload(&mut self) {
+        if self.reloads.under_way {
+            return;
+        }
+        let Some((peer, reply)) = self.reloads.waiting.pop_front() else { return };
+        self.reloads.under_way = true;
+        self.notify.reloading(host::monotonic_us());
+        let o = &self.options;
+        let config = match crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides) {
+            Ok(c) => Box::new(c),
+            Err(e) => return self.reloaded(Err(e.to_string()), peer, reply),
+        };
+        let (center, tx) = (self.center.clone(), self.internal.clone());
+        tokio::spawn(async move {
+            let result = center.reload(&config).await.map(|()| config).map_err(|e| e.to_string());
+            let _ = tx.send(Internal::Reloaded { result, peer, reply });
+        });
+    }
+
+    pub(super) fn reloaded(
+        &mut self,
+        result: Result<Box<Config>, String>,
+        peer: Option<Peer>,
+        reply: Option<Reply<Reloaded>>,
+    ) {
+        self.reloads.under_way = false;
+        self.notify.reloaded();
+        let done = result.map(|c| self.swap(*c)).map_err(|e| {
+            self.counts.reload_ok = false;
+            tracing::error!(error = %e, "the new config is refused, the old one stays");
+            ApiError::new(Class::Failed, "invalid-config", e)
+                .hint("the old config stays in force; `jobwarden check` shows what is wrong")
+        });
+        if let Some(peer) = peer {
+            super::answer::audited(self, &peer, "reload", &done);
+        }
+        if let Some(reply) = reply {
+            let _ = reply.send(done);
+        }
+        self.next_reload();
+    }
+
+    fn swap(&mut self, config: Config) -> Reloaded {
+        let needs_restart = super::answer::needs_restart(&self.config, &config);
+        let mut fx = Vec::new();
+        self.engine.reload(&config, host::boot_now(), &mut fx);
+        self.redact = Arc::new(Redactor::new(config.agent.redact.clone()));
+        self.enforcer.redact = Arc::clone(&self.redact);
+        self.counts.reload_ok = true;
+        self.counts.reload_at = wall_seconds();
+        let reloaded = Reloaded {
+            config: self.options.config_path.clone().or_else(default_config),
+            jobs: config.jobs.len(),
+            receivers: config.receivers.len(),
+            needs_restart,
+        };
+        self.config = config;
+        self.apply(fx);
+        tracing::info!(jobs = reloaded.jobs, receivers = reloaded.receivers, "config reloaded");
+        reloaded
+    }
+}

@@ -209,10 +209,7 @@ fn order(core: &mut Core, k: &KillRequest, peer: &Peer, t: Target, target: &str)
         Some(roots) => What::Descendants { number: numbers(core, roots.len()), roots },
     };
     let policy = record.as_ref().map(|r| &r.policy);
-    let grace = k.grace_s.map_or_else(
-        || policy.map_or(DEFAULT_GRACE, |p| Duration::from_nanos(p.grace_ns)),
-        |s| Duration::from_secs_f64(s.clamp(0.0, 1e9)),
-    );
+    let grace = k.grace_s.map_or(DEFAULT_GRACE, |s| Duration::from_secs_f64(s.clamp(0.0, 1e9)));
     Ok(Job {
         order: Order {
             job: record.as_ref().map_or(0, |r| r.number),

@@ -85,7 +85,7 @@ pub struct KillRequest {
     pub target: Target,
     /// Signal number; None: the job's own, else SIGTERM.
     pub signal: Option<u8>,
-    /// Seconds; None: the job's own, else 10 s. 0 = SIGKILL at once.
+    /// Seconds; None: 10 s, whatever the job's rule says. 0 = SIGKILL at once.
     pub grace_s: Option<f64>,
     #[serde(default)]
     pub dry_run: bool,

@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// Sent first, by name or number [default: the job's own, else TERM]
     #[arg(short, long, value_name = "S", value_parser = values::signal)]
     signal: Option<u8>,
-    /// From there to SIGKILL (`30s`); 0 = SIGKILL at once [default: the job's own, else 10s]
+    /// From there to SIGKILL (`30s`); 0 = SIGKILL at once [default: 10s]
     #[arg(long, value_name = "D", value_parser = values::duration)]
     grace: Option<Duration>,
     /// Say who would be signalled, and do nothing

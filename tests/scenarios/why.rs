@@ -149,10 +149,14 @@ fn until_in(pid: u32, calls: &[i64]) -> Result<()> {
     })
 }
 
+/// For a while: a process is in D for a moment also when it waits for a page of its own program.
 fn until_letter(pid: u32, letter: char) -> Result<()> {
     eventually(&format!("{pid} in state {letter}"), ms(15_000), || {
-        let is = truth::letter(pid)?;
-        ensure!(is == letter, "it is in state {is}");
+        for _ in 0..20 {
+            let is = truth::letter(pid)?;
+            ensure!(is == letter, "it is in state {is}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
         Ok(())
     })
 }

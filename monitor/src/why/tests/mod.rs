@@ -128,6 +128,14 @@ fn until(what: &str, mut f: impl FnMut() -> bool) {
     }
 }
 
+/// For a while: a process is so for a moment also when it waits for a page of its own program.
+fn stays_uninterruptible(pid: u32) -> bool {
+    (0..20).all(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        state(pid) == Some(b'D')
+    })
+}
+
 fn state(pid: u32) -> Option<u8> {
     Proc::default().stat(pid).ok().map(|s| s.state)
 }

@@ -30,7 +30,7 @@ fn ready(made: &Made, verdict: Verdict) {
         Verdict::ParentWaitingForOtherChild => until_in(parent, &["wait4"]),
         Verdict::ParentStopped => until("stopped", || state(parent) == Some(b'T')),
         Verdict::ParentBlocked => until_in(parent, &["clock_nanosleep", "futex"]),
-        Verdict::ParentUninterruptible => until("uninterruptible", || state(parent) == Some(b'D')),
+        Verdict::ParentUninterruptible => until("uninterruptible", || stays_uninterruptible(parent)),
         _ => {}
     }
 }

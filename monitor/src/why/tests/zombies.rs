@@ -398,7 +398,7 @@ os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 5,
 ",
     );
     let z = pid(&made.said(), "z");
-    until("uninterruptible", || state(made.child.id()) == Some(b'D'));
+    until("uninterruptible", || stays_uninterruptible(made.child.id()));
     let c = ask_zombie(z, made.child.id());
     assert_eq!(c.verdict, Verdict::ParentUninterruptible, "{c:#?}");
     let child = waits_for(&c)[0];

@@ -6,7 +6,8 @@
 export PATH=/usr/bin:/usr/sbin HOME=/root
 exec </dev/null >/dev/ttyS1 2>&1
 mount -t sysfs sysfs /sys
-mount -t tmpfs tmpfs /tmp
+# What was packed may stand there, where the project does.
+[ -n "$(ls -A /tmp)" ] || mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts

@@ -101,6 +101,11 @@ fn a_fork_bomb() -> Result<()> {
     whole(beside)
 }
 
+/// Before the ground says what is left: it has the last word.
+fn told(e: &anyhow::Error) {
+    loudly(&format!("{e:#}"));
+}
+
 fn mutants(ground: &Ground, n: u64) -> Result<()> {
     let agent = Agent::start(ground, &rule(ground, "mutants", "mutants", ""))?;
     let beside = control(ground)?;
@@ -120,14 +125,14 @@ fn mutants(ground: &Ground, n: u64) -> Result<()> {
 #[test]
 fn a_family_that_changes_while_it_is_ended() -> Result<()> {
     let ground = ground!("a_family_that_changes_while_it_is_ended");
-    mutants(&ground, 5)
+    mutants(&ground, 5).inspect_err(told)
 }
 
 #[test]
 #[ignore = "long: JWTEST_MUTANT_ROUNDS (100)"]
 fn a_family_that_changes_every_time() -> Result<()> {
     let ground = ground!("a_family_that_changes_every_time");
-    mutants(&ground, rounds("JWTEST_MUTANT_ROUNDS", 100))
+    mutants(&ground, rounds("JWTEST_MUTANT_ROUNDS", 100)).inspect_err(told)
 }
 
 #[test]

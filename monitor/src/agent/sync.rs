@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -40,6 +41,9 @@ pub(super) struct Sync {
     unentered: HashMap<Key, (Key, u64)>,
     /// When the lineage map was full for the last time.
     full_at: Option<Instant>,
+    /// Forks less reaps, as the probes counted them, when the lineage map was last swept.
+    swept_at: i64,
+    sweep: Option<tokio::task::JoinHandle<()>>,
     /// Which stores are full, as last looked at.
     pub stores_full: Option<String>,
     /// Jobs that seem to be over.
@@ -96,6 +100,7 @@ impl Core {
             self.looks_wanted.extend(unseen);
         }
         self.enter_waiting();
+        self.sweep();
         self.check_storage();
         super::cause::renew(self);
         if self.count_lost() {
@@ -202,6 +207,25 @@ impl Core {
                 self.sync.unentered.insert(key, (parent, job));
             }
         }
+    }
+
+    /// Each fork makes an entry in the kernel's lineage map and each reap takes one away; where a reap is missed it stays. So
+    /// the map is swept, beside the core, when a quarter of it has been filled since the last time.
+    fn sweep(&mut self) {
+        let Ok(totals) = self.kernel.totals() else { return };
+        let records =
+            |kind: u16| (totals[usize::from(kind)].sent + totals[usize::from(kind)].lost).cast_signed();
+        let entries = records(monitor_abi::KIND_FORK) - records(monitor_abi::KIND_REAP);
+        let under_way = self.sync.sweep.as_ref().is_some_and(|s| !s.is_finished());
+        if under_way || entries - self.sync.swept_at < i64::from(self.kernel.lineage_max() / 4) {
+            return;
+        }
+        self.sync.swept_at = entries;
+        let kernel = Arc::clone(&self.kernel);
+        self.sync.sweep = Some(tokio::task::spawn_blocking(move || match kernel.bury_missed() {
+            Ok(n) => tracing::debug!(entries = n, "the lineage map was swept"),
+            Err(e) => tracing::warn!(error = %e, "the lineage map could not be swept"),
+        }));
     }
 
     fn lineage_full(&mut self, fx: &mut Vec<Effect>) {

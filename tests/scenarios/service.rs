@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::privileges::{KEPT, TO_START, WHERE_ASKED};
-use jobwarden_tests::{Agent, agent, eventually, ground, ms, skip};
+use jobwarden_tests::{Agent, Shape, agent, eventually, ground, ms, skip};
 
 fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(PathBuf::new, Path::to_path_buf)
@@ -223,4 +223,26 @@ fn the_daemonset_gives_what_the_agent_needs_and_no_more() -> Result<()> {
         ensure!(there, "{path} cannot be written");
     }
     Ok(())
+}
+
+#[test]
+fn the_probes_own_lines() -> Result<()> {
+    let ground = ground!("the_probes_own_lines");
+    let running =
+        Agent::with(&ground, &agent::Options { args: &["--trace-probes"], ..agent::Options::default() })?;
+    // The agent has given up its privileges by now.
+    let mut s = Shape::start(&ground, "fork", &[])?;
+    let child: u32 = s.fact("child")?;
+    eventually("a line about the fork", ms(5000), || {
+        let log = std::fs::read_to_string(&running.log)?;
+        ensure!(
+            log.lines().any(|l| l.contains("probes") && l.contains(&format!("fork {child}:"))),
+            "{}",
+            running.log_tail()
+        );
+        Ok(())
+    })?;
+    s.step()?;
+    s.finish()?;
+    running.stop()
 }

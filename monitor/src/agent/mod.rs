@@ -30,7 +30,7 @@ use crate::alert::{self, Center, Submission};
 use crate::api::{self, Backend, Listeners, Readiness, Server};
 use crate::config::{Config, Overrides};
 use crate::enforce::{Audit, Enforcer};
-use crate::kernel::{self, Kernel};
+use crate::kernel::{self, Kernel, Tracer};
 use crate::key::Key;
 use crate::policy::Settings;
 use crate::proc::Proc;
@@ -73,6 +73,8 @@ pub enum AgentError {
     Alerts(#[from] alert::AlertError),
     #[error(transparent)]
     Recording(#[from] recording::RecordingError),
+    #[error("the probes' own lines cannot be shown: {0}")]
+    Trace(#[source] std::io::Error),
     #[error("the ring buffer: {0}")]
     Ring(std::io::Error),
     #[error("a snapshot of the processes: {0}")]
@@ -114,6 +116,7 @@ struct Begun {
     recorder: Option<recording::Recorder>,
     listeners: Listeners,
     kernel: Arc<Kernel>,
+    tracer: Option<Tracer>,
 }
 
 impl Begun {
@@ -132,6 +135,7 @@ impl Begun {
         // Listening first: a socket or port in use ends the start before anything is loaded.
         let listeners = Listeners::bind(&api::Options::new(agent, crate::VERSION))?;
         let kernel = Arc::new(Kernel::start(&kernel_options(options))?);
+        let tracer = options.trace_probes.then(|| kernel.tracer().map_err(AgentError::Trace)).transpose()?;
         let written: Vec<&Path> = agent.socket.parent().into_iter().chain([dir.as_path()]).collect();
         let left = privileges::shed(&|| kernel.rehearse(), &written)?;
         tracing::info!(
@@ -139,12 +143,12 @@ impl Begun {
             bounding = left.bounding,
             "other capabilities are given up"
         );
-        Ok(Self { held, boot_id, store, saved, audit: Arc::new(audit), recorder, listeners, kernel })
+        Ok(Self { held, boot_id, store, saved, audit: Arc::new(audit), recorder, listeners, kernel, tracer })
     }
 }
 
 async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
-    let Begun { held: _held, boot_id, store, saved, audit, recorder, listeners, kernel } = begun;
+    let Begun { held: _held, boot_id, store, saved, audit, recorder, listeners, kernel, tracer } = begun;
     let config = options.config.clone();
     let dir = &config.agent.state_dir;
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
@@ -158,11 +162,10 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
 
     let ring = kernel.take_ring().map_err(AgentError::Ring)?;
     page.set_kernel(Arc::clone(&kernel));
-    if options.trace_probes {
-        let traced = Arc::clone(&kernel);
+    if let Some(tracer) = tracer {
         tokio::spawn(async move {
-            if let Err(e) = traced.trace().await {
-                tracing::warn!(error = %e, "the probes' own lines cannot be shown");
+            if let Err(e) = tracer.run().await {
+                tracing::warn!(error = %e, "the probes' own lines are shown no more");
             }
         });
     }

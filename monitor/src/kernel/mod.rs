@@ -46,6 +46,7 @@ use self::pin::{Pins, Set};
 pub use self::ring::{DRAIN_MAX, Ring};
 pub use self::snapshot::Taken;
 pub use self::stats::{Fill, ProbeStat};
+pub use self::trace::Tracer;
 
 /// Bytes of the ring buffer: about 8,000 whole lives of processes.
 pub const RING_BYTES: u32 = 4 << 20;

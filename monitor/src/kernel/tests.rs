@@ -226,10 +226,10 @@ async fn writers_of_lines_load_and_attach() {
     let options = Options { trace: true, ..Options::default() };
     let Some(kernel) = start("writers_of_lines_load_and_attach", &options) else { return };
     // It ends only when something is wrong.
-    let ended = tokio::time::timeout(Duration::from_millis(300), kernel.trace()).await;
+    let ended = tokio::time::timeout(Duration::from_millis(300), kernel.tracer().unwrap().run()).await;
     assert!(ended.is_err(), "{ended:?}");
     let plain = start("writers_of_lines_load_and_attach", &Options::default()).unwrap();
-    assert!(plain.trace().await.is_err());
+    assert!(plain.tracer().is_err());
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `--trace-probes`: attaches the programs that write lines by aya-log, and hands the lines to `tracing`.
 
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::OwnedFd;
 
 use aya_log::EbpfLogger;
 use tokio::io::Interest;
@@ -23,21 +23,31 @@ impl log::Log for Lines {
     fn flush(&self) {}
 }
 
+/// The programs that write lines, attached; they are detached when it goes.
+pub struct Tracer {
+    logger: EbpfLogger<Lines>,
+    _links: Vec<OwnedFd>,
+}
+
 impl Kernel {
-    /// Hands on the probes' lines until it is dropped; then the programs are detached. Wants [`super::Options::trace`].
-    pub async fn trace(&self) -> io::Result<()> {
-        let tracers = || PROBES.iter().filter(|p| p.is_tracer());
-        let mut links = Vec::new();
-        let mut logger = None;
-        for p in tracers() {
-            let program = self.program(p.name)?;
-            if logger.is_none() {
-                let id = sys::prog_info(program.as_fd())?.id;
-                logger = Some(EbpfLogger::init_from_id_with_logger(id, Lines).map_err(io::Error::other)?);
-            }
-            links.push(sys::attach_tp_btf(program)?);
-        }
-        let Some(logger) = logger else { return Ok(()) };
+    /// Wants [`super::Options::trace`], and the right to open programs by their ids (CAP_SYS_ADMIN): before privileges are
+    /// given up.
+    pub fn tracer(&self) -> io::Result<Tracer> {
+        let tracers: Vec<_> = PROBES.iter().filter(|p| p.is_tracer()).map(|p| p.name).collect();
+        // Any of them leads to the map that all write to.
+        let first = self.program(tracers.first().copied().unwrap_or_default())?;
+        let id = sys::prog_info(first)?.id;
+        let logger = EbpfLogger::init_from_id_with_logger(id, Lines).map_err(io::Error::other)?;
+        let links =
+            tracers.iter().map(|name| sys::attach_tp_btf(self.program(name)?)).collect::<io::Result<_>>()?;
+        Ok(Tracer { logger, _links: links })
+    }
+}
+
+impl Tracer {
+    /// Hands on the probes' lines until it is dropped. Within a tokio runtime.
+    pub async fn run(self) -> io::Result<()> {
+        let Self { logger, _links } = self;
         // SAFETY: the logger owns its descriptor and always gives the same one.
         let fd = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
         let mut fd = fd.map_err(io::Error::from)?;

@@ -76,12 +76,12 @@ fn twenty_chains_that_fork_and_exit() -> Result<()> {
 #[test]
 fn a_fork_bomb() -> Result<()> {
     let ground = ground!("a_fork_bomb");
-    let Some(limit) = Limit::new(&ground, 300) else {
+    let Some(limit) = Limit::new(&ground, 150) else {
         skip!("a_fork_bomb: no pids controller here, and without a limit no bomb is thrown");
     };
     let agent = Agent::start(&ground, &rule(&ground, "bomb", "bomb tree", ""))?;
     let beside = control(&ground)?;
-    let mut s = bomb(&ground, &limit, &["tree", "300", "20"])?;
+    let mut s = bomb(&ground, &limit, &["tree", "150", "20"])?;
     s.fact::<u32>("started")?;
     let target = job(&agent, s.pid())?;
     pause(300);

@@ -87,6 +87,11 @@ impl Enforcer {
         if order.dry_run {
             return run.dry().map_err(failed("the dry run"));
         }
+        if order.what == What::Whole
+            && let Err(error) = self.lineage.relabel(order.job, order.root)
+        {
+            tracing::warn!(job = %order.target, %error, "the job could not be labelled anew; who is in it is ended");
+        }
         if run.wait().await.map_err(failed("the wait for an end by itself"))? {
             return run.report().map_err(failed("the report"));
         }
@@ -177,12 +182,7 @@ impl<'a> Run<'a> {
             labelled: Vec::new(),
         };
         let jobs = match &order.what {
-            What::Whole => {
-                if let Err(error) = marks.lineage.relabel(order.job, order.root) {
-                    tracing::warn!(job = %order.target, %error, "the job could not be labelled anew; who is in it is ended");
-                }
-                vec![order.job]
-            }
+            What::Whole => vec![order.job],
             What::Descendants { number, roots } => label(&mut marks, *number, roots)?,
         };
         let tops = match (&order.what, order.reason) {

@@ -194,8 +194,8 @@ impl Kernel {
         Ok(buried)
     }
 
-    /// Entries whose end no probe saw leave the lineage map. (A kernel may skip a probe; what this one was tried on runs none
-    /// where a reaped process is freed while PID 1 has the CPU.) How many those were.
+    /// Entries whose end no probe saw leave the lineage map. (A kernel may skip a probe: the one this was tried on often runs
+    /// none where a process that PID 1 reaped is freed.) How many those were.
     pub fn bury_missed(&self) -> io::Result<usize> {
         let t0 = self.now();
         let have = self.rows()?.iter().map(|r| r.key.into()).collect();

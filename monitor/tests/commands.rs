@@ -74,7 +74,7 @@ async fn core(mut requests: mpsc::Receiver<Request>) {
                         process: Some(evil()),
                         more: std::collections::BTreeMap::new(),
                     };
-                    feed.announce(0, line);
+                    feed.announce(0, line, None);
                 }
             }
             Request::Notify { reply, .. } => {

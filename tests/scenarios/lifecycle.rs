@@ -1,10 +1,12 @@
 //! One scenario for each shape of a process's life: what the agent says is compared with what the kernel says
 //! (`waitpid` in the helper program, /proc here).
 
+use std::process::Stdio;
+
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{Exit, LineageKnown, Process, State};
 use jobwarden_tests::truth::{exit_matches, forest_is_proc, letter, stat};
-use jobwarden_tests::{Agent, Events, Ground, Shape, eventually, ground, ms};
+use jobwarden_tests::{Agent, Events, Ground, Shape, eventually, ground, ms, pause};
 
 /// The exit that an `exit` event tells.
 fn exit_of(events: &Events, pid: u32) -> Result<Exit> {
@@ -60,6 +62,36 @@ fn fork() -> Result<()> {
     whole_life(&events, grandchild)?;
     agent.gone(child)?;
     s.finish()?;
+    Ok(())
+}
+
+/// Also where the kernel runs no probe while PID 1 is on the CPU, so that the records of most of these never come.
+#[test]
+fn what_pid_1_reaps_has_one_reap_event_each() -> Result<()> {
+    let ground = ground!("what_pid_1_reaps_has_one_reap_event_each");
+    let (_agent, events) = agent_and_events(&ground)?;
+    let out = ground
+        .command("/bin/sh")
+        .args(["-c", "for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.3 & echo $!; done"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?
+        .wait_with_output()?;
+    let pids: Vec<u32> = String::from_utf8(out.stdout)?.lines().map(str::parse).collect::<Result<_, _>>()?;
+    ensure!(pids.len() == 10, "{pids:?}");
+    for pid in &pids {
+        whole_life(&events, *pid)?;
+    }
+    // Time for a record that comes after the line.
+    pause(3_000);
+    let by_proc = pids.iter().filter(|p| {
+        events.of(**p).iter().any(|e| e.kind == "reap" && e.more.get("source").is_some_and(|s| s == "proc"))
+    });
+    println!("{} of {} reaps were told from /proc", by_proc.count(), pids.len());
+    for pid in pids {
+        whole_life(&events, pid)?;
+    }
     Ok(())
 }
 

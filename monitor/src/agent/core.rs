@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::driver::Driver;
 use super::look::Looker;
 use super::notify::Notify;
+use super::reaps::Reaps;
 use super::reload::Reloads;
 use super::storage::{Source, Storage};
 use super::sync::Sync;
@@ -22,7 +23,7 @@ use crate::api::{Feed, Peer, Readiness, Reloaded, Reply, Request};
 use crate::config::Config;
 use crate::contract::{Alert, AlertKind, Cause, EventLine, JobId, KillReport};
 use crate::enforce::{Audit, Enforcer, Reason};
-use crate::event::{self, Event};
+use crate::event::{self, Body, Event};
 use crate::forest::Facts;
 use crate::host;
 use crate::kernel::{DRAIN_MAX, Kernel, Ring};
@@ -111,6 +112,7 @@ pub(super) struct Core {
     /// Time of the last record that was read.
     read_to: u64,
     pub(super) sync: Sync,
+    pub(super) reaps: Reaps,
     /// Lost records that an earlier agent has told of.
     told: u64,
 }
@@ -172,6 +174,7 @@ impl Core {
             looks_wanted: Vec::new(),
             read_to: 0,
             sync: Sync::default(),
+            reaps: Reaps::default(),
             told: p.told,
         }
     }
@@ -270,7 +273,9 @@ impl Core {
         self.engine.event(e, bytes, fx);
         // A fork's child has its jobs only now, a reaped process only before.
         let jobs = before.or_else(|| self.feed.chain(self.engine.named_jobs(e.process)));
-        self.feed.publish(e, bytes, moment, jobs, &teller(&self.engine, &self.redact));
+        if !matches!(e.body, Body::Reap { .. }) || self.reaps.came(e.process) {
+            self.feed.publish(e, bytes, moment, jobs, &teller(&self.engine, &self.redact));
+        }
         if fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. } | Effect::Enter { .. })) {
             let taken = std::mem::take(fx);
             self.apply(taken);
@@ -440,7 +445,11 @@ impl Core {
                 self.sync.unseen.push(key);
                 continue;
             };
+            let reap = self.before_reap(key, at);
             self.engine.observe(Observation::Look { key, at, seen }, host::boot_now(), &mut fx);
+            if let Some(reap) = reap.filter(|_| self.engine.is_gone(key)) {
+                self.reaps.gone(key, reap);
+            }
         }
         self.apply(fx);
     }

@@ -8,6 +8,7 @@ mod driver;
 mod kill;
 mod look;
 mod notify;
+mod reaps;
 mod reload;
 mod scrape;
 mod storage;

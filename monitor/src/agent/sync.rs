@@ -99,6 +99,7 @@ impl Core {
             tracing::warn!(processes = unseen.len(), "/proc could not be read; they are looked at again");
             self.looks_wanted.extend(unseen);
         }
+        self.tell_reaps(host::boot_now());
         self.enter_waiting();
         self.sweep();
         self.check_storage();
@@ -124,7 +125,7 @@ impl Core {
         let now = host::boot_now();
         let mut fx = Vec::new();
         self.engine.events_lost(n, now, &mut fx);
-        self.feed.announce(now, super::answer::lost_line(n));
+        self.feed.announce(now, super::answer::lost_line(n), None);
         // What was told is saved with the jobs, so that a restart does not tell it again.
         self.state_dirty = true;
         self.apply(fx);

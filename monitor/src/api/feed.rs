@@ -50,6 +50,7 @@ enum Past {
     },
     Line {
         at: u64,
+        jobs: Chain,
         line: Box<EventLine>,
     },
 }
@@ -105,8 +106,11 @@ impl Feed {
                         reader.offer(&tell(&e, moment, innermost(jobs)));
                     }
                 }
-                Past::Line { at, line } if *at >= from => _ = reader.offer(line),
-                Past::Line { .. } => {}
+                Past::Line { at, jobs, line } => {
+                    if *at >= from && reader.wants_line(jobs, line) {
+                        reader.offer(line);
+                    }
+                }
             }
         }
     }
@@ -146,10 +150,14 @@ impl Feed {
         self.remember(Past::Record { at: e.at, pid, len: bytes.len(), moment, jobs });
     }
 
-    /// A line that is no process's, for every reader.
-    pub fn announce(&mut self, at: u64, line: EventLine) {
-        self.readers.retain_mut(|r| r.offer(&line));
-        self.remember(Past::Line { at, line: Box::new(line) });
+    /// A line that no record tells. One that is no process's is for every reader.
+    pub fn announce(&mut self, at: u64, line: EventLine, jobs: Chain) {
+        self.readers.retain_mut(
+            |r| {
+                if r.wants_line(&jobs, &line) { r.offer(&line) } else { !r.tx.is_closed() }
+            },
+        );
+        self.remember(Past::Line { at, jobs, line: Box::new(line) });
     }
 
     fn remember(&mut self, p: Past) {
@@ -176,6 +184,10 @@ impl Reader {
             Some(_) => false,
         };
         job && self.filter.pid.is_none_or(|p| p == pid)
+    }
+
+    fn wants_line(&self, jobs: &Chain, line: &EventLine) -> bool {
+        line.process.as_ref().is_none_or(|p| self.wants(jobs, p.pid))
     }
 
     /// False when the reader is gone.
@@ -281,7 +293,20 @@ mod tests {
         let mut one = w.subscribe(EventFilter { pid: Some(7), ..EventFilter::default() }, now).unwrap();
         w.publish(now, &[], 8);
         w.publish(now, &[], 7);
+        let bytes = record(8, now);
+        let of = |job| {
+            tell(&event::decode(&bytes).unwrap(), &w.engine.moment(&event::decode(&bytes).unwrap()), job)
+        };
+        w.feed.announce(now, of(None), None);
         assert_eq!(pids(&mut one), [7]);
+        let jobs = w.feed.chain([(job, "etl")].into_iter());
+        w.feed.announce(now, of(Some(job)), jobs);
+        let by_job = EventFilter { since_s: Some(60.0), job: Some(Target::Job(job)), pid: None };
+        assert_eq!(
+            pids(&mut w.subscribe(by_job, now).unwrap()),
+            [2, 8],
+            "lines without a record belong to jobs too"
+        );
     }
 
     #[test]
@@ -290,7 +315,7 @@ mod tests {
         let lost = EventLine { at: "t".into(), kind: "lost".into(), process: None, more: BTreeMap::new() };
         for n in 0..REMEMBERED as u32 * 3 {
             if n % 5 == 0 {
-                w.feed.announce(1, lost.clone());
+                w.feed.announce(1, lost.clone(), None);
             }
             w.publish(1, &[], n);
         }

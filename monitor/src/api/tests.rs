@@ -35,7 +35,7 @@ async fn core(mut requests: mpsc::Receiver<Request>) {
             Request::Events(filter, reply) => {
                 drop(reply.send(feed.subscribe(filter, 0, &|_, _, _| unreachable!("no record"))));
                 let line = r#"{"at":"t","kind":"lost","process":null,"count":1}"#;
-                feed.announce(0, serde_json::from_str(line).unwrap());
+                feed.announce(0, serde_json::from_str(line).unwrap(), None);
             }
             // The reply is dropped: as a core that is stopping does.
             _ => {}

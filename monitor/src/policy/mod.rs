@@ -31,9 +31,11 @@ pub use input::{ExecJob, Gauges, Limits, Observation, Refused, Settings, Target,
 pub use moment::Moment;
 
 use crate::config::{Config, Match};
-use crate::contract::{Alert, AlertKind, Cause, EventLine, Job, JobId, KillReport, Process, Ref, Tree};
+use crate::contract::{
+    Alert, AlertKind, Cause, EventLine, Job, JobId, KillReport, Process, Ref, State, Tree,
+};
 use crate::enforce::Reason;
-use crate::event::Event;
+use crate::event::{Event, WaitStatus};
 use crate::forest::{Change, Fast, Forest, Idx, Merge, Snapshot};
 use crate::key::Key;
 use crate::metrics::encode::Histogram;
@@ -395,6 +397,18 @@ impl Engine {
     #[must_use]
     pub fn moment(&self, e: &Event<'_>) -> Moment {
         self.moment_of(e)
+    }
+
+    /// Not in the forest, or there only as a dead ancestor.
+    #[must_use]
+    pub fn is_gone(&self, key: Key) -> bool {
+        self.forest.find(key).is_none_or(|i| self.forest.node(i).state == State::Gone)
+    }
+
+    /// As far as its exit told.
+    #[must_use]
+    pub fn wait_status(&self, key: Key) -> Option<WaitStatus> {
+        self.forest.node(self.forest.find(key)?).wait_status()
     }
 
     /// One line of `events`. `job` is the innermost of its process.

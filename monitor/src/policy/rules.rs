@@ -13,8 +13,10 @@ use crate::forest::{Flags, Idx, NO_UID, Node};
 use crate::key::Key;
 use crate::matcher::{self, Needs};
 
-/// How long a scan waits for facts from /proc.
+/// How long a scan waits for facts from /proc before it goes on without.
 const SCAN_WAITS: u64 = 2 * SECOND;
+/// So often it goes on with those who have nobody above them whose facts have not come; then with all.
+const SCAN_TRIES: u32 = 15;
 
 /// More keys than this are looked through for those that are gone, whose facts will not come.
 const WAITING_MAX: usize = 4_096;
@@ -37,6 +39,7 @@ impl Watched {
 pub(super) struct Scan {
     waiting: HashSet<Key>,
     until: u64,
+    tries: u32,
     /// Roots that it finds already ran when their rule first saw them.
     existing: bool,
 }
@@ -259,7 +262,9 @@ impl Engine {
         for i in ask {
             self.read_facts(i, fx);
         }
-        self.scan = Some(Scan { waiting, until: now + SCAN_WAITS, existing });
+        // One that still waits is taken over by this one: who was there before their rule stays so.
+        let existing = existing || self.scan.as_ref().is_some_and(|s| s.existing);
+        self.scan = Some(Scan { waiting, until: now + SCAN_WAITS, tries: 0, existing });
         if self.scan.as_ref().is_some_and(|s| s.waiting.is_empty()) {
             self.scan_now(now, fx);
         } else {
@@ -274,11 +279,18 @@ impl Engine {
     }
 
     /// Oldest first: an ancestor is older than its descendants, so the topmost match of a rule becomes the root, and those
-    /// below it are in a job of that rule already.
+    /// below it are in a job of that rule already. Where the facts of one above have not come yet (a host that is overloaded
+    /// is slow to answer), that one may be the root: it is waited for.
     fn scan_now(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        let Some(scan) = self.scan.take() else { return };
+        let Some(mut scan) = self.scan.take() else { return };
+        scan.tries += 1;
+        scan.waiting.retain(|k| {
+            scan.tries < SCAN_TRIES && self.forest.find(*k).is_some_and(|i| self.forest.node(i).alive())
+        });
+        let waits = |i: Idx| scan.waiting.contains(&self.forest.node(i).key);
         let mut all: Vec<(u64, Idx)> =
             self.forest.iter().filter(|(_, n)| n.alive()).map(|(i, n)| (n.key.start, i)).collect();
+        all.retain(|&(_, i)| scan.waiting.is_empty() || !(waits(i) || self.forest.ancestors(i).any(waits)));
         all.sort_unstable();
         for (start, i) in all {
             if self.forest.node(i).flags.has(Flags::KERNEL) {
@@ -288,6 +300,11 @@ impl Engine {
                 let existing = scan.existing || self.ready.is_none_or(|r| start < r);
                 self.matched(i, rule, existing, now, fx);
             }
+        }
+        if !scan.waiting.is_empty() {
+            scan.until = now + SCAN_WAITS;
+            self.timers.set(scan.until, Timer::Scan);
+            self.scan = Some(scan);
         }
     }
 

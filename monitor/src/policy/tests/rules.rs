@@ -71,6 +71,42 @@ fn of_those_who_run_only_the_topmost_is_a_root() {
     assert!(w.e.job_records()[0].existing);
 }
 
+/// /proc of the top one answers after its child's, and after the scan has waited: the child is no root of its own.
+#[test]
+fn a_scan_waits_for_those_above() {
+    let text = "[[job]]\nname = \"w\"\nmatch = { argv = \"worker\" }";
+    for answers in [true, false] {
+        let mut w = World::unsynced(text);
+        let top = w.sim.spawn(1, "worker");
+        let child = w.sim.fork(top);
+        let other = w.sim.spawn(1, "worker");
+        w.sim.ring.clear();
+        w.slow.push(top);
+        let mut snapshot = w.sim.snapshot(true);
+        snapshot.rows.iter_mut().for_each(|r| r.argv = None);
+        w.merge(snapshot);
+        let mut fx = Vec::new();
+        w.e.ready(w.sim.now, &mut fx);
+        w.answer(fx);
+        w.pass(5 * S);
+        let key = w.sim.key(top);
+        assert_eq!(w.e.jobs().len(), 1, "who has nobody to wait for is not held up");
+        assert_eq!(w.e.jobs()[0].root, w.sim.key(other));
+        if answers {
+            let facts = Some(Facts { argv: Some(b"worker".to_vec()), ..Facts::default() });
+            let mut fx = Vec::new();
+            w.e.observe(Observation::Facts { key, facts }, w.sim.now, &mut fx);
+            w.answer(fx);
+            assert_eq!(w.e.jobs_of(w.sim.key(child)), w.e.jobs_of(key));
+        } else {
+            w.pass(60 * S);
+            assert!(w.e.jobs_of(key).is_empty());
+        }
+        assert_eq!(w.e.jobs_of(w.sim.key(child)).len(), 1, "and not for ever");
+        assert_eq!(w.e.jobs().len(), 2);
+    }
+}
+
 #[test]
 fn facts_are_asked_for_only_when_a_rule_has_come_that_far() {
     let mut w = World::new(

@@ -278,6 +278,43 @@ fn a_broken_state_file_is_no_crash() -> Result<()> {
     Ok(())
 }
 
+/// What is lost while no agent runs is told by the next one, and not again by the one after it.
+#[test]
+fn a_loss_while_the_agent_was_down_is_told_once() -> Result<()> {
+    let ground = ground!("a_loss_while_the_agent_was_down_is_told_once");
+    let bpffs = Bpffs::mount(&ground)?;
+    let start = || {
+        let args = ["--bpffs", &bpffs.path()];
+        Agent::with(&ground, &Options { args: &args, env: &SMALL, pin: true, ..Options::default() })
+    };
+    let told = |agent: &Agent<'_>| -> Result<Option<(String, usize)>> {
+        let all = agent.alerts(&[])?;
+        Ok(all.into_iter().find(|a| a.kind == AlertKind::EventsLost).map(|a| (a.id, a.count)))
+    };
+    let agent = start()?;
+    let before = agent.metrics()?.sum("jobwarden_events_lost_total", &[]);
+    let known = told(&agent)?.map_or(0, |(_, n)| n);
+    agent.crash()?;
+    let mut flood = Shape::start(&ground, "spawner", &["200"])?;
+    flood.step()?;
+    flood.fact::<u32>("reaped")?;
+    flood.finish()?;
+    let agent = start()?;
+    let (id, n) = eventually("the loss is told", ms(5000), || told(&agent)?.context("no alert"))?;
+    let lost = agent.metrics()?.sum("jobwarden_events_lost_total", &[]) - before;
+    ensure!(lost > 0.0 && n > known, "{lost} lost, {n} told, {known} before");
+    forest_is_proc(&agent)?;
+    agent.crash()?;
+    let agent = start()?;
+    let again = eventually("the same alert", ms(5000), || told(&agent)?.context("no alert"))?;
+    let since = agent.metrics()?.sum("jobwarden_events_lost_total", &[]) - before - lost;
+    ensure!(again.0 == id, "{again:?} is not {id}");
+    // The start itself may overflow a ring of one page; all of the flood's loss told anew would be as much again.
+    let more = again.1 as f64 - n as f64;
+    ensure!(more < since + lost / 2.0, "{} told after {n}, of {lost} lost, {since} lost since", again.1);
+    agent.stop()
+}
+
 /// Without pins the kernel forgets: who is alive in the last state keeps its membership, nothing else is guessed.
 #[test]
 fn without_pins_the_last_state_is_what_is_known() -> Result<()> {

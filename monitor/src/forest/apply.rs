@@ -103,9 +103,12 @@ impl Forest {
     fn inherit(&mut self, i: Idx, from: Idx) {
         let n = self.node(from);
         let (argv, exe, cgroup) = (n.argv, n.exe, n.cgroup);
-        if n.flags.has(Flags::CUT) {
-            self.node_mut(i).flags.set(Flags::CUT);
+        for f in [Flags::CUT, Flags::DOUBTED] {
+            if self.node(from).flags.has(f) {
+                self.node_mut(i).flags.set(f);
+            }
         }
+        self.node_mut(i).flags.set(Flags::INHERITED);
         self.share_str(i, |n| &mut n.argv, argv);
         self.share_str(i, |n| &mut n.exe, exe);
         self.share_str(i, |n| &mut n.cgroup, cgroup);
@@ -165,9 +168,9 @@ impl Forest {
         }
         let n = self.node_mut(i);
         (n.uid, n.comm) = (uid, comm);
-        n.flags.clear(Flags::READ);
-        n.flags.clear(Flags::NAMED);
-        n.flags.clear(Flags::CUT);
+        for f in [Flags::READ, Flags::NAMED, Flags::CUT, Flags::INHERITED, Flags::DOUBTED] {
+            n.flags.clear(f);
+        }
         if cut {
             n.flags.set(Flags::CUT);
         }

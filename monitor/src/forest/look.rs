@@ -108,6 +108,7 @@ impl Forest {
         let i = self.find(key)?;
         self.node_mut(i).flags.clear(Flags::ASKED);
         self.node_mut(i).flags.set(Flags::READ);
+        self.node_mut(i).flags.clear(Flags::DOUBTED);
         let Some(f) = facts else { return Some(i) };
         if let Some(argv) = &f.argv
             && !(argv.is_empty() && self.node(i).argv.is_known())

@@ -104,6 +104,8 @@ impl Forest {
         let new = self.node(i).flags.has(Flags::NAMED);
         let n = self.node_mut(i);
         n.flags.clear(Flags::NAMED);
+        // A lost exec shows by another name, or is the first one: by the rows alone no more can be known.
+        let doubted = !new && !execed && n.alive() && (n.comm != row.comm || n.flags.has(Flags::INHERITED));
         if (rank(n.state) < rank(State::Exiting) && !execed) || new {
             n.comm = row.comm;
             n.uid = row.uid.unwrap_or(n.uid);
@@ -117,6 +119,12 @@ impl Forest {
         }
         if let Some(exe) = row.exe.as_ref().filter(|_| !execed) {
             self.set_str(i, |n| &mut n.exe, exe);
+        }
+        if doubted && row.argv.is_none() {
+            let n = self.node_mut(i);
+            n.flags.set(Flags::DOUBTED);
+            n.flags.clear(Flags::READ);
+            self.changes.push(Change::Ask(i));
         }
         let mut corrected = self.row_parents(i, row, t0, now);
         if let Some(g) = group(row.job)

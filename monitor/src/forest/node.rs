@@ -48,6 +48,10 @@ impl Flags {
     pub(crate) const INFERRED: Self = Self(1 << 15);
     /// Its exec record had only the beginning of argv, or none of it; /proc has not been asked yet.
     pub(crate) const CUT: Self = Self(1 << 16);
+    /// It has not execed since its fork: argv and exe are its forker's.
+    pub(crate) const INHERITED: Self = Self(1 << 17);
+    /// Records were lost, and its exec's may be among them: what is known of its program may be an older one's.
+    pub(crate) const DOUBTED: Self = Self(1 << 18);
 
     pub(crate) const fn has(self, f: Self) -> bool {
         self.0 & f.0 != 0

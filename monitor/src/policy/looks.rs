@@ -108,10 +108,11 @@ impl Engine {
         }
     }
 
-    /// Its argv was never heard: /proc may have it.
+    /// Its argv was never heard, or is an older program's: /proc may have it.
     pub(super) fn ask_facts(&mut self, i: Idx, fx: &mut Vec<Effect>) {
         let n = self.forest.node(i);
-        if n.alive() && !n.argv.is_known() && !n.flags.has(Flags::KERNEL) {
+        let wanted = !n.argv.is_known() || n.flags.has(Flags::DOUBTED);
+        if n.alive() && wanted && !n.flags.has(Flags::KERNEL) {
             self.read_facts(i, fx);
         }
     }

@@ -134,11 +134,12 @@ impl Engine {
         for (index, (w, cheap)) in self.rules.iter().enumerate() {
             let with = |m: &Match, read: bool| chain(&own, read, |f| m.matches(f));
             let asked_about = &line[..=w.needs.parents.min(line.len() - 1)];
-            // Where argv is cut, what is known of it may match or not for that alone: all of it is read first.
+            // Where argv is cut, or may be an older program's, it may match or not for that alone: all of it is read first.
             if w.needs.argv && ask {
                 let cut = |&&a: &&Idx| {
                     let n = self.forest.node(a);
-                    n.alive() && n.flags.has(Flags::CUT) && !n.flags.has(Flags::READ)
+                    let unsure = n.flags.has(Flags::CUT) || n.flags.has(Flags::DOUBTED);
+                    n.alive() && unsure && !n.flags.has(Flags::READ)
                 };
                 let cut: Vec<Idx> = asked_about.iter().filter(cut).copied().collect();
                 if !cut.is_empty() {

@@ -107,6 +107,32 @@ fn a_scan_waits_for_those_above() {
     }
 }
 
+/// Its exec was lost and its fork was not: what it had from its forker is not taken for its own, and its child (heard of
+/// by the snapshot alone) gets no job of its own before it.
+#[test]
+fn a_lost_exec_is_made_up_for_before_rules_are_tried() {
+    let mut w = World::new("[[job]]\nname = \"w\"\nmatch = { argv = \"worker\" }");
+    let top = w.sim.fork(1);
+    w.drain();
+    w.sim.exec(top, "worker");
+    let child = w.sim.fork(top);
+    w.sim.ring.clear();
+    let mut snapshot = w.sim.snapshot(true);
+    snapshot.rows.iter_mut().for_each(|r| r.argv = None);
+    w.slow.push(top);
+    w.merge(snapshot);
+    assert!(w.e.jobs().is_empty());
+    let key = w.sim.key(top);
+    let mut fx = Vec::new();
+    let facts = Some(Facts { argv: Some(b"worker".to_vec()), ..Facts::default() });
+    w.e.observe(Observation::Facts { key, facts }, w.sim.now, &mut fx);
+    w.answer(fx);
+    assert_eq!(w.e.jobs().len(), 1);
+    assert_eq!(w.e.jobs()[0].root, key);
+    assert_eq!(w.e.jobs_of(w.sim.key(child)), w.e.jobs_of(key));
+    assert_eq!(w.process(key).unwrap().argv, ["worker"]);
+}
+
 #[test]
 fn facts_are_asked_for_only_when_a_rule_has_come_that_far() {
     let mut w = World::new(

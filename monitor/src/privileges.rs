@@ -40,9 +40,14 @@ const OVERRIDE: Named =
     (CapabilitySet::DAC_OVERRIDE, "DAC_OVERRIDE", "writing to folders of another user: state, socket");
 
 /// Needed to start, and given up then, beside [`WHERE_ASKED`].
-pub const TO_START: [Named; 3] = [
+pub const TO_START: [Named; 4] = [
     (CapabilitySet::CHOWN, "CHOWN", "giving the control socket to `socket_group`"),
     (CapabilitySet::SYS_RESOURCE, "SYS_RESOURCE", "memory for maps on kernels before 5.11"),
+    (
+        CapabilitySet::SYS_NICE,
+        "SYS_NICE",
+        "the scheduler's preference, so that a fork bomb cannot hold its own end up",
+    ),
     (CapabilitySet::SETPCAP, "SETPCAP", "taking the rest out of the bounding set"),
 ];
 
@@ -124,12 +129,16 @@ pub fn names(of: CapabilitySet) -> Vec<&'static str> {
     KEPT.iter().chain(&WHERE_ASKED).chain([&OVERRIDE]).filter(|k| of.contains(k.0)).map(|k| k.1).collect()
 }
 
-/// For a forked child that is about to become a receiver's program: no capability, and no way to one, root or not.
+/// For a forked child that is about to become a receiver's program: no capability, and no way to one, root or not; and
+/// no part in the agent's own preference by the scheduler.
 /// System calls only, so it may run between fork and exec.
 pub fn none() -> io::Result<()> {
     // Also where the agent has not given up its own: exec as uid 0 would give back the bounding set.
     set_no_new_privs(true)?;
     let _ = clear_ambient_capability_set();
+    if rustix::process::getpriority_process(None)? < 0 {
+        rustix::process::setpriority_process(None, 0)?;
+    }
     let empty = CapabilitySet::empty();
     Ok(set_capabilities(None, CapabilitySets { effective: empty, permitted: empty, inheritable: empty })?)
 }
@@ -220,10 +229,21 @@ mod tests {
     #[test]
     fn a_program_gets_none() {
         let mut c = Command::new("cat");
-        c.arg("/proc/self/status").stdout(Stdio::piped());
+        c.args(["/proc/self/status", "/proc/self/stat"]).stdout(Stdio::piped());
         // SAFETY: system calls only.
-        let out = unsafe { c.pre_exec(none) }.output().unwrap();
+        let out = unsafe {
+            c.pre_exec(|| {
+                // Without the capability there is no preference to lose.
+                let _ = crate::enforce::preferred();
+                none()
+            })
+        }
+        .output()
+        .unwrap();
         let text = String::from_utf8(out.stdout).unwrap();
+        // The fields behind the name, state (3) first: nice is the 19th.
+        let stat = text.lines().last().and_then(|l| l.rsplit_once(") ")).unwrap().1;
+        assert!(stat.split(' ').nth(16).unwrap().parse::<i32>().unwrap() >= 0, "{stat}");
         let field = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().to_owned();
         for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
             assert_eq!(u64::from_str_radix(&field(set), 16).unwrap(), 0, "{set}");

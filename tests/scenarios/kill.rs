@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{AlertKind, AlertState, KillReport};
-use jobwarden_tests::kill::{alive, all_gone, bomb, control, in_time, job, rule, whole};
+use jobwarden_tests::kill::{alive, all_gone, bomb, control, ended_by_lists, in_time, job, rule, whole};
 use jobwarden_tests::truth::letter;
 use jobwarden_tests::{Agent, Ground, Limit, Shape, eventually, ground, loudly, ms, pause, rounds, skip};
 use rustix::process::Signal;
@@ -76,17 +76,21 @@ fn twenty_chains_that_fork_and_exit() -> Result<()> {
 #[test]
 fn a_fork_bomb() -> Result<()> {
     let ground = ground!("a_fork_bomb");
-    let Some(limit) = Limit::new(&ground, 150) else {
+    let Some(limit) = Limit::new(&ground, 300) else {
         skip!("a_fork_bomb: no pids controller here, and without a limit no bomb is thrown");
     };
     let agent = Agent::start(&ground, &rule(&ground, "bomb", "bomb tree", ""))?;
     let beside = control(&ground)?;
-    let mut s = bomb(&ground, &limit, &["tree", "150", "20"])?;
-    s.fact::<u32>("started")?;
-    let target = job(&agent, s.pid())?;
-    pause(300);
+    let throw = || -> Result<_> {
+        let mut s = bomb(&ground, &limit, &["tree", "300", "20"])?;
+        s.fact::<u32>("started")?;
+        let target = job(&agent, s.pid())?.id.to_string();
+        pause(300);
+        Ok((s, target))
+    };
+    let (s, target) = throw()?;
     let begun = Instant::now();
-    let report: KillReport = agent.json(&["kill", "--grace", "200ms", &target.id.to_string()])?;
+    let report: KillReport = agent.json(&["kill", "--grace", "200ms", &target])?;
     let told = begun.elapsed();
     all_gone(&ground, "bomb")?;
     let signals = report.signalled.len();
@@ -96,6 +100,20 @@ fn a_fork_bomb() -> Result<()> {
         told.as_secs_f64()
     ));
     in_time(&report, told)?;
+    drop(s);
+    limit.empty()?;
+    // The same bomb against recursive kills one after the other, each by a list of the family.
+    let (s, target) = throw()?;
+    let by_list = ended_by_lists(&ground, s.pid(), ms(3000))?;
+    loudly(&by_list.map_or_else(
+        || "the same bomb outlived 3 s of recursive kills by list".to_owned(),
+        |t| format!("recursive kills by list took {:.3} s for the same bomb", t.as_secs_f64()),
+    ));
+    if by_list.is_none() {
+        let _: KillReport = agent.json(&["kill", "--grace", "0s", &target])?;
+        all_gone(&ground, "bomb")?;
+    }
+    ensure!(by_list.is_none_or(|t| t.as_secs_f64() > report.took_s), "{by_list:?}: this shows nothing");
     drop(s);
     limit.empty()?;
     whole(beside)

@@ -1,9 +1,10 @@
 //! What scenarios of a job's end share: the job, a control family beside it, and whether anything is left.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{Job, KillReport};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::truth::letter;
 use crate::{Agent, Ground, Limit, Shape, eventually, ms};
@@ -77,4 +78,42 @@ pub fn bomb(ground: &Ground, limit: &Limit, args: &[&str]) -> Result<Shape> {
     c.args(args).arg(&ground.tag);
     limit.holds(&mut c);
     Shape::spawn("bomb", c)
+}
+
+/// What a recursive kill by a list of children does (psutil's `children(recursive=True)`): one reading of /proc, then SIGKILL
+/// to each in it. Only what is in the test's own cgroup is signalled.
+fn kill_by_list(ground: &Ground, root: u32) -> Result<()> {
+    let proc = jobwarden::proc::Proc::default();
+    let parent_of = |p: u32| Some((p, proc.stat(p).ok()?.ppid));
+    let parents: Vec<(u32, u32)> = proc.pids()?.into_iter().filter_map(parent_of).collect();
+    let mut family = vec![root];
+    let mut i = 0;
+    while i < family.len() {
+        let children: Vec<u32> = parents.iter().filter(|(_, up)| *up == family[i]).map(|(p, _)| *p).collect();
+        family.extend(children);
+        i += 1;
+    }
+    for pid in family.into_iter().skip(1).rev() {
+        let Some(raw) = Pid::from_raw(pid.cast_signed()) else { continue };
+        // Most are gone by now, which is just the point.
+        let Ok(fd) = pidfd_open(raw, PidfdFlags::empty()) else { continue };
+        if std::fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|c| c.contains(&ground.tag)) {
+            let _ = pidfd_send_signal(fd, Signal::KILL);
+        }
+    }
+    Ok(())
+}
+
+/// Recursive kills one after the other, all but the root, which adopts what they orphan; how long they took to end the
+/// family, or None if some of it lives after `within`.
+pub fn ended_by_lists(ground: &Ground, root: u32, within: Duration) -> Result<Option<Duration>> {
+    let begun = Instant::now();
+    while begun.elapsed() < within {
+        kill_by_list(ground, root)?;
+        let children = std::fs::read_to_string(format!("/proc/{root}/task/{root}/children"))?;
+        if children.trim().is_empty() {
+            return Ok(Some(begun.elapsed()));
+        }
+    }
+    Ok(None)
 }

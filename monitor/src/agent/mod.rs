@@ -30,7 +30,7 @@ use self::look::Looker;
 use crate::alert::{self, Center, Submission};
 use crate::api::{self, Backend, Listeners, Readiness, Server};
 use crate::config::{Config, Overrides};
-use crate::enforce::{Audit, Enforcer};
+use crate::enforce::{self, Audit, Enforcer};
 use crate::kernel::{self, Kernel, Tracer};
 use crate::key::Key;
 use crate::policy::Settings;
@@ -137,6 +137,10 @@ impl Begun {
         let listeners = Listeners::bind(&api::Options::new(agent, crate::VERSION))?;
         let kernel = Arc::new(Kernel::start(&kernel_options(options))?);
         let tracer = options.trace_probes.then(|| kernel.tracer().map_err(AgentError::Trace)).transpose()?;
+        // Threads that are made later inherit it.
+        if let Err(error) = enforce::preferred() {
+            tracing::warn!(%error, "the agent has no preference by the scheduler: a fork bomb delays its own end");
+        }
         let written: Vec<&Path> = agent.socket.parent().into_iter().chain([dir.as_path()]).collect();
         let left = privileges::shed(&|| kernel.rehearse(), &written)?;
         tracing::info!(

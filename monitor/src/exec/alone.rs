@@ -115,7 +115,8 @@ impl Alone {
             self.enforcer.let_go(&order, &self.rails, "left running (--keep-orphans)")
         } else {
             // In this thread: a bomb may have taken the last one that the cgroup allows.
-            preferred();
+            // Without the capability it goes on as it is.
+            let _ = preferred();
             self.enforcer.run_here(&order, &self.rails).await.map(|out| out.report)
         };
         Ok(ExecEnded { report: Some(report.map_err(|e| e.to_string())?), left_s: None })
@@ -161,7 +162,8 @@ impl Alone {
         }
         let order = Order { signal: SIGKILL, grace: Duration::ZERO, ..self.order(o) };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        preferred();
+        // Without the capability it goes on as it is.
+        let _ = preferred();
         runtime.block_on(self.enforcer.run_here(&order, &self.rails)).map_err(io::Error::other)?;
         if let Some(dir) = &self.cgroup {
             crate::enforce::cgroup::remove(dir)?;

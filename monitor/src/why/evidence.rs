@@ -104,7 +104,8 @@ impl Family<'_> {
     pub(super) fn relation_words(&self, r: &super::family::Relation, blocked: &Ref) -> String {
         use super::family::Closeness as C;
         let mut s = match (r.orphan, r.closeness) {
-            (true, C::OfZombie | C::OrphanOfJob | C::SameJob) => "orphan of this job".to_owned(),
+            (true, _) if r.job.is_some() => "orphan of this job".to_owned(),
+            (true, C::OfZombie | C::OfBlocked) => "orphan of this family".to_owned(),
             (true, _) => "orphan".to_owned(),
             (false, C::OfZombie) => "descends from the zombie".to_owned(),
             (false, C::OfBlocked) => format!("descends from {}", short(blocked)),
@@ -248,10 +249,18 @@ impl Family<'_> {
         seen: &mut Vec<u32>,
         out: &mut Vec<Evidence>,
     ) -> String {
-        if seen.contains(&who.pid) {
-            let text = format!("a circle: {} waits for itself over the others", short(who));
-            out.push(note(text));
-            return "which waits for the others in a circle".into();
+        if let Some(at) = seen.iter().position(|&p| p == who.pid) {
+            let names: Vec<String> = seen[at..]
+                .iter()
+                .chain(&seen[at..=at])
+                .map(|&p| self.name(p).map_or_else(|| p.to_string(), |r| short(&r)))
+                .collect();
+            if seen.len() - at == 1 {
+                out.push(note(format!("{} waits for something that only it can do", short(who))));
+                return "which waits for itself".into();
+            }
+            out.push(note(format!("they wait for each other in a circle: {}", names.join(" -> "))));
+            return format!("which waits for {} in turn: a circle", names[1]);
         }
         seen.push(who.pid);
         if seen.len() > self.limits.depth || self.late() {

@@ -557,6 +557,16 @@ os.read(r, 1)
 }
 
 #[test]
+fn where_there_is_no_job_none_is_named() {
+    let mut i = happened("popen.stderr.read()", &["read"]);
+    i.q.subject.jobs.clear();
+    i.q.family.iter_mut().for_each(|p| p.jobs.clear());
+    let c = ask(&i.q);
+    let held = holders(&c);
+    assert!(held[0].2.starts_with("orphan of this family, forked by"), "{held:?}");
+}
+
+#[test]
 fn a_circle_ends() {
     let mut made = Made::new(
         "\
@@ -578,7 +588,17 @@ os.read(ar, 1)
     until_in(pid(&s, "c"), &["read"]);
     let c = ask_zombie(pid(&s, "z"), made.child.id());
     assert_eq!(c.verdict, Verdict::ParentBlockedOnPipe, "{c:#?}");
-    let circle = |e: &Evidence| matches!(e, Evidence::Note { text } if text.contains("circle"));
+    let (a, b) = (made.child.id(), pid(&s, "c"));
+    let circle = |e: &Evidence| {
+        let Evidence::Note { text } = e else { return false };
+        let Some((words, names)) = text.split_once(": ") else { return false };
+        let names: Vec<&str> = names.split(" -> ").collect();
+        words == "they wait for each other in a circle"
+            && names.len() == 3
+            && names[0].contains(&a.to_string())
+            && names[1].contains(&b.to_string())
+            && names[2] == names[0]
+    };
     assert!(c.evidence.iter().any(circle), "{c:#?}");
 }
 

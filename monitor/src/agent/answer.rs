@@ -94,6 +94,7 @@ pub(super) fn refused(r: Refused) -> ApiError {
         Refused::Ended(_) => (Class::Failed, "job-ended"),
         Refused::Target(_) => (Class::Usage, "bad-target"),
         Refused::TooManyJobs(_) => (Class::Failed, "too-many-jobs"),
+        Refused::TooDeep(..) => (Class::Failed, "too-deep"),
     };
     ApiError::new(class, code, r.to_string())
 }

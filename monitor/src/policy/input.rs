@@ -91,6 +91,8 @@ pub enum Refused {
     Target(String),
     #[error("{0} jobs are followed already: no more are taken")]
     TooManyJobs(usize),
+    #[error("{0} is inside {1} nested jobs already: no job begins there, and those around hold it")]
+    TooDeep(Key, usize),
 }
 
 /// What `tree` shows.

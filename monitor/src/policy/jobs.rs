@@ -152,12 +152,24 @@ pub(super) struct Begin {
 }
 
 impl Engine {
-    pub(super) fn begin(&mut self, root: Idx, b: Begin, now: u64, fx: &mut Vec<Effect>) -> Option<JobRecord> {
+    pub(super) fn begin(
+        &mut self,
+        root: Idx,
+        b: Begin,
+        now: u64,
+        fx: &mut Vec<Effect>,
+    ) -> Result<JobRecord, Refused> {
         let outer = self.forest.node(root).group;
-        let depth = self.forest.groups.chain(outer).count();
-        if self.jobs.len() >= self.settings.limits.jobs || depth >= DEPTH {
+        let refused = if self.forest.groups.chain(outer).count() >= DEPTH {
+            Some(Refused::TooDeep(self.forest.node(root).key, DEPTH))
+        } else if self.jobs.len() >= self.settings.limits.jobs {
+            Some(Refused::TooManyJobs(self.settings.limits.jobs))
+        } else {
+            None
+        };
+        if let Some(refused) = refused {
             self.jobs.refused += 1;
-            return None;
+            return Err(refused);
         }
         let key = self.forest.node(root).key;
         let number = b.number.unwrap_or_else(|| self.jobs.free_number(now));
@@ -189,7 +201,7 @@ impl Engine {
         self.set_deadline(g);
         self.watch_orphans(g, now);
         self.zombies_of_group(g, now);
-        Some(record)
+        Ok(record)
     }
 
     /// Makes `root` and all who descend from it members of `g`, which is new inside `outer`; inner groups that are there
@@ -245,7 +257,7 @@ impl Engine {
         };
         let r = self.begin(root, begin, now, fx);
         self.settle(now, fx);
-        r.ok_or(Refused::TooManyJobs(self.settings.limits.jobs))
+        r
     }
 
     /// No member of `g` has a live thread any more.

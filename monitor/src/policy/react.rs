@@ -420,14 +420,17 @@ impl Engine {
 
     /// Something was refused because a store is full.
     pub(super) fn check_capacity(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        let name = (AlertKind::Capacity, About::Host);
-        if self.alerts.get(name).is_some() {
-            return;
-        }
         if let Some(store) = self.full(100) {
             let text = format!("jobwarden's table of {store} is full: more are not followed.");
-            let raise = Raise { summary: text, ..Raise::host(now) };
-            self.raise(name, &raise, now, fx);
+            self.capacity_told(text, now, fx);
+        }
+    }
+
+    /// An alert that ends by itself when there is room again.
+    pub(super) fn capacity_told(&mut self, summary: String, now: u64, fx: &mut Vec<Effect>) {
+        let name = (AlertKind::Capacity, About::Host);
+        if self.alerts.get(name).is_none() {
+            self.raise(name, &Raise { summary, ..Raise::host(now) }, now, fx);
             self.watch_room(now);
         }
     }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use super::jobs::{Begin, Job, policy_of};
 use super::timers::Timer;
-use super::{Effect, Engine, JobPolicy, SECOND};
+use super::{Effect, Engine, JobPolicy, Refused, SECOND};
 use crate::config::{Match, Rule};
 use crate::container;
 use crate::contract::text;
@@ -209,6 +209,7 @@ impl Engine {
             self.enroll(g, group, i);
             return;
         }
+        let name = name.clone();
         let b = Begin {
             ordinal: rule as u32 + 1,
             name: name.clone(),
@@ -218,7 +219,9 @@ impl Engine {
             supervisor: None,
             number: None,
         };
-        self.begin(i, b, now, fx);
+        if let Err(refused @ Refused::TooDeep(..)) = self.begin(i, b, now, fx) {
+            self.capacity_told(format!("Rule {name} matches, but {refused}."), now, fx);
+        }
     }
 
     /// Facts have come (or will not): whoever waited for them is tried again.

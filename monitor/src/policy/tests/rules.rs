@@ -1,4 +1,5 @@
 use super::*;
+use crate::forest::groups::DEPTH;
 
 fn names(w: &World) -> Vec<String> {
     w.e.jobs().into_iter().map(|j| j.name).collect()
@@ -188,4 +189,43 @@ fn a_new_config_keeps_jobs_and_takes_new_rules() {
     assert_eq!((records[0].id.ordinal, records[0].expired), (1, false), "its ID stays");
     assert_eq!(records[0].deadline, Some(records[0].started + 3600 * S));
     assert!(records[1].existing);
+}
+
+/// The kernel's walk over nested jobs has a bound; what is beyond it is said, not passed over.
+#[test]
+fn jobs_that_would_nest_too_deep() {
+    let rules: String = (0..=DEPTH)
+        .map(|i| format!("[[job]]\nname = \"r{i}\"\nmatch = {{ argv = \"^level {i}$\" }}\n"))
+        .collect();
+    let mut w = World::new(&rules);
+    let mut at = 1;
+    for i in 0..DEPTH {
+        at = w.sim.spawn(at, &format!("level {i}"));
+    }
+    w.drain();
+    assert_eq!((names(&w).len(), w.firing()), (DEPTH, vec![]));
+    let last = w.sim.spawn(at, &format!("level {DEPTH}"));
+    w.drain();
+    assert_eq!(w.e.jobs_of(w.sim.key(last)).len(), DEPTH, "those around hold it");
+    let told = w.told();
+    let (_, alert) = told.iter().find(|(_, a)| a.kind == AlertKind::Capacity).unwrap();
+    let key = w.sim.key(last).to_string();
+    for part in [format!("Rule r{DEPTH} "), key, format!("{DEPTH} nested jobs")] {
+        assert!(alert.summary.contains(&part), "{}", alert.summary);
+    }
+    let refused =
+        |w: &World| w.e.gauges(w.sim.now).stores.into_iter().find(|s| s.store == "jobs").map(|s| s.evictions);
+    assert_eq!(refused(&w), Some(1));
+    // `exec` is told so, and starts nothing.
+    let j = ExecJob {
+        root: w.sim.key(last),
+        name: "x".into(),
+        supervisor: None,
+        number: None,
+        policy: w.e.rules[0].0.policy.clone(),
+    };
+    let done = w.e.register_exec_job(j, w.sim.now, &mut Vec::new());
+    assert_eq!(done, Err(Refused::TooDeep(w.sim.key(last), DEPTH)));
+    w.pass(11 * SECOND);
+    assert_eq!(w.firing(), vec![], "it ends by itself");
 }

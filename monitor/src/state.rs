@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::contract::JobId;
+use crate::enforce::AskedBy;
+use crate::key::Key;
 use crate::policy::{EnforcementState, JobRecord};
 
 /// Raised when the file's meaning changes; a file of another version is refused by name, never guessed at.
@@ -29,6 +32,27 @@ pub struct State {
     /// Lost records of this boot's probes that were told.
     #[serde(default)]
     pub lost: u64,
+    /// What an operator has ordered and is not done: who asked is told nothing more, but the order holds. (What policy decides
+    /// it decides again.)
+    #[serde(default)]
+    pub kills: Vec<Kill>,
+}
+
+/// `jobwarden kill` that is under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kill {
+    /// None: what descends from processes outside of jobs.
+    pub job: Option<JobId>,
+    pub root: Key,
+    pub target: String,
+    /// These and what descends from them; none: the whole job.
+    pub roots: Vec<Key>,
+    pub signal: u8,
+    /// When the grace is over, in boot-time ns.
+    pub until: u64,
+    pub asked_by: AskedBy,
+    /// The client and its ancestors, who are spared whether the client lives or not.
+    pub kept: Vec<Key>,
 }
 
 impl State {
@@ -192,6 +216,7 @@ mod tests {
             lost: 7,
             jobs: Vec::new(),
             version: VERSION,
+            kills: Vec::new(),
         };
         // Booted at 1030 by the wall clock: the word holds until 1070.
         let new = old.on_another_boot("b", 1030);

@@ -319,6 +319,79 @@ fn the_agent_inside_a_job_that_is_killed() -> Result<()> {
 }
 
 #[test]
+fn the_agent_inside_a_family_that_is_killed_in_earnest() -> Result<()> {
+    let ground = ground!("the_agent_inside_a_family_that_is_killed_in_earnest");
+    let (socket, state) = (ground.path("sock"), ground.path("state"));
+    std::fs::write(ground.path("config"), "")?;
+    let jobwarden = jobwarden_tests::ground::program("jobwarden")?;
+    // A shell, which has two children: the agent, and a family that is to end.
+    let script = format!(
+        "exec 3<&0; {0} sibling {1} <&3 & echo sibling=$!; \
+         {2} --socket {3} agent --no-pin --config {4} --state-dir {5} --listen 127.0.0.1:{6} & echo agent=$!; wait; read end <&3",
+        jobwarden_tests::ground::program("shape-setsid")?.display(),
+        ground.tag,
+        jobwarden.display(),
+        socket.display(),
+        ground.path("config").display(),
+        state.display(),
+        jobwarden_tests::agent::free_port()?,
+    );
+    let mut c = ground.command("/bin/sh");
+    c.args(["-c", &script, "sh", &ground.tag]);
+    let mut s = Shape::spawn("sh", c)?;
+    let (sibling, agent): (u32, u32) = (s.fact("sibling")?, s.fact("agent")?);
+    let run = |args: &[&str]| {
+        let mut c = ground.command(&jobwarden);
+        c.arg("--socket").arg(&socket).arg("--json").args(args);
+        jobwarden_tests::agent::run(c, ms(15_000))
+    };
+    eventually("the agent knows its sibling", ms(10_000), || {
+        let out = run(&["tree", &sibling.to_string()])?;
+        ensure!(out.code() == Some(0), "{out:?}");
+        Ok(())
+    })?;
+    let report: KillReport = run(&["kill", "--grace", "200ms", &s.pid().to_string()])?.json()?;
+    for (pid, why) in [(agent, "the agent"), (s.pid(), "an ancestor of the agent")] {
+        let spared = report.spared.iter().find(|x| x.process.pid == pid);
+        ensure!(spared.is_some_and(|x| x.why == why), "{pid}: {report:?}");
+        ensure!(letter(pid)? != 'Z', "{pid} is gone: {report:?}");
+        ensure!(!report.signalled.iter().any(|x| x.process.pid == pid), "{report:?}");
+    }
+    ensure!(report.survivors.is_empty(), "{report:?}");
+    // The sibling with its child and grandchild.
+    ensure!(report.signalled.iter().any(|x| x.process.pid == sibling), "{report:?}");
+    ensure!(report.signalled.len() == 3, "{report:?}");
+    for x in &report.signalled {
+        ensure!(letter(x.process.pid).map_or(true, |l| l == 'Z'), "{x:?} lives");
+    }
+    // It is at work still, and ends as told.
+    ensure!(run(&["status"])?.code() == Some(0), "it does not answer");
+    ground.signal(agent.cast_signed(), Signal::TERM)?;
+    eventually("the agent's end", ms(5000), || {
+        ensure!(letter(agent).map_or(true, |l| l == 'Z'), "it runs");
+        Ok(())
+    })?;
+    s.finish()?;
+    Ok(())
+}
+
+/// Only dry runs here, should it not be refused.
+#[test]
+fn pid_1_is_refused() -> Result<()> {
+    let ground = ground!("pid_1_is_refused");
+    let agent = Agent::start(&ground, "")?;
+    for more in [&["1"][..], &["--orphans", "1"], &["--grace", "0s", "1"]] {
+        let mut args = vec!["--json", "kill", "--dry-run"];
+        args.extend(more);
+        let out = agent.cli(&args)?;
+        ensure!(out.code() == Some(1), "{out:?}");
+        let error = out.error()?;
+        ensure!(error.code == "pid-1" && error.message.contains("nothing was done"), "{error:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_fuse() -> Result<()> {
     let ground = ground!("the_fuse");
     let config = format!(

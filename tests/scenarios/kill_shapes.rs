@@ -232,11 +232,15 @@ fn a_frozen_member_survives_where_the_freezer_holds_sigkill_back() -> Result<()>
     ensure!(out.code() == Some(1), "a survivor is a failure: {out:?}");
     let report: KillReport = out.any_json()?;
     ensure!(report.survivors.len() == 1 && report.survivors[0].pid == child, "{report:?}");
-    ensure!(report.stuck.iter().any(|k| k.process.pid == child && k.frozen), "{:?}", report.stuck);
+    let stuck = report.stuck.iter().find(|k| k.process.pid == child).context("not stuck")?;
+    // The v1 freezer is what makes an uninterruptible sleep here at will.
+    ensure!(stuck.frozen && stuck.state == "D", "{stuck:?}");
+    let wchan = stuck.wchan.as_deref().context("where it waits is not named")?;
     let failed =
         || -> Result<_> { Ok(agent.alerts(&[])?.into_iter().find(|a| a.kind == AlertKind::KillFailed)) };
     let alert = eventually("kill-failed", ms(3000), || failed()?.context("no alert"))?;
     ensure!(alert.summary.contains("in a frozen cgroup"), "{}", alert.summary);
+    ensure!(alert.summary.contains(&format!("in state D waiting in {wchan}")), "{}", alert.summary);
     ensure!(alert.summary.contains(&child.to_string()), "{}", alert.summary);
     // What was outside any job is no kill of a job.
     let kills = agent.metrics()?.sum("jobwarden_job_kills_total", &[]);

@@ -553,3 +553,68 @@ fn a_kill_that_the_agents_end_cuts_short() -> Result<()> {
     ensure!(!cut_short(&ground, &bpffs, false)?, "a clean stop ends every doom");
     Ok(())
 }
+
+/// Those of the test that `shape-stubborn` runs in.
+fn stubborn(ground: &Ground) -> usize {
+    jobwarden_tests::kill::alive(ground, "shape-stubborn").len()
+}
+
+#[test]
+fn a_kill_over_which_the_agent_is_killed_goes_on() -> Result<()> {
+    let ground = ground!("a_kill_over_which_the_agent_is_killed_goes_on");
+    let bpffs = Bpffs::mount(&ground)?;
+    let config = jobwarden_tests::kill::rule(&ground, "crowd", "stubborn 3 in-a-job", "");
+    // All of a job; and what descends from a process that is in none.
+    for in_a_job in [true, false] {
+        let agent = pinned(&ground, &bpffs.path(), &config)?;
+        let more: &[&str] = if in_a_job { &["3", "in-a-job"] } else { &["3"] };
+        let mut s = Shape::start(&ground, "stubborn", more)?;
+        s.facts::<u32>("ready", 3)?;
+        let beside = jobwarden_tests::kill::control(&ground)?;
+        let before = stubborn(&ground);
+        let p = agent.process_when(s.pid(), "known", |p| p.job.is_some() == in_a_job)?;
+        let target = p.job.map_or_else(|| p.id.to_string(), |j| j.to_string());
+        let stops = || -> Result<usize> {
+            let audit = std::fs::read_to_string(agent.state.join("audit.log"))?;
+            Ok(audit.lines().filter(|l| l.contains("SIGTERM") && l.contains("sent")).count())
+        };
+        let earlier = stops()?;
+        let mut client = agent.command(&["kill", "--grace", "3s", &target])?;
+        client.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        let begun = std::time::Instant::now();
+        let mut client = client.spawn()?;
+        eventually("the grace", ms(3000), || {
+            let sent = stops()? - earlier;
+            ensure!(sent == before, "{sent} of {before}");
+            Ok(())
+        })?;
+        agent.crash()?;
+        ensure!(!client.wait()?.success(), "the client was told that all is done");
+        let agent = pinned(&ground, &bpffs.path(), &config)?;
+        ensure!(begun.elapsed() > ms(3000) || stubborn(&ground) == before, "the rest of the grace is theirs");
+        eventually("the job's end", ms(10_000), || {
+            let left = stubborn(&ground);
+            ensure!(left == 0, "{left} are left");
+            Ok(())
+        })?;
+        let took = begun.elapsed();
+        ensure!(took >= ms(3000), "before the grace was over: {took:?}");
+        let audit = std::fs::read_to_string(agent.state.join("audit.log"))?;
+        let resumed = |l: &&str| l.contains("begun before a restart") && l.contains("resumed");
+        ensure!(audit.lines().filter(resumed).any(|l| l.contains(&target)), "{audit}");
+        loudly(&format!(
+            "a kill with 3 s of grace, its agent killed meanwhile: over after {:.1} s",
+            took.as_secs_f64()
+        ));
+        drop(s);
+        jobwarden_tests::kill::whole(beside)?;
+        // What is done is not done again.
+        eventually("nothing is left to do", ms(5000), || {
+            let state = std::fs::read_to_string(agent.state.join("jobs.json"))?;
+            ensure!(state.contains("\"kills\":[]"), "{state}");
+            Ok(())
+        })?;
+        agent.stop()?;
+    }
+    Ok(())
+}

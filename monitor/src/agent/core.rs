@@ -2,7 +2,7 @@
 //! or passes on what the engine wants done. Everything slow (reading a process's memory, killing, explaining, sending)
 //! runs beside it and comes back as an [`Internal`] message, so the ring is always read in time.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +31,7 @@ use crate::key::Key;
 use crate::metrics::Counts;
 use crate::policy::{AlertChange, Effect, Gauges, Moment, Observation};
 use crate::redact::Redactor;
-use crate::state::Store;
+use crate::state::{Kill, Store};
 
 /// How often the loss counters are read, and programs that the kernel skipped counted.
 const CHECK: Duration = Duration::from_secs(1);
@@ -62,6 +62,8 @@ pub(super) enum Internal {
         root: Key,
         reason: Reason,
         whole: bool,
+        /// Its place in [`Core::kills`].
+        order: Option<u64>,
         result: Result<Box<crate::enforce::Outcome>, String>,
     },
     /// An alert could not be stored, or could be again.
@@ -101,6 +103,8 @@ pub(super) struct Core {
     pub label_error: Option<String>,
     /// The cgroups that jobs of `exec --cgroup` own.
     pub cgroups: HashMap<JobId, PathBuf>,
+    /// What operators have ordered and is not done, in the order of its coming.
+    pub(super) kills: BTreeMap<u64, Kill>,
     pub(super) notify: Notify,
     pub(super) store: Store,
     pub(super) storage: Storage,
@@ -115,6 +119,8 @@ pub(super) struct Core {
     pub(super) reaps: Reaps,
     /// Lost records that an earlier agent has told of.
     told: u64,
+    /// Kills that an earlier agent was killed over.
+    unfinished: Vec<Kill>,
 }
 
 /// What [`Core::new`] is made of.
@@ -136,6 +142,8 @@ pub(super) struct Parts {
     pub store: Store,
     /// Lost records that an earlier agent has told of.
     pub told: u64,
+    /// Kills that an earlier agent was killed over.
+    pub unfinished: Vec<Kill>,
 }
 
 impl Core {
@@ -164,6 +172,8 @@ impl Core {
             waiting: HashMap::new(),
             label_error: None,
             cgroups: HashMap::new(),
+            kills: BTreeMap::new(),
+            unfinished: p.unfinished,
             notify: Notify::from_env(),
             store: p.store,
             storage: Storage::default(),
@@ -189,6 +199,9 @@ impl Core {
         mut reload: mpsc::Receiver<()>,
     ) -> Result<(), AgentError> {
         self.first_sync(&mut ring, self.told)?;
+        for k in std::mem::take(&mut self.unfinished) {
+            super::kill::resume(&mut self, k);
+        }
         self.settle(&mut ring);
         let mut check = tokio::time::interval(CHECK);
         check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -398,7 +411,10 @@ impl Core {
                     self.submit(a);
                 }
             }
-            Internal::Killed { job, root, reason, whole, result } => {
+            Internal::Killed { job, root, reason, whole, order, result } => {
+                if order.is_some_and(|o| self.kills.remove(&o).is_some()) {
+                    self.state_dirty = true;
+                }
                 if let Ok(o) = &result {
                     for (k, n) in &o.signals {
                         *self.counts.signals_sent.entry(*k).or_default() += n;
@@ -491,6 +507,8 @@ impl Core {
         if let Err(e) = self.kernel.stop_dooms() {
             tracing::error!(error = %e, "the dooms in force could not be ended; they expire by themselves");
         }
+        // Who asked is told that the agent stops; only a crash leaves an order in force.
+        self.kills.clear();
         self.save();
         for (_, alert) in std::mem::take(&mut self.waiting) {
             self.submit(alert);

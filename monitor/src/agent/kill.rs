@@ -7,10 +7,11 @@ use super::core::{Core, Internal};
 use crate::api::{ApiError, Class, ExecEnd, ExecEnded, ExecSignal, KillRequest, Matched, Peer, Reply};
 use crate::config::DEFAULT_GRACE;
 use crate::contract::{JobId, KillReport, Spared, State};
-use crate::enforce::{AskedBy, Order, Outcome, Rails, Reason, What};
+use crate::enforce::{AskedBy, Order, Outcome, Rails, Reason, What, audit};
 use crate::host;
 use crate::key::Key;
 use crate::policy::{KillOrder, Target, TreeQuery};
+use crate::state::Kill;
 
 const SIGTERM: u8 = libc::SIGTERM as u8;
 
@@ -21,6 +22,8 @@ struct Job {
     id: Option<JobId>,
     whole: bool,
     client: Option<u32>,
+    /// Spared as the client of an order from before a restart, and its ancestors.
+    kept: Vec<Key>,
 }
 
 /// A kill that policy decided.
@@ -42,7 +45,7 @@ pub(super) fn policy(core: &mut Core, k: KillOrder) {
         dry_run: false,
         cgroup: None,
     };
-    start(core, Job { order, id: Some(k.job), whole, client: None }, None);
+    start(core, Job { order, id: Some(k.job), whole, client: None, kept: Vec::new() }, None);
 }
 
 /// As many free job numbers in a row as there are roots; the first.
@@ -66,9 +69,14 @@ fn rails(core: &Core, client: Option<u32>) -> Result<Rails, String> {
 }
 
 fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
-    let Job { order, id, whole, client } = job;
+    let Job { order, id, whole, client, kept } = job;
     let rails = match rails(core, client) {
-        Ok(r) => r,
+        Ok(mut r) => {
+            for k in kept {
+                r.keep_key(k, "the caller or an ancestor of it");
+            }
+            r
+        }
         Err(wrong) => {
             if let Some(reply) = reply {
                 let _ = reply.send(Err(ApiError::failed(wrong.clone())));
@@ -78,6 +86,7 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
                 root: order.root,
                 reason: order.reason,
                 whole,
+                order: None,
                 result: Err(wrong),
             });
             return;
@@ -88,6 +97,13 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
     {
         core.engine.kill_started(id, order.reason);
     }
+    let place = (order.reason == Reason::Operator && !order.dry_run).then(|| {
+        let place = core.kills.last_key_value().map_or(0, |(n, _)| n + 1);
+        core.kills.insert(place, written(&order, &rails));
+        // Before the first signal: it is not lost should this agent be.
+        core.save();
+        place
+    });
     let (enforcer, tx) = (core.enforcer.clone(), core.internal.clone());
     tokio::spawn(async move {
         let result = enforcer.run(&order, &rails).await;
@@ -101,10 +117,70 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
         }
         if !order.dry_run {
             let result: Result<Box<Outcome>, String> = result.map(Box::new).map_err(|e| e.to_string());
-            let _ =
-                tx.send(Internal::Killed { job: id, root: order.root, reason: order.reason, whole, result });
+            let _ = tx.send(Internal::Killed {
+                job: id,
+                root: order.root,
+                reason: order.reason,
+                whole,
+                order: place,
+                result,
+            });
         }
     });
+}
+
+fn written(order: &Order, rails: &Rails) -> Kill {
+    let grace = u64::try_from(order.grace.as_nanos()).unwrap_or(u64::MAX);
+    Kill {
+        job: order.id,
+        root: order.root,
+        target: order.target.clone(),
+        roots: match &order.what {
+            What::Whole => Vec::new(),
+            What::Descendants { roots, .. } => roots.clone(),
+        },
+        signal: order.signal,
+        until: host::boot_now().saturating_add(grace),
+        asked_by: order.asked_by.clone(),
+        kept: rails.kept_keys(),
+    }
+}
+
+/// An order over which the agent before this one was killed: it goes on with what is left of its grace. The stop signal is
+/// sent again, since who had it is not written down.
+pub(super) fn resume(core: &mut Core, k: Kill) {
+    let record = k.job.and_then(|id| core.engine.job_record(id));
+    let whole = k.roots.is_empty();
+    let said = if whole && record.is_none() { "the job is over" } else { "resumed" };
+    tracing::warn!(target = %k.target, "a kill that was begun before the restart: {said}");
+    let detail = format!("kill {}, begun before a restart", k.target);
+    core.audit.write(&audit::Entry::request(k.asked_by.clone(), detail, said));
+    if whole && record.is_none() {
+        core.state_dirty = true;
+        return;
+    }
+    let what = if whole {
+        What::Whole
+    } else {
+        What::Descendants { number: numbers(core, k.roots.len()), roots: k.roots }
+    };
+    let order = Order {
+        job: record.as_ref().map_or(0, |r| r.number),
+        id: record.as_ref().map(|r| r.id),
+        name: record.as_ref().map(|r| r.name.clone()).unwrap_or_default(),
+        root: k.root,
+        target: k.target,
+        what,
+        delay: Duration::ZERO,
+        signal: k.signal,
+        grace: Duration::from_nanos(k.until.saturating_sub(host::boot_now())),
+        settle: Order::SETTLE,
+        reason: Reason::Operator,
+        asked_by: k.asked_by,
+        dry_run: false,
+        cgroup: None,
+    };
+    start(core, Job { order, id: record.map(|r| r.id), whole, client: None, kept: k.kept }, None);
 }
 
 /// `kill TARGET`.
@@ -192,6 +268,9 @@ fn order(core: &mut Core, k: &KillRequest, peer: &Peer, t: Target, target: &str)
         Target::Job(id) => id.root,
         Target::Process(key) => key,
     };
+    if root.pid == 1 {
+        return Err(of_pid_1(target));
+    }
     let roots = if k.orphans {
         let orphans = orphans(core, t)?;
         if orphans.is_empty() {
@@ -230,7 +309,17 @@ fn order(core: &mut Core, k: &KillRequest, peer: &Peer, t: Target, target: &str)
         id: record.map(|r| r.id),
         whole,
         client: Some(peer.pid),
+        kept: Vec::new(),
     })
+}
+
+/// All that descends from PID 1 is the host. The same for a dry run, which says what would be done: nothing.
+fn of_pid_1(target: &str) -> ApiError {
+    let message = format!(
+        "{target} is PID 1 of the host: it is never signalled, and all that descends from it is the whole host; nothing was done"
+    );
+    ApiError::new(Class::Failed, "pid-1", message)
+        .hint("name a job, or a process below it; `jobwarden tree` shows them")
 }
 
 /// The orphans among a target's processes, the target itself included.
@@ -292,7 +381,8 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<E
         cgroup: core.cgroups.remove(&e.job),
     };
     let (tx, rx) = tokio::sync::oneshot::channel();
-    start(core, Job { order, id: Some(e.job), whole: true, client: Some(peer.pid) }, Some(tx));
+    let job = Job { order, id: Some(e.job), whole: true, client: Some(peer.pid), kept: Vec::new() };
+    start(core, job, Some(tx));
     tokio::spawn(async move {
         let report = rx.await.unwrap_or_else(|_| Err(ApiError::stopping()));
         let _ = reply.send(report.map(|r| ExecEnded { report: Some(r), left_s: None }));

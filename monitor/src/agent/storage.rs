@@ -73,6 +73,7 @@ impl Core {
             version: crate::state::VERSION,
             boot_to_wall: host::boot_to_wall(),
             lost: self.sync.lost,
+            kills: self.kills.values().cloned().collect(),
         };
         let wrong = self.store.save(&state).err().map(|e| e.to_string());
         match &wrong {

@@ -65,6 +65,17 @@ impl Rails {
         Ok(())
     }
 
+    /// Keeps one process by its key, dead or alive.
+    pub fn keep_key(&mut self, key: Key, why: &str) {
+        self.kept.push(Kept { pid: key.pid, start: Some(key.start), why: why.to_owned() });
+    }
+
+    /// All that are kept by key.
+    #[must_use]
+    pub fn kept_keys(&self) -> Vec<Key> {
+        self.kept.iter().filter_map(|k| Some(Key::new(k.pid, k.start?))).collect()
+    }
+
     fn keep_lineage(&mut self, key: Key, who: &str, lineage: &dyn Lineage) -> io::Result<()> {
         let mut at = key;
         for _ in 0..CHAIN {

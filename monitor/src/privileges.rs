@@ -28,21 +28,24 @@ pub const KEPT: [Named; 3] = [
     (CapabilitySet::KILL, "KILL", "ending jobs of other users"),
 ];
 
-/// Kept only where this kernel asks for them after the load: before about 6.5 each call of bpf() does, where
+/// Kept only where this kernel asks for it after the load: before about 5.19 each call of bpf() does, where
 /// kernel.unprivileged_bpf_disabled is set. Found out by trying.
-pub const WHERE_ASKED: [Named; 2] = [
-    (CapabilitySet::BPF, "BPF", "reading and writing the maps, attaching the probe that ends doomed jobs"),
-    (CapabilitySet::PERFMON, "PERFMON", "attaching that probe"),
-];
+pub const WHERE_ASKED: [Named; 1] =
+    [(CapabilitySet::BPF, "BPF", "reading and writing the maps, attaching the probe that ends doomed jobs")];
 
 /// Kept only where a folder that the agent writes to is another user's.
 const OVERRIDE: Named =
     (CapabilitySet::DAC_OVERRIDE, "DAC_OVERRIDE", "writing to folders of another user: state, socket");
 
 /// Needed to start, and given up then, beside [`WHERE_ASKED`].
-pub const TO_START: [Named; 4] = [
+pub const TO_START: [Named; 5] = [
+    (CapabilitySet::PERFMON, "PERFMON", "loading the probes: they read the kernel's memory"),
     (CapabilitySet::CHOWN, "CHOWN", "giving the control socket to `socket_group`"),
-    (CapabilitySet::SYS_RESOURCE, "SYS_RESOURCE", "memory for maps on kernels before 5.11"),
+    (
+        CapabilitySet::SYS_RESOURCE,
+        "SYS_RESOURCE",
+        "memory for maps on kernels before 5.11, where LimitMEMLOCK does not give it",
+    ),
     (
         CapabilitySet::SYS_NICE,
         "SYS_NICE",
@@ -71,23 +74,17 @@ fn refused(doing: &'static str) -> impl Fn(rustix::io::Errno) -> PrivilegeError 
     move |e| PrivilegeError::Refused { doing, source: e.into() }
 }
 
-/// Those of [`WHERE_ASKED`] without which `rehearse` fails on this kernel. Tried with the effective set of this thread,
+/// Which of [`WHERE_ASKED`] it is without which `rehearse` fails on this kernel. Tried with the effective set of this thread,
 /// which is whole again afterwards.
 pub fn asked_for(rehearse: &dyn Fn() -> io::Result<()>) -> Result<CapabilitySet, PrivilegeError> {
     let all = capabilities(None).map_err(refused("capget"))?;
     let base = KEPT.iter().fold(CapabilitySet::empty(), |s, k| s | k.0);
-    let [bpf, perfmon] = WHERE_ASKED.map(|k| k.0);
-    let mut enough = bpf | perfmon;
-    for more in [CapabilitySet::empty(), bpf] {
-        let effective = (base | more) & all.permitted;
-        set_capabilities(None, CapabilitySets { effective, ..all }).map_err(refused("capset"))?;
-        if rehearse().is_ok() {
-            enough = more;
-            break;
-        }
-    }
+    let effective = base & all.permitted;
+    set_capabilities(None, CapabilitySets { effective, ..all }).map_err(refused("capset"))?;
+    let free = rehearse().is_ok();
     set_capabilities(None, all).map_err(refused("capset"))?;
-    Ok(enough)
+    let asked = WHERE_ASKED.iter().fold(CapabilitySet::empty(), |s, k| s | k.0);
+    Ok(if free { CapabilitySet::empty() } else { asked })
 }
 
 /// Gives up all that is not kept. `written`: folders that the agent goes on writing to.
@@ -214,10 +211,9 @@ mod tests {
                     if has { Ok(()) } else { Err(io::Error::from(io::ErrorKind::PermissionDenied)) }
                 }
             };
-            let [bpf, perfmon] = WHERE_ASKED.map(|k| k.0);
+            let bpf = CapabilitySet::BPF;
             assert_eq!(asked_for(&needs(CapabilitySet::empty())).unwrap(), CapabilitySet::empty());
             assert_eq!(asked_for(&needs(bpf)).unwrap(), bpf);
-            assert_eq!(asked_for(&needs(bpf | perfmon)).unwrap(), bpf | perfmon);
             assert_eq!(capabilities(None).unwrap(), before);
         })
         .join()

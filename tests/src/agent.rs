@@ -3,13 +3,17 @@
 use std::io::{Read, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use jobwarden::contract;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, pidfd_open, pidfd_send_signal, setrlimit};
+use rustix::thread::{
+    CapabilitySet, capability_is_in_bounding_set, remove_capability_from_bounding_set, set_no_new_privs,
+};
 use serde::de::DeserializeOwned;
 
 use crate::{Ground, Metrics, eventually, ground, loudly, ms};
@@ -128,12 +132,33 @@ pub struct Options<'a> {
     /// Folder under the ground that holds socket, state and log; another one makes another agent.
     pub name: &'a str,
     pub pin: bool,
+    /// The capabilities that it has from the start, of those that the test has; None = all.
+    pub capabilities: Option<CapabilitySet>,
+    /// Its limit of locked memory in bytes, soft and hard; None = the test's.
+    pub memlock: Option<u64>,
 }
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { config: "", args: &[], env: &[], name: "agent", pin: false }
+        Self { config: "", args: &[], env: &[], name: "agent", pin: false, capabilities: None, memlock: None }
     }
+}
+
+/// As a service manager does it: root's exec gives what is in the bounding set.
+fn bounded(capabilities: Option<CapabilitySet>, memlock: Option<u64>) -> std::io::Result<()> {
+    if memlock.is_some() {
+        setrlimit(Resource::Memlock, Rlimit { current: memlock, maximum: memlock })?;
+    }
+    let Some(capabilities) = capabilities else { return Ok(()) };
+    for bit in 0..u64::BITS {
+        let one = CapabilitySet::from_bits_retain(1 << bit);
+        // EINVAL: this kernel has no such capability, nor a later one.
+        let Ok(there) = capability_is_in_bounding_set(one) else { break };
+        if there && !capabilities.contains(one) {
+            remove_capability_from_bounding_set(one)?;
+        }
+    }
+    Ok(set_no_new_privs(true)?)
 }
 
 /// A running agent; stopped by SIGTERM when dropped, which must be a clean exit.
@@ -172,6 +197,9 @@ impl<'g> Agent<'g> {
         }
         c.args(o.args).envs(o.env.iter().copied());
         c.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+        let (capabilities, memlock) = (o.capabilities, o.memlock);
+        // SAFETY: system calls only.
+        unsafe { c.pre_exec(move || bounded(capabilities, memlock)) };
         let begun = Instant::now();
         let child = c.spawn()?;
         // Not reaped yet, so the pid is its own.

@@ -23,6 +23,7 @@ echo 0123456789abcdef0123456789abcdef > /etc/machine-id
 echo root:x:0:0:root:/root:/bin/sh > /etc/passwd
 echo nobody:x:65534:65534:nobody:/:/bin/sh >> /etc/passwd
 echo root:x:0: > /etc/group
+echo nogroup:x:65534: >> /etc/group
 hostname vm
 echo "VM-UP $(uname -r) after $(cut -d' ' -f1 /proc/uptime) s"
 sh /run.sh

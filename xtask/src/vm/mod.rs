@@ -239,8 +239,8 @@ fn program_script(program: &Path, args: &[String]) -> String {
 }
 
 /// The scenarios that depend on the kernel. The others are about programs and files, the same on each.
-const SCENARIOS: [&str; 7] =
-    ["lifecycle", "accounting", "restart", "exec", "alerts", "kill", "enforce_stages"];
+const SCENARIOS: [&str; 8] =
+    ["lifecycle", "accounting", "restart", "exec", "alerts", "kill", "enforce_stages", "privileges"];
 /// What takes minutes where a fork takes 6 ms; the host runs it.
 const TOO_SLOW: [&str; 3] =
     ["a_family_that_changes_while_it_is_ended", "a_fork_bomb", "a_thousand_that_ignore_sigterm"];

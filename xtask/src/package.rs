@@ -1,9 +1,11 @@
 //! `cargo xtask package`: a .deb and a tarball under target/package. Needs dpkg-deb and tar; installs nothing on this machine.
-//! `--check` installs, starts, upgrades, removes and purges the package in an empty tree: see `package/check.rs`.
+//! `--check` installs, starts, upgrades, removes and purges the package in an empty tree (`package/check.rs`) and
+//! in a minimal Debian by apt (`package/bare.rs`).
 //!
 //! By dpkg-deb and not cargo-deb: that is a minute's build of its own, and would still need the steps here that run the
 //! program for its man pages and completions.
 
+mod bare;
 mod check;
 
 use std::fs;
@@ -17,7 +19,7 @@ use crate::{cargo, needs, root};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Take the dev profile's program, then install, start, upgrade and purge the package in an empty tree
+    /// Take the dev profile's program, then install, start, upgrade and purge the package in an empty tree and a bare Debian
     #[arg(long)]
     check: bool,
 }
@@ -65,7 +67,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     println!("{}", tarball.display());
     if args.check {
         let next = build(&tree, &folder, concat!(env!("CARGO_PKG_VERSION"), "+next"))?;
-        let done = check::run([&deb, &next], &folder.join("root"));
+        let done =
+            check::run([&deb, &next], &folder.join("root")).and_then(|()| bare::run([&deb, &next], &folder));
         fs::remove_file(next)?;
         done?;
     }

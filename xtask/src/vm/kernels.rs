@@ -179,7 +179,7 @@ fn by_numbers(a: &str, b: &str) -> Ordering {
 }
 
 /// The archive that the machine itself uses, so that a mirror is honoured.
-fn machine_uri() -> String {
+pub(crate) fn machine_uri() -> String {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(parts) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(parts.filter_map(|e| e.ok().map(|e| e.path())));

@@ -15,6 +15,7 @@ use anyhow::{Result, bail};
 
 use self::boot::{Boot, End};
 use self::initramfs::Initramfs;
+pub(crate) use self::kernels::machine_uri;
 use self::kernels::{Kernel, SERIES};
 use crate::cargo::{self, Built};
 use crate::report::Tally;

@@ -121,6 +121,22 @@ fn without_setpcap_the_bounding_set_stays_as_it_is() -> Result<()> {
     Ok(())
 }
 
+/// It starts all the same; a bomb may then hold its own end up.
+#[test]
+fn without_sys_nice_the_scheduler_does_not_prefer_it() -> Result<()> {
+    let ground = ground!("without_sys_nice_the_scheduler_does_not_prefer_it");
+    let without = units() - CapabilitySet::SYS_NICE;
+    for (given, name, nice) in [(units(), "with", "-20"), (without, "without", "0")] {
+        let agent = Agent::with(&ground, &Options { capabilities: Some(given), name, ..Options::default() })?;
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", agent.pid()))?;
+        // The fields behind the name begin with the state, the third of all; nice is the 19th.
+        let seen = stat.rsplit_once(") ").and_then(|(_, l)| l.split(' ').nth(16)).context("no nice")?;
+        ensure!(seen == nice, "{name}: {seen}");
+        agent.stop()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn without_sys_resource_an_old_kernel_has_no_memory_for_maps() -> Result<()> {
     let test = "without_sys_resource_an_old_kernel_has_no_memory_for_maps";

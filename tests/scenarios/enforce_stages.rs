@@ -385,3 +385,56 @@ fn a_survivor_is_named_with_what_holds_it() -> Result<()> {
     s.finish()?;
     Ok(())
 }
+
+/// A chain in which each process forks one successor and exits, below a protected member: its head forks while the flags are
+/// set, faster than it is read.
+#[test]
+fn a_chain_below_a_protected_member_is_spared() -> Result<()> {
+    let ground = ground!("a_chain_below_a_protected_member_is_spared");
+    a_chain_below_a_protected(&ground).inspect_err(|e| loudly(&format!("{e:#}")))
+}
+
+fn a_chain_below_a_protected(ground: &Ground) -> Result<()> {
+    let Some(limit) = Limit::new(ground, 300) else {
+        skip!("a_chain_below_a_protected_member_is_spared: no pids controller here");
+    };
+    let kernel = kernel()?;
+    let bomb = jobwarden_tests::ground::program("shape-bomb")?;
+    // The chain's dead count against the limit for a while: all others are forked before it, and after those are freed.
+    let script = format!("exec 3<&0; sleep 152 & {} chains 1 30 {} <&3 & wait", bomb.display(), ground.tag);
+    let e = enforcer(kernel.clone(), Audit::log_only());
+    for round in 0..6 {
+        let mut c = ground.command("/bin/sh");
+        c.args(["-c", &script]).stdin(std::process::Stdio::piped());
+        limit.holds(&mut c);
+        let mut root = c.spawn()?;
+        let other = find(ground, "152")?;
+        let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+        let bombs = || -> Result<Vec<Member>> {
+            let mut all = kernel.members(order.job)?;
+            all.retain(|m| m.comm.bytes().starts_with(b"shape-bomb") && !m.dead);
+            all.sort_by_key(|m| m.key.start);
+            Ok(all)
+        };
+        // The oldest is no chain's; a reading may find the chain between two of its processes.
+        let founder = eventually("a chain", ms(3000), || {
+            let all = bombs()?;
+            ensure!(all.len() > 1, "{all:?}");
+            Ok(all[0].key)
+        })?;
+        let mut rails = Rails::default();
+        rails.protect_member(founder, "it is this test's");
+        let out = run(&e, &order, &rails)?;
+        ensure!(out.ended() && !lives(other) && !lives(root.id()), "round {round}: {:?}", out.report);
+        ensure!(lives(founder.pid), "round {round}: the protected is gone");
+        eventually("the chain lives on", ms(1000), || {
+            ensure!(bombs()?.iter().any(|m| m.key != founder), "round {round}: it is gone");
+            Ok(())
+        })?;
+        let out = run(&e, &order, &Rails::default())?;
+        ensure!(out.ended() && bombs()?.is_empty(), "round {round}: {:?}", out.report);
+        root.wait()?;
+        limit.empty()?;
+    }
+    Ok(())
+}

@@ -36,6 +36,11 @@ const ROUNDS_MAX: u32 = 6;
 /// One reading is no snapshot: a process forked behind the iterator's cursor by one that is dead when the cursor gets there is
 /// missing from it. Only so many empty readings one after the other mean that nobody is left.
 const EMPTY_READINGS: u32 = 3;
+/// The same for "nobody who is spared is without the flag", where somebody's heirs are spared: three missed one chain of 25.
+const CLEAN_READINGS: u32 = 20;
+/// Who is spared has the flag after a few readings, chains after some more; then the job is not doomed, since a doom would
+/// reach those.
+const FLAG_READINGS: u32 = 2000;
 /// Signals between two chances for other tasks of the runtime.
 const CHUNK: usize = 256;
 /// The highest preference that the ordinary scheduler gives.
@@ -123,11 +128,10 @@ impl Enforcer {
     }
 }
 
-/// Jobs that stay doomed, members that stay flagged and jobs that stay labelled no longer than this lives.
+/// Jobs stay doomed, members flagged and jobs labelled no longer than this lives.
 struct Marks {
     lineage: Arc<dyn Lineage>,
     id: OrderId,
-    flagged: HashSet<Key>,
     labelled: Vec<u64>,
 }
 
@@ -175,12 +179,7 @@ impl Drop for Run<'_> {
 
 impl<'a> Run<'a> {
     fn new(e: &'a Enforcer, order: &'a Order, rails: &'a Rails) -> io::Result<Self> {
-        let mut marks = Marks {
-            lineage: e.lineage.clone(),
-            id: OrderId::fresh(),
-            flagged: HashSet::new(),
-            labelled: Vec::new(),
-        };
+        let mut marks = Marks { lineage: e.lineage.clone(), id: OrderId::fresh(), labelled: Vec::new() };
         let jobs = match &order.what {
             What::Whole => vec![order.job],
             What::Descendants { number, roots } => label(&mut marks, *number, roots)?,
@@ -216,8 +215,8 @@ impl<'a> Run<'a> {
         m.over || self.over.contains(&m.key)
     }
 
-    /// One reading: the members to be ended (root first, then the oldest), and the rails' verdicts.
-    fn look(&mut self) -> io::Result<(Vec<Member>, Verdicts)> {
+    /// One reading: all members that are not over, and the rails' verdicts on them.
+    fn judged(&mut self) -> io::Result<(Vec<Member>, Verdicts)> {
         let mut all = self.members()?;
         all.retain(|m| !self.is_over(m));
         // An orphan below a protected member of its job is spared with it; the target of `kill` is a root of its own.
@@ -237,6 +236,12 @@ impl<'a> Run<'a> {
                 });
             }
         }
+        Ok((all, verdicts))
+    }
+
+    /// One reading: the members to be ended (root first, then the oldest), and the rails' verdicts.
+    fn look(&mut self) -> io::Result<(Vec<Member>, Verdicts)> {
+        let (mut all, verdicts) = self.judged()?;
         all.retain(|m| !verdicts.spared.contains_key(&m.key));
         let root = self.order.root;
         all.sort_by_key(|m| (m.key != root, m.key.start, m.key.pid));
@@ -349,25 +354,31 @@ impl<'a> Run<'a> {
     }
 
     /// The spare flag on all that are spared, before any doom. A child forked before its parent got the flag is caught by
-    /// reading again until there is none without it. Who has the flag from another order gets it from this one too, which
-    /// may last longer.
+    /// reading again until there is none without it: the head of a chain that forks and exits may be missing from a reading,
+    /// and has forked again when it is marked, so several readings must be clean. Who has the flag from another order gets it
+    /// from this one too, which may last longer; heirs born later descend from who is marked.
     fn flag(&mut self) -> io::Result<()> {
-        loop {
-            let (_, verdicts) = self.look()?;
-            let bare: Vec<(Key, bool)> = self
-                .members()?
+        let mut clean = 0;
+        for reading in 0..FLAG_READINGS {
+            let (all, verdicts) = self.judged()?;
+            let bare: Vec<(Key, bool)> = all
                 .iter()
-                .filter(|m| !m.dead && !self.marks.flagged.contains(&m.key))
+                .filter(|m| !m.dead && (reading == 0 || !m.spared))
                 .filter_map(|m| Some((m.key, verdicts.spared.get(&m.key)?.heirs)))
                 .collect();
-            if bare.is_empty() {
+            clean = if bare.is_empty() { clean + 1 } else { 0 };
+            let heirs = verdicts.spared.values().any(|s| s.heirs);
+            if clean >= if heirs { CLEAN_READINGS } else { EMPTY_READINGS } {
                 return Ok(());
             }
             for (key, heirs) in bare {
                 self.e.lineage.spare(key, heirs, self.marks.id)?;
-                self.marks.flagged.insert(key);
             }
         }
+        Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "what is spared forks faster than it can be marked; nobody was doomed",
+        ))
     }
 
     fn doom(&mut self) -> io::Result<()> {

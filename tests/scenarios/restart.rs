@@ -536,7 +536,15 @@ fn cut_short(ground: &Ground, bpffs: &Bpffs, crash: bool) -> Result<bool> {
     let mut pins = sets.filter_map(|d| std::fs::read_dir(d.path()).ok()).flatten().filter_map(Result::ok);
     let stays = pins.any(|f| f.file_name().to_string_lossy() == "link_sys_enter");
     let again = pinned(ground, &bpffs.path(), &config)?;
-    ensure!(!doomed(&again)?, "nobody carries the kill out any more");
+    if crash {
+        // What an operator has ordered goes on.
+        eventually("the doom again", ms(5000), || {
+            ensure!(doomed(&again)?, "not yet");
+            Ok(())
+        })?;
+    } else {
+        ensure!(!doomed(&again)?, "nobody carries the kill out any more");
+    }
     for pid in [held, tracer] {
         ensure!(again.process(pid)?.job == job, "{pid} is in its job still");
     }

@@ -4,7 +4,7 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use jobwarden::contract::{AlertKind, AlertState, KillReport};
 use jobwarden_tests::ground::program;
 use jobwarden_tests::kill::{alive, all_gone, bomb, control, in_time, job, rule, whole};
@@ -93,24 +93,31 @@ fn chains_that_a_kill_by_list_does_not_end() -> Result<()> {
         skip!("chains_that_a_kill_by_list_does_not_end: no pids controller here");
     };
     let agent = Agent::start(&ground, &rule(&ground, "chains", "bomb chains", ""))?;
-    let mut s = bomb(&ground, &limit, &["chains", "10", "25"])?;
-    s.fact::<u32>("started")?;
-    let target = job(&agent, s.pid())?;
-    let by_list = kill_by_list(&ground, s.pid());
-    s.wait(ms(3000))?;
-    pause(300);
-    // One reading may miss a chain, so several are taken.
-    let lived = (0..20).any(|_| !alive(&ground, "chains").is_empty());
-    ensure!(lived, "a kill by list ended them: this shows nothing");
-    let report: KillReport = agent.json(&["kill", "--grace", "0s", &target.id.to_string()])?;
-    all_gone(&ground, "chains").with_context(|| format!("{report:?}\n{}", agent.log_tail()))?;
-    loudly(&format!(
-        "10 chains outlived a recursive kill of {by_list} by list; jobwarden's took {:.3} s",
-        report.took_s
-    ));
-    ensure!(report.survivors.is_empty(), "{report:?}");
-    drop(s);
-    limit.empty()
+    // Where the list happens to have them all at that moment, it ends them, and nothing is shown.
+    for _ in 0..5 {
+        let mut s = bomb(&ground, &limit, &["chains", "10", "25"])?;
+        s.fact::<u32>("started")?;
+        let target = job(&agent, s.pid())?;
+        let by_list = kill_by_list(&ground, s.pid());
+        s.wait(ms(3000))?;
+        pause(300);
+        // One reading may miss a chain, so several are taken.
+        if (0..20).all(|_| alive(&ground, "chains").is_empty()) {
+            drop(s);
+            limit.empty()?;
+            continue;
+        }
+        let report: KillReport = agent.json(&["kill", "--grace", "0s", &target.id.to_string()])?;
+        all_gone(&ground, "chains").with_context(|| format!("{report:?}\n{}", agent.log_tail()))?;
+        loudly(&format!(
+            "10 chains outlived a recursive kill of {by_list} by list; jobwarden's took {:.3} s",
+            report.took_s
+        ));
+        ensure!(report.survivors.is_empty(), "{report:?}");
+        drop(s);
+        return limit.empty();
+    }
+    bail!("five times a kill by list ended them: this shows nothing")
 }
 
 #[test]

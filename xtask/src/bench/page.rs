@@ -153,6 +153,8 @@ pub(super) fn page(rows: &[Row], scale: Scale, command: &str) -> String {
          A figure is a median with its quartiles, of {} rounds where there are rounds (of the exporter and lsof 5, of the bomb 3: they take seconds for one); {} lives for the probes' time, {} s for \
          floods and for idling, {} processes where many stand by. The agent ran on its defaults, with a bpffs of its own. \
          `peer / jobwarden` says how many times jobwarden's figure the peer's is. \
+         A slow-down below zero is no gain of the program's: with another process awake beside it the loop itself ran faster (forkstat, \
+         which has no probe, shows it too), so where it stands the probes' own time is the figure to go by. \
          {} of {} rows do not reach their goal and say so.\n\n{}\n{PUBLISHED}\n\
          What each row does stands in `xtask/src/bench/rows/`; `cargo xtask bench --json` prints the same as JSON.\n",
         date(),

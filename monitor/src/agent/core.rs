@@ -119,8 +119,6 @@ pub(super) struct Core {
     pub(super) reaps: Reaps,
     /// Lost records that an earlier agent has told of.
     told: u64,
-    /// Kills that an earlier agent was killed over.
-    unfinished: Vec<Kill>,
 }
 
 /// What [`Core::new`] is made of.
@@ -143,7 +141,7 @@ pub(super) struct Parts {
     /// Lost records that an earlier agent has told of.
     pub told: u64,
     /// Kills that an earlier agent was killed over.
-    pub unfinished: Vec<Kill>,
+    pub kills: Vec<Kill>,
 }
 
 impl Core {
@@ -172,8 +170,7 @@ impl Core {
             waiting: HashMap::new(),
             label_error: None,
             cgroups: HashMap::new(),
-            kills: BTreeMap::new(),
-            unfinished: p.unfinished,
+            kills: (0..).zip(p.kills).collect(),
             notify: Notify::from_env(),
             store: p.store,
             storage: Storage::default(),
@@ -199,8 +196,11 @@ impl Core {
         mut reload: mpsc::Receiver<()>,
     ) -> Result<(), AgentError> {
         self.first_sync(&mut ring, self.told)?;
-        for k in std::mem::take(&mut self.unfinished) {
-            super::kill::resume(&mut self, k);
+        // An earlier agent's: each stays written down until it is begun anew, or is over.
+        for place in self.kills.keys().copied().collect::<Vec<_>>() {
+            if let Some(k) = self.kills.remove(&place) {
+                super::kill::resume(&mut self, k);
+            }
         }
         self.settle(&mut ring);
         let mut check = tokio::time::interval(CHECK);

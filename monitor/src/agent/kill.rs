@@ -151,11 +151,12 @@ fn written(order: &Order, rails: &Rails) -> Kill {
 pub(super) fn resume(core: &mut Core, k: Kill) {
     let record = k.job.and_then(|id| core.engine.job_record(id));
     let whole = k.roots.is_empty();
-    let said = if whole && record.is_none() { "the job is over" } else { "resumed" };
+    let over = whole && record.is_none();
+    let said = if over { "the job is over" } else { "resumed" };
     tracing::warn!(target = %k.target, "a kill that was begun before the restart: {said}");
     let detail = format!("kill {}, begun before a restart", k.target);
     core.audit.write(&audit::Entry::request(k.asked_by.clone(), detail, said));
-    if whole && record.is_none() {
+    if over {
         core.state_dirty = true;
         return;
     }

@@ -183,15 +183,14 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
 
     let proc = Proc::default();
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
-    let told = saved.as_ref().filter(|s| s.boot_id == boot_id).map_or(0, |s| s.lost);
-    let unfinished =
-        saved.as_ref().filter(|s| s.boot_id == boot_id).map_or_else(Vec::new, |s| s.kills.clone());
+    let of_this_boot = saved.as_ref().filter(|s| s.boot_id == boot_id);
+    let (told, kills) = of_this_boot.map_or_else(Default::default, |s| (s.lost, s.kills.clone()));
     let engine = engine(&config, &boot_id, &kernel, &center, saved, recorder).await;
     leftovers(&kernel, &engine);
     let parts = Parts {
         engine,
         told,
-        unfinished,
+        kills,
         looker: Looker::new(proc.clone()),
         enforcer: Enforcer {
             lineage: Arc::clone(&kernel) as Arc<dyn crate::enforce::Lineage>,

@@ -28,8 +28,8 @@ pub const KEPT: [Named; 3] = [
     (CapabilitySet::KILL, "KILL", "ending jobs of other users"),
 ];
 
-/// Kept only where this kernel asks for it after the load: before about 5.19 each call of bpf() does, where
-/// kernel.unprivileged_bpf_disabled is set. Found out by trying.
+/// Kept only where this kernel asks for it after the load: 5.10 does at each call of bpf(), where
+/// kernel.unprivileged_bpf_disabled is set, and 6.1 no longer. Found out by trying.
 pub const WHERE_ASKED: [Named; 1] =
     [(CapabilitySet::BPF, "BPF", "reading and writing the maps, attaching the probe that ends doomed jobs")];
 

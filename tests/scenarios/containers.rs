@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::contract::{Alert, AlertKind, AlertState, Cause, KillReport, Process, State, Verdict};
 use jobwarden::privileges::{KEPT, TO_START, WHERE_ASKED};
-use jobwarden_tests::{Agent, Ground, Output, Shape, agent, eventually, ground, ms, skip};
+use jobwarden_tests::{Agent, Ground, Limit, Output, Shape, agent, eventually, ground, ms, skip};
 
 /// Nobody's uid, and a group that the base system has.
 const NOBODY: u32 = 65534;
@@ -199,36 +199,6 @@ fn the_incident_in_a_container_of_runc() -> Result<()> {
     agent.stop()
 }
 
-/// A group of the v1 hierarchy of pids alone, as Docker names its containers' there. Removed when this is dropped.
-struct V1 {
-    above: PathBuf,
-    id: String,
-}
-
-impl V1 {
-    fn new(ground: &Ground) -> Option<Self> {
-        let root = Path::new("/sys/fs/cgroup/pids");
-        let hex: String = ground.tag.chars().filter(char::is_ascii_hexdigit).collect();
-        let id: String = hex.chars().cycle().take(64).collect();
-        let above = root.join("docker");
-        // What v2 has in each group is in no group of v1.
-        (root.join("cgroup.procs").exists() && !root.join("cgroup.controllers").exists()).then_some(())?;
-        std::fs::create_dir_all(above.join(&id)).ok()?;
-        Some(Self { above, id })
-    }
-}
-
-impl Drop for V1 {
-    fn drop(&mut self) {
-        let gone = eventually("rmdir", ms(5000), || Ok(std::fs::remove_dir(self.above.join(&self.id))?));
-        if let Err(e) = gone {
-            jobwarden_tests::loudly(&format!("{e:#}"));
-        }
-        // Unless a Docker of the host's has containers in it.
-        let _ = std::fs::remove_dir(&self.above);
-    }
-}
-
 #[test]
 fn the_incident_in_a_container_that_only_v1_paths_name() -> Result<()> {
     let test = "the_incident_in_a_container_that_only_v1_paths_name";
@@ -236,7 +206,7 @@ fn the_incident_in_a_container_that_only_v1_paths_name() -> Result<()> {
     if !has("unshare") {
         skip!("{test}: no unshare (Debian's package util-linux)");
     }
-    let Some(v1) = V1::new(&ground) else {
+    let Some((group, id)) = Limit::docker_v1(&ground) else {
         skip!("{test}: no v1 hierarchy of pids at /sys/fs/cgroup/pids");
     };
     let agent = Agent::start(&ground, CONFIG)?;
@@ -244,15 +214,13 @@ fn the_incident_in_a_container_that_only_v1_paths_name() -> Result<()> {
     let program = jobwarden_tests::ground::program("shape-incident")?;
     c.args(["--pid", "--fork", "--mount-proc", "/bin/sh", "-c"]);
     c.arg(format!("{} {}; exit 0", program.display(), ground.tag));
-    let procs = v1.above.join(&v1.id).join("cgroup.procs");
-    // SAFETY: the child has one thread; open, write and close are all that happens.
-    unsafe { c.pre_exec(move || std::fs::write(&procs, "0")) };
+    group.holds(&mut c);
     let mut s = Shape::spawn("incident in v1", c)?;
-    let init = inside(&agent, &v1.id, 1)?;
+    let init = inside(&agent, &id, 1)?;
     let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", init.pid))?;
-    let named: Vec<&str> = groups.lines().filter(|l| l.contains(&v1.id)).collect();
+    let named: Vec<&str> = groups.lines().filter(|l| l.contains(&id)).collect();
     ensure!(named.len() == 1 && named[0].contains(":pids:/docker/"), "{groups}");
-    incident(&agent, &mut s, &v1.id, "docker")?;
+    incident(&agent, &mut s, &id, "docker")?;
     s.finish()?;
     agent.stop()
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use jobwarden::contract::{AlertKind, AlertState, KillReport};
 use jobwarden_tests::ground::program;
-use jobwarden_tests::kill::{alive, all_gone, bomb, control, in_time, job, rule, whole};
+use jobwarden_tests::kill::{alive, all_gone, bomb, control, in_time, job, listed, rule, whole};
 use jobwarden_tests::truth::letter;
 use jobwarden_tests::{Agent, Ground, Limit, Shape, eventually, ground, loudly, ms, pause, skip};
 use rustix::process::Signal;
@@ -70,19 +70,11 @@ fn a_bomb_of_vfork_and_clone() -> Result<()> {
     whole(beside)
 }
 
-/// What a recursive kill by a list of children does: one reading of /proc, then SIGKILL to each in it.
+/// One recursive kill by a list, children first, as such scripts do: how many it reached. Most are gone by then, which is
+/// just the point.
 fn kill_by_list(ground: &Ground, root: u32) -> usize {
-    let proc = jobwarden::proc::Proc::default();
-    let parent_of = |p: i32| Some((p.cast_unsigned(), proc.stat(p.cast_unsigned()).ok()?.ppid));
-    let parents: Vec<(u32, u32)> = ground.alive().into_iter().filter_map(parent_of).collect();
     let mut family = vec![root];
-    let mut i = 0;
-    while i < family.len() {
-        let children: Vec<u32> = parents.iter().filter(|(_, up)| *up == family[i]).map(|(p, _)| *p).collect();
-        family.extend(children);
-        i += 1;
-    }
-    // Children first, as such scripts do. Most are gone by now, which is just the point.
+    family.extend(listed(root, ground.alive().into_iter().map(i32::cast_unsigned)));
     family.iter().rev().filter(|p| ground.signal(p.cast_signed(), Signal::KILL).is_ok()).count()
 }
 

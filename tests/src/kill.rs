@@ -80,12 +80,13 @@ pub fn bomb(ground: &Ground, limit: &Limit, args: &[&str]) -> Result<Shape> {
     Shape::spawn("bomb", c)
 }
 
-/// What a recursive kill by a list of children does (psutil's `children(recursive=True)`): one reading of /proc, then SIGKILL
-/// to each in it. Only what is in the test's own cgroup is signalled.
-fn kill_by_list(ground: &Ground, root: u32) -> Result<()> {
+/// Whom a recursive kill by a list of children signals (psutil's `children(recursive=True)`): who descends from `root` in one
+/// reading of /proc, those nearest to it first.
+#[must_use]
+pub fn listed(root: u32, pids: impl IntoIterator<Item = u32>) -> Vec<u32> {
     let proc = jobwarden::proc::Proc::default();
-    let parent_of = |p: u32| Some((p, proc.stat(p).ok()?.ppid));
-    let parents: Vec<(u32, u32)> = proc.pids()?.into_iter().filter_map(parent_of).collect();
+    let parents: Vec<(u32, u32)> =
+        pids.into_iter().filter_map(|p| Some((p, proc.stat(p).ok()?.ppid))).collect();
     let mut family = vec![root];
     let mut i = 0;
     while i < family.len() {
@@ -93,7 +94,12 @@ fn kill_by_list(ground: &Ground, root: u32) -> Result<()> {
         family.extend(children);
         i += 1;
     }
-    for pid in family.into_iter().skip(1).rev() {
+    family.split_off(1)
+}
+
+/// SIGKILL to the listed, children first. Only what is in the test's own cgroup is signalled.
+fn kill_by_list(ground: &Ground, root: u32) -> Result<()> {
+    for pid in listed(root, jobwarden::proc::Proc::default().pids()?).into_iter().rev() {
         let Some(raw) = Pid::from_raw(pid.cast_signed()) else { continue };
         // Most are gone by now, which is just the point.
         let Ok(fd) = pidfd_open(raw, PidfdFlags::empty()) else { continue };

@@ -9,7 +9,11 @@ use anyhow::{Result, ensure};
 use crate::{Ground, eventually, loudly, ms};
 
 /// A cgroup with a `pids` limit, named as its test's tag. Removed when this is dropped, so all in it must have ended.
-pub struct Limit(PathBuf);
+pub struct Limit {
+    dir: PathBuf,
+    /// A folder that was made for it, if it was not there.
+    above: Option<PathBuf>,
+}
 
 impl Limit {
     /// None where there is no such controller.
@@ -18,15 +22,32 @@ impl Limit {
         ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].iter().find_map(|root| {
             let dir = Path::new(root).join(&ground.tag);
             std::fs::create_dir(&dir).ok()?;
-            let limit = Self(dir);
-            std::fs::write(limit.0.join("pids.max"), max.to_string()).ok().map(|()| limit)
+            let limit = Self { dir, above: None };
+            std::fs::write(limit.dir.join("pids.max"), max.to_string()).ok().map(|()| limit)
         })
+    }
+
+    /// A group of the v1 hierarchy of pids alone, without a limit, called as Docker calls a container's there; and the
+    /// container's id. None where there is no such hierarchy.
+    #[must_use]
+    pub fn docker_v1(ground: &Ground) -> Option<(Self, String)> {
+        let root = Path::new("/sys/fs/cgroup/pids");
+        // What v2 has in each group is in none of v1.
+        if !root.join("cgroup.procs").exists() || root.join("cgroup.controllers").exists() {
+            return None;
+        }
+        let hex: String = ground.tag.chars().filter(char::is_ascii_hexdigit).collect();
+        let id: String = hex.chars().cycle().take(64).collect();
+        let above = root.join("docker");
+        let dir = above.join(&id);
+        std::fs::create_dir_all(&dir).ok()?;
+        Some((Self { dir, above: Some(above) }, id))
     }
 
     /// Whoever is written to this file is in it.
     #[must_use]
     pub fn procs(&self) -> PathBuf {
-        self.0.join("cgroup.procs")
+        self.dir.join("cgroup.procs")
     }
 
     /// The command will be within the limit from its first instruction.
@@ -39,7 +60,7 @@ impl Limit {
     /// Nobody is in it, by the kernel's own count, which misses nobody: also the last zombie is reaped.
     pub fn empty(&self) -> Result<()> {
         eventually("an empty cgroup", ms(5000), || {
-            let left = std::fs::read_to_string(self.0.join("pids.current"))?;
+            let left = std::fs::read_to_string(self.dir.join("pids.current"))?;
             ensure!(left.trim() == "0", "{left} are in it: {:?}", std::fs::read_to_string(self.procs())?);
             Ok(())
         })
@@ -48,9 +69,13 @@ impl Limit {
 
 impl Drop for Limit {
     fn drop(&mut self) {
-        let gone = eventually("rmdir", ms(5000), || Ok(std::fs::remove_dir(&self.0)?));
+        let gone = eventually("rmdir", ms(5000), || Ok(std::fs::remove_dir(&self.dir)?));
         if let Err(e) = gone {
-            loudly(&format!("{}: {e:#}", self.0.display()));
+            loudly(&format!("{}: {e:#}", self.dir.display()));
+        }
+        if let Some(above) = &self.above {
+            // Unless a Docker of the host's has containers in it.
+            let _ = std::fs::remove_dir(above);
         }
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use super::core::Core;
-use crate::api::Chain;
+use crate::api::{Chain, innermost};
 use crate::contract::EventLine;
 use crate::event::{Body, Event, WaitStatus};
 use crate::key::Key;
@@ -47,11 +47,8 @@ impl Reaps {
     }
 }
 
-const fn reap(key: Key, status: Option<WaitStatus>, at: u64) -> Event<'static> {
-    let status = match status {
-        Some(s) => s,
-        None => WaitStatus(0),
-    };
+fn reap(key: Key, status: Option<WaitStatus>, at: u64) -> Event<'static> {
+    let status = status.unwrap_or(WaitStatus(0));
     Event { at, cpu: 0, process: key, body: Body::Reap { status } }
 }
 
@@ -79,9 +76,8 @@ impl Core {
     }
 
     fn reap_line(&self, key: Key, s: &Seen) -> EventLine {
-        let job = s.jobs.as_ref().and_then(|c| c.first()).map(|j| j.0);
         let tell = super::core::teller(&self.engine, &self.redact);
-        let mut line = tell(&reap(key, s.status, s.at), &s.moment, job);
+        let mut line = tell(&reap(key, s.status, s.at), &s.moment, innermost(&s.jobs));
         if s.status.is_none() {
             line.more.insert("exit".into(), serde_json::Value::Null);
         }

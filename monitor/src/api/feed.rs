@@ -152,11 +152,12 @@ impl Feed {
 
     /// A line that no record tells. One that is no process's is for every reader.
     pub fn announce(&mut self, at: u64, line: EventLine, jobs: Chain) {
-        self.readers.retain_mut(
-            |r| {
-                if r.wants_line(&jobs, &line) { r.offer(&line) } else { !r.tx.is_closed() }
-            },
-        );
+        self.readers.retain_mut(|r| {
+            if !r.wants_line(&jobs, &line) {
+                return !r.tx.is_closed();
+            }
+            r.offer(&line)
+        });
         self.remember(Past::Line { at, jobs, line: Box::new(line) });
     }
 
@@ -170,7 +171,7 @@ impl Feed {
     }
 }
 
-fn innermost(jobs: &Chain) -> Option<JobId> {
+pub(crate) fn innermost(jobs: &Chain) -> Option<JobId> {
     jobs.as_ref().and_then(|c| c.first()).map(|j| j.0)
 }
 
@@ -294,9 +295,8 @@ mod tests {
         w.publish(now, &[], 8);
         w.publish(now, &[], 7);
         let bytes = record(8, now);
-        let of = |job| {
-            tell(&event::decode(&bytes).unwrap(), &w.engine.moment(&event::decode(&bytes).unwrap()), job)
-        };
+        let e = event::decode(&bytes).unwrap();
+        let of = |job| tell(&e, &w.engine.moment(&e), job);
         w.feed.announce(now, of(None), None);
         assert_eq!(pids(&mut one), [7]);
         let jobs = w.feed.chain([(job, "etl")].into_iter());

@@ -21,6 +21,7 @@ pub mod wire;
 pub use bind::ServeError;
 pub use client::{Client, ClientError};
 pub use error::{ApiError, Class, Matched};
+pub(crate) use feed::innermost;
 pub use feed::{Chain, Feed, Subscription, Teller};
 pub use request::{
     AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecEnded, ExecRegistered, ExecRequest,

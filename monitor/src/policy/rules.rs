@@ -288,9 +288,10 @@ impl Engine {
     fn scan_now(&mut self, now: u64, fx: &mut Vec<Effect>) {
         let Some(mut scan) = self.scan.take() else { return };
         scan.tries += 1;
-        scan.waiting.retain(|k| {
-            scan.tries < SCAN_TRIES && self.forest.find(*k).is_some_and(|i| self.forest.node(i).alive())
-        });
+        if scan.tries >= SCAN_TRIES {
+            scan.waiting.clear();
+        }
+        scan.waiting.retain(|k| self.forest.find(*k).is_some_and(|i| self.forest.node(i).alive()));
         let waits = |i: Idx| scan.waiting.contains(&self.forest.node(i).key);
         let mut all: Vec<(u64, Idx)> =
             self.forest.iter().filter(|(_, n)| n.alive()).map(|(i, n)| (n.key.start, i)).collect();

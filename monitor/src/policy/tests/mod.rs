@@ -81,6 +81,19 @@ impl World {
         self.answer(fx);
     }
 
+    /// A snapshot as the kernel gives it: nobody's argv has been read.
+    fn merge_unread(&mut self) -> Merge {
+        let mut s = self.sim.snapshot(true);
+        s.rows.iter_mut().for_each(|r| r.argv = None);
+        self.merge(s)
+    }
+
+    /// /proc of a slow one answers.
+    fn at_last(&mut self, key: Key) {
+        self.slow.retain(|&p| p != key.pid);
+        self.answer(vec![Effect::ReadFacts(key)]);
+    }
+
     fn merge(&mut self, s: crate::forest::Snapshot) -> Merge {
         let mut fx = Vec::new();
         let m = self.e.snapshot(s, self.sim.now, &mut fx);

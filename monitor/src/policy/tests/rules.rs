@@ -83,9 +83,7 @@ fn a_scan_waits_for_those_above() {
         let other = w.sim.spawn(1, "worker");
         w.sim.ring.clear();
         w.slow.push(top);
-        let mut snapshot = w.sim.snapshot(true);
-        snapshot.rows.iter_mut().for_each(|r| r.argv = None);
-        w.merge(snapshot);
+        w.merge_unread();
         let mut fx = Vec::new();
         w.e.ready(w.sim.now, &mut fx);
         w.answer(fx);
@@ -94,10 +92,7 @@ fn a_scan_waits_for_those_above() {
         assert_eq!(w.e.jobs().len(), 1, "who has nobody to wait for is not held up");
         assert_eq!(w.e.jobs()[0].root, w.sim.key(other));
         if answers {
-            let facts = Some(Facts { argv: Some(b"worker".to_vec()), ..Facts::default() });
-            let mut fx = Vec::new();
-            w.e.observe(Observation::Facts { key, facts }, w.sim.now, &mut fx);
-            w.answer(fx);
+            w.at_last(key);
             assert_eq!(w.e.jobs_of(w.sim.key(child)), w.e.jobs_of(key));
         } else {
             w.pass(60 * S);
@@ -118,16 +113,11 @@ fn a_lost_exec_is_made_up_for_before_rules_are_tried() {
     w.sim.exec(top, "worker");
     let child = w.sim.fork(top);
     w.sim.ring.clear();
-    let mut snapshot = w.sim.snapshot(true);
-    snapshot.rows.iter_mut().for_each(|r| r.argv = None);
     w.slow.push(top);
-    w.merge(snapshot);
+    w.merge_unread();
     assert!(w.e.jobs().is_empty());
     let key = w.sim.key(top);
-    let mut fx = Vec::new();
-    let facts = Some(Facts { argv: Some(b"worker".to_vec()), ..Facts::default() });
-    w.e.observe(Observation::Facts { key, facts }, w.sim.now, &mut fx);
-    w.answer(fx);
+    w.at_last(key);
     assert_eq!(w.e.jobs().len(), 1);
     assert_eq!(w.e.jobs()[0].root, key);
     assert_eq!(w.e.jobs_of(w.sim.key(child)), w.e.jobs_of(key));

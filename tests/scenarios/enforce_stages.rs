@@ -428,7 +428,7 @@ fn a_chain_below_a_protected(ground: &Ground) -> Result<()> {
         ensure!(out.ended() && !lives(other) && !lives(root.id()), "round {round}: {:?}", out.report);
         ensure!(lives(founder.pid), "round {round}: the protected is gone");
         eventually("the chain lives on", ms(1000), || {
-            ensure!(bombs()?.iter().any(|m| m.key != founder), "round {round}: it is gone");
+            ensure!(bombs()?.iter().any(|m| m.key != founder), "round {round}: it is gone: {:?}", out.report);
             Ok(())
         })?;
         let out = run(&e, &order, &Rails::default())?;

@@ -135,6 +135,9 @@ pub(super) struct Judge<'a> {
     /// The roots of what is judged: nobody above one is asked for the sake of who is below.
     tops: Vec<Key>,
     seen: HashMap<Key, Seen>,
+    /// Who was found to descend from which protected member, which is so for good. Those that a chain forks later are joined to
+    /// them: the links further up may be in no map any more by then.
+    below: HashMap<Key, Key>,
     names_left: Duration,
 }
 
@@ -172,7 +175,16 @@ impl<'a> Judge<'a> {
         redact: &'a Redactor,
         tops: Vec<Key>,
     ) -> Self {
-        Self { rails, proc, lineage, redact, tops, seen: HashMap::new(), names_left: NAMES }
+        Self {
+            rails,
+            proc,
+            lineage,
+            redact,
+            tops,
+            seen: HashMap::new(),
+            below: HashMap::new(),
+            names_left: NAMES,
+        }
     }
 
     /// Forgets the verdicts, so that a member that has become another program by exec is judged as that. Names stay.
@@ -208,7 +220,10 @@ impl<'a> Judge<'a> {
                 (None, Some(w)) => spare(w.clone(), true),
                 (None, None) if protected.is_empty() => None,
                 (None, None) => match self.above(m.key, &protected)? {
-                    Above::Protected(k) => spare(format!("descends from the protected member {k}"), true),
+                    Above::Protected(k) => {
+                        self.below.insert(m.key, k);
+                        spare(format!("descends from the protected member {k}"), true)
+                    }
                     // Then the flag is all that is known of its ancestors.
                     Above::Unknown if m.spared => spare("descends from a protected member".into(), true),
                     Above::Nobody | Above::Unknown => None,
@@ -232,6 +247,9 @@ impl<'a> Judge<'a> {
             let Some(up) = self.lineage.ancestor(at)? else { return Ok(Above::Unknown) };
             if protected.contains(&up) {
                 return Ok(Above::Protected(up));
+            }
+            if let Some(&k) = self.below.get(&up) {
+                return Ok(Above::Protected(k));
             }
             at = up;
         }

@@ -99,9 +99,23 @@ impl Forest {
         i == of || self.ancestors(i).any(|a| a == of)
     }
 
-    /// Its cgroup, already interned.
+    /// Its cgroup, already interned. It may come after a fork: then it is also that of who has not execed since, as if it had
+    /// been there to inherit. (Of a zombie v1 tells none any more.)
     pub(crate) fn in_cgroup(&mut self, i: Idx, cgroup: Str) {
-        self.share_str(i, |n| &mut n.cgroup, cgroup);
+        let mut heirs = Vec::new();
+        let mut at = Some(i);
+        while let Some(i) = at {
+            self.share_str(i, |n| &mut n.cgroup, cgroup);
+            let mut c = self.node(i).lchild;
+            while c != NONE {
+                let n = self.node(c);
+                if n.flags.has(Flags::INHERITED) && !n.cgroup.is_known() {
+                    heirs.push(c);
+                }
+                c = n.lnext;
+            }
+            at = heirs.pop();
+        }
     }
 
     pub(crate) fn facts(&mut self, key: Key, facts: Option<&Facts>) -> Option<Idx> {

@@ -50,6 +50,24 @@ fn a_cgroup_is_read_once_and_known_from_the_exec_on() {
     assert_eq!(cgroup(&w, d).as_deref(), Some("/elsewhere"));
 }
 
+/// The answer is slower than the forks: they are where their forker was, dead or alive; who has execed is asked for itself.
+#[test]
+fn who_was_forked_before_the_answer_has_it_too() {
+    let mut w = World::new("");
+    w.sim.cgroup = 1;
+    let a = w.sim.spawn(1, "a");
+    let child = w.sim.fork(a);
+    let grandchild = w.sim.fork(child);
+    w.sim.exit(child, 0);
+    let other = w.sim.spawn(a, "other");
+    w.drain();
+    assert_eq!(read(&mut w, "/a", false), [a]);
+    for pid in [a, child, grandchild] {
+        assert_eq!(cgroup(&w, pid).as_deref(), Some("/a"));
+    }
+    assert_eq!(cgroup(&w, other), None);
+}
+
 #[test]
 fn where_the_id_does_not_tell_each_is_read() {
     let mut w = World::new("");

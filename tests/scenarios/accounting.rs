@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, ensure};
+use jobwarden::contract::EventLine;
 use jobwarden::key::Key;
 use jobwarden_tests::agent::Options;
 use jobwarden_tests::truth::forest_is_proc;
@@ -23,7 +24,7 @@ fn five_thousand_as_fast_as_possible() -> Result<()> {
     loudly(&format!("{started} processes in {:.2} s", begun.elapsed().as_secs_f64()));
     assert_eq!((started, waited), (n as usize, n as usize), "the spawner's own count");
     let spawner = s.pid();
-    let mut missed = 0;
+    let mut by_proc = 0;
     eventually("each fork, exec, exit and reap", ms(30_000), || {
         let mut lives: BTreeMap<Key, BTreeMap<String, usize>> = BTreeMap::new();
         // Once: more come while they are counted.
@@ -47,12 +48,15 @@ fn five_thousand_as_fast_as_possible() -> Result<()> {
             let count = |key: &&Key| lives[*key].get(kind).copied().unwrap_or(0);
             let odd: Vec<_> =
                 mine.keys().filter(|k| count(k) != 1).map(|k| (k.to_string(), count(&k))).collect();
-            // Linux 6.18 under load now and then runs tracefs' handler of sched_process_free and not a BPF program beside
-            // it (recursion_misses 0). The look at /proc makes up for it, so a process stays with nobody.
-            let may_miss = if kind == "reap" { started / 100 } else { 0 };
-            ensure!(odd.len() <= may_miss, "{kind}: not once for {}: {:?}", odd.len(), odd.first());
-            missed = odd.len();
+            ensure!(odd.is_empty(), "{kind}: not once for {}: {:?}", odd.len(), odd.first());
         }
+        // A kernel that hides PID 1 from tracing runs no probe for what is freed while that one is on the CPU.
+        let told = |e: &&EventLine| {
+            e.more.get("source").is_some_and(|s| s == "proc")
+                && e.process.as_ref().is_some_and(|p| mine.contains_key(&p.id))
+        };
+        by_proc = all.iter().filter(told).count();
+        ensure!(by_proc <= started / 100, "{by_proc} reaps have no record");
         Ok(())
     })?;
     assert!(!events.all().iter().any(|e| e.kind == "lost"), "nothing was lost");
@@ -61,7 +65,7 @@ fn five_thousand_as_fast_as_possible() -> Result<()> {
         let label = format!("kind=\"{kind}\"");
         let grown =
             after.sum("jobwarden_events_total", &[&label]) - before.sum("jobwarden_events_total", &[&label]);
-        assert!(grown >= (n as usize - missed) as f64, "{kind}: {grown}");
+        assert!(grown >= (n as usize - by_proc) as f64, "{kind}: {grown}");
     }
     assert!(after.sum("jobwarden_events_lost_total", &[]) < 0.5);
     eventually("the accounts balance", ms(10_000), || agent.metrics()?.balanced())?;

@@ -139,6 +139,7 @@ impl Drop for Ground {
         if left.is_empty() {
             return;
         }
+        crate::limit::remove_left(&self.tag);
         let text = format!("{}: left behind (ended now): {}", self.test, left.join("; "));
         if std::thread::panicking() {
             loudly(&text);

@@ -8,6 +8,9 @@ use anyhow::{Result, ensure};
 
 use crate::{Ground, eventually, loudly, ms};
 
+/// Where the pids controller is: v1's hierarchy, or v2's.
+const ROOTS: [&str; 2] = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"];
+
 /// A cgroup with a `pids` limit, named as its test's tag. Removed when this is dropped, so all in it must have ended.
 pub struct Limit {
     dir: PathBuf,
@@ -19,7 +22,7 @@ impl Limit {
     /// None where there is no such controller.
     #[must_use]
     pub fn new(ground: &Ground, max: u32) -> Option<Self> {
-        ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].iter().find_map(|root| {
+        ROOTS.iter().find_map(|root| {
             let dir = Path::new(root).join(&ground.tag);
             std::fs::create_dir(&dir).ok()?;
             let limit = Self { dir, above: None };
@@ -31,7 +34,7 @@ impl Limit {
     /// container's id. None where there is no such hierarchy.
     #[must_use]
     pub fn docker_v1(ground: &Ground) -> Option<(Self, String)> {
-        let root = Path::new("/sys/fs/cgroup/pids");
+        let root = Path::new(ROOTS[0]);
         // What v2 has in each group is in none of v1.
         if !root.join("cgroup.procs").exists() || root.join("cgroup.controllers").exists() {
             return None;
@@ -64,6 +67,15 @@ impl Limit {
             ensure!(left.trim() == "0", "{left} are in it: {:?}", std::fs::read_to_string(self.procs())?);
             Ok(())
         })
+    }
+}
+
+/// What a failed test's [`Limit`] could not remove, since somebody was left in it: by now that one is ended.
+pub(crate) fn remove_left(tag: &str) {
+    for dir in ROOTS.iter().map(|r| Path::new(r).join(tag)).filter(|d| d.exists()) {
+        if let Err(e) = eventually("rmdir", ms(2000), || Ok(std::fs::remove_dir(&dir)?)) {
+            loudly(&format!("{}: {e:#}", dir.display()));
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Zombies: one alert for each parent that does not reap, however many there are. It fires only if /proc says Z with no
-//! live thread at that moment, and while it fires /proc is looked at, since the reap record may come late.
+//! live thread at that moment, and as long as it waits or fires /proc is looked at, since the reap record may come late, or
+//! never (`agent/reaps.rs` has how).
 
 use std::collections::HashMap;
 
@@ -10,7 +11,7 @@ use crate::contract::{AlertKind, State};
 use crate::forest::{Fast, Flags, Idx, NONE, Seen};
 use crate::key::Key;
 
-/// While an alert fires its zombies are looked at this often (with thousands of alerts less often).
+/// While an alert fires its zombies are looked at this often (with thousands of alerts less often); before, each second.
 const EVERY: u64 = 250 * MS;
 /// A zombie went: its siblings are looked through after this.
 const SOON: u64 = 20 * MS;
@@ -155,6 +156,7 @@ impl Engine {
             fx.push(Effect::Look(zombie));
             self.plan(parent, now + EVERY);
         } else {
+            self.look_round(parent, &f.zombies, now, fx);
             self.plan(parent, f.next.0.min(now + SECOND));
         }
     }

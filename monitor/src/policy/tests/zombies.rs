@@ -67,6 +67,26 @@ fn reaped_before_its_time_is_dropped() {
     assert!(w.e.alerts(true).is_empty());
 }
 
+/// A kernel may free a process where no probe runs: its record never comes.
+#[test]
+fn whose_reap_is_never_told_is_found_gone_long_before_its_time() {
+    let mut w = World::new("[zombies]\nafter = \"30s\"");
+    let worker = w.sim.spawn(1, "/bin/worker");
+    let all: Vec<u32> = (0..40).map(|_| w.sim.fork(worker)).collect();
+    let keys: Vec<Key> = all.iter().map(|&p| w.sim.key(p)).collect();
+    w.drain();
+    all.iter().for_each(|&p| w.sim.die(p, 0));
+    w.pass(S / 2);
+    assert!(keys.iter().all(|&k| w.state(k) == Some(State::Zombie)));
+    for &p in &all {
+        w.sim.reap(p);
+        w.sim.ring.pop();
+    }
+    w.pass(2 * S);
+    assert!(keys.iter().all(|&k| w.state(k).is_none_or(|s| s == State::Gone)));
+    assert_eq!(w.e.gauges(w.sim.now).unreaping_parents, 0);
+}
+
 #[test]
 fn stuck_in_its_exit_is_no_zombie() {
     let mut w = World::new(AFTER_5);

@@ -6,7 +6,7 @@
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 /// Raised whenever a record or a map value changes its layout or its meaning; it is part of the pin folder's hash.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Bytes of a task's `comm`, with its NUL.
 pub const COMM_LEN: usize = 16;
@@ -168,10 +168,15 @@ pub struct Lineage {
     pub job: u64,
     /// `LINEAGE_*`. Written at fork and by the `edit` program only.
     pub flags: u32,
-    /// Not 0: the group's death has been reported (two last threads can both see `live == 0`). A field of its own, so
-    /// that the exit probe and `edit` never write the same word.
-    pub dead: u32,
+    /// `LIFE_*`. A field of its own, so that the fork and exit probes never write the same word as `edit`; and not at the same
+    /// time as each other, since who forks is not its group's last thread.
+    pub life: u32,
 }
+
+/// The group's death has been reported (two last threads can both see `live == 0`).
+pub const LIFE_ENDED: u32 = 1;
+/// It has forked, so a chain of lineage may lead through it: it is kept among the dead.
+pub const LIFE_FORKED: u32 = 2;
 
 /// Value of the job map, keyed by the job's 64-bit number. The agent is its only writer.
 #[repr(C)]

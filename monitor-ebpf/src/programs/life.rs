@@ -5,7 +5,7 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use monitor_abi::{
     EXIT_GROUP, Exit, FORK_NO_ENTRY, Fork, KERNEL_THREAD, KIND_EXIT, KIND_FORK, KIND_LEADER_EXIT, KIND_REAP,
-    LABEL_DEPTH, LINEAGE_SPARED, Lineage, ProcKey, Reap,
+    LABEL_DEPTH, LIFE_ENDED, LIFE_FORKED, LINEAGE_MENDED, LINEAGE_SPARED, Lineage, ProcKey, Reap,
 };
 
 use super::task::{self, Ptr};
@@ -52,11 +52,9 @@ pub(crate) fn fork(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// The forker's innermost job and whether it is spared.
+/// The innermost job of the forker, whose entry this is, and whether it is spared.
 #[inline(always)]
-fn inherited(forker: &ProcKey) -> (u64, u32) {
-    // SAFETY: the forker is `current`: its entry is deleted only when it is freed, and is edited in place.
-    let Some(l) = (unsafe { LINEAGE.get(forker) }) else { return (0, 0) };
+fn inherited(l: &Lineage) -> (u64, u32) {
     let (job, flags) = word(l);
     if job != 0 || !labelling() {
         return (job, flags);
@@ -122,16 +120,28 @@ fn entry(key: &ProcKey) -> Option<&'static Lineage> {
 /// Enters the child with what it inherits: its innermost job, whether it is spared, and whether there was room.
 #[inline(always)]
 fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
-    let (job, flags) = inherited(forker);
-    let made = LINEAGE.insert(key, Lineage { parent: *forker, job, flags, dead: 0 }, u64::from(BPF_NOEXIST));
+    // The forker is `current`: its entry is deleted only when it is freed, and is edited in place.
+    let above = LINEAGE.get_ptr_mut(forker);
+    // SAFETY: as said.
+    let (job, flags) = above.map_or((0, 0), |l| unsafe {
+        let life = &raw mut (*l).life;
+        let before = life.read_volatile();
+        if before & LIFE_FORKED == 0 {
+            life.write_volatile(before | LIFE_FORKED);
+        }
+        inherited(&*l)
+    });
+    let made = LINEAGE.insert(key, Lineage { parent: *forker, job, flags, life: 0 }, u64::from(BPF_NOEXIST));
     if let Err(e) = made
         && e != EEXIST
     {
         return (job, flags != 0, false);
     }
-    // The agent may be labelling: it wrote the forker's entry after it was read above, and looked for children before
-    // this one was entered; or it entered this child itself. So the forker is read once more.
-    let (now_job, now_flags) = inherited(forker);
+    // The agent may be labelling: it wrote the forker's entry after it was read above, or made it, and looked for children
+    // before this one was entered; or it entered this child itself. So the forker is read once more.
+    // SAFETY: as said.
+    let (now_job, now_flags) =
+        above.or_else(|| LINEAGE.get_ptr_mut(forker)).map_or((0, 0), |l| unsafe { inherited(&*l) });
     if now_job != job || now_flags != flags || made.is_err() {
         if let Some(entry) = LINEAGE.get_ptr_mut(key) {
             // SAFETY: the child does not run yet, so its entry stays.
@@ -186,11 +196,12 @@ fn first_death(key: &ProcKey) -> bool {
     let Some(entry) = LINEAGE.get_ptr_mut(key) else { return true };
     // SAFETY: the entry is deleted only when the leader is freed, and its thread here is not yet dead.
     unsafe {
-        let dead = &raw mut (*entry).dead;
-        if dead.read_volatile() != 0 {
+        let life = &raw mut (*entry).life;
+        let before = life.read_volatile();
+        if before & LIFE_ENDED != 0 {
             return false;
         }
-        dead.write_volatile(1);
+        life.write_volatile(before | LIFE_ENDED);
     }
     true
 }
@@ -210,9 +221,12 @@ pub(crate) fn free(ctx: BtfTracePointContext) -> i32 {
         let key = task::key(task);
         let (_, status, _) = task::live_and_status(task);
         if let Some(entry) = LINEAGE.get(key) {
-            // Copied first: the slot may be used again as soon as it is deleted.
-            let entry = *entry;
-            let _ = DEAD.insert(key, entry, 0);
+            // No chain of lineage leads through one without children. Of one from before the probes that is not known.
+            if entry.life & LIFE_FORKED != 0 || entry.flags & LINEAGE_MENDED != 0 {
+                // Copied first: the slot may be used again as soon as it is deleted.
+                let entry = *entry;
+                let _ = DEAD.insert(key, entry, 0);
+            }
             let _ = LINEAGE.remove(key);
         }
         ring::emit::<Reap>(KIND_REAP, |r| {

@@ -148,7 +148,13 @@ pub(crate) unsafe fn is_kernel_thread(task: Ptr) -> bool {
     flags & PF_KTHREAD != 0
 }
 
+/// # Safety
+/// As [`load`], `task` being a task.
 #[inline(always)]
-pub(crate) fn comm(task: Ptr) -> [u8; COMM_LEN] {
-    probe(task, frozen!(OFFSETS.task_comm)).unwrap_or([0; COMM_LEN])
+pub(crate) unsafe fn comm(task: Ptr) -> [u8; COMM_LEN] {
+    let at = frozen!(OFFSETS.task_comm);
+    // SAFETY: the caller's. Whole words of the array; its place in the struct need not be aligned for the compiler.
+    let words: [u64; 2] = unsafe { [load(task, at), load(task, at + 8)] };
+    // SAFETY: the same bytes.
+    unsafe { core::mem::transmute(words) }
 }

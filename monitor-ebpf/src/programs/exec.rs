@@ -40,50 +40,26 @@ pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
     let task: Ptr = ctx.arg(0);
     let old_tid: u32 = ctx.arg(1);
     let bprm: Ptr = ctx.arg(2);
-    let mut flags = 0;
-    // SAFETY: arguments of the tracepoint.
-    let (filename, (argv, argv_end)) = unsafe {
-        let filename: Ptr = load_address(bprm, frozen!(OFFSETS.bprm_filename));
-        let span = match task::follow(task, frozen!(OFFSETS.task_mm)) {
-            Some(mm) => (
-                load_address(mm, frozen!(OFFSETS.mm_arg_start)),
-                load_address(mm, frozen!(OFFSETS.mm_arg_end)),
-            ),
-            None => (core::ptr::null(), core::ptr::null()),
+    // SAFETY: arguments of the tracepoint; what is loaded from the memory descriptor are plain words.
+    let (filename, argv, argv_len) = unsafe {
+        let filename: Ptr = task::load(bprm, frozen!(OFFSETS.bprm_filename));
+        let (start, end): (u64, u64) = match task::follow(task, frozen!(OFFSETS.task_mm)) {
+            Some(mm) => {
+                (task::load(mm, frozen!(OFFSETS.mm_arg_start)), task::load(mm, frozen!(OFFSETS.mm_arg_end)))
+            }
+            None => (0, 0),
         };
-        (filename, span)
+        (filename, start as Ptr, end.wrapping_sub(start) as usize)
     };
-    // Only its length is wanted here; the name itself is read into the ring. (The helper gives the length it copied,
-    // with the NUL, cut to the buffer.)
-    let mut name = core::mem::MaybeUninit::<[u8; FILENAME_MAX]>::uninit();
-    // SAFETY: the buffer has the size that is given, and the helper takes any address.
-    let got = unsafe {
-        helpers::bpf_probe_read_kernel_str(name.as_mut_ptr().cast(), FILENAME_MAX as u32, filename.cast())
-    };
-    let filename_len = if got > 1 { got as usize - 1 } else { 0 };
-    if filename_len >= FILENAME_MAX - 1 {
-        flags |= EXEC_FILENAME_CUT;
-    }
-    let mut argv_len = (argv_end as usize).wrapping_sub(argv as usize);
-    if argv_len > ARGV_MAX {
-        argv_len = ARGV_MAX;
-        flags |= EXEC_ARGV_CUT;
-    }
+    let (argv_len, flags) = if argv_len > ARGV_MAX { (ARGV_MAX, EXEC_ARGV_CUT) } else { (argv_len, 0) };
     let what = What { flags, task, old_tid, filename, argv, argv_len };
-    if filename_len < SMALL.0 && argv_len <= SMALL.1 {
-        send::<{ SMALL.0 }, { SMALL.1 }, { SMALL.0 + SMALL.1 }>(&what);
-    } else if filename_len < MEDIUM.0 && argv_len <= MEDIUM.1 {
-        send::<{ MEDIUM.0 }, { MEDIUM.1 }, { MEDIUM.0 + MEDIUM.1 }>(&what);
-    } else {
+    let small = argv_len <= SMALL.1 && send::<{ SMALL.0 }, { SMALL.1 }, { SMALL.0 + SMALL.1 }>(&what);
+    let medium =
+        !small && argv_len <= MEDIUM.1 && send::<{ MEDIUM.0 }, { MEDIUM.1 }, { MEDIUM.0 + MEDIUM.1 }>(&what);
+    if !small && !medium {
         send::<{ LARGE.0 }, { LARGE.1 }, { LARGE.0 + LARGE.1 }>(&what);
     }
     0
-}
-
-/// A word that is an address of something else, read by helper so that the verifier takes it for a number.
-#[inline(always)]
-fn load_address(base: Ptr, offset: u32) -> Ptr {
-    task::probe::<Ptr>(base, offset).unwrap_or(core::ptr::null())
 }
 
 /// A bound that the verifier sees right at the use: the compiler cannot know `n` to be smaller already.
@@ -95,15 +71,23 @@ fn at_most(n: usize, max: usize) -> usize {
     if n > max as u64 { max } else { n as usize }
 }
 
+/// False: the file name needs a larger record, and nothing was sent.
 #[inline(always)]
-fn send<const F: usize, const A: usize, const BYTES: usize>(w: &What) {
-    ring::emit::<Record<BYTES>>(KIND_EXEC, |r| {
+fn send<const F: usize, const A: usize, const BYTES: usize>(w: &What) -> bool {
+    ring::emit_if::<Record<BYTES>>(KIND_EXEC, |r| {
         // SAFETY: `r` is reserved ring space of this size. Name and argv together never pass it: F - 1 + A < BYTES.
         unsafe {
             let bytes = (&raw mut (*r).bytes).cast::<u8>();
+            // The helper gives the length it copied, with the NUL, cut to the buffer.
             let got = helpers::bpf_probe_read_kernel_str(bytes.cast(), F as u32, w.filename.cast());
-            let name = if got > 1 { at_most(got as usize - 1, F - 1) } else { 0 };
             let mut flags = w.flags;
+            if got >= F as i64 {
+                if F < FILENAME_MAX {
+                    return false;
+                }
+                flags |= EXEC_FILENAME_CUT;
+            }
+            let name = if got > 1 { at_most(got as usize - 1, F - 1) } else { 0 };
             let mut argv = at_most(w.argv_len, A);
             if argv > 0
                 && helpers::bpf_probe_read_user(bytes.add(name).cast(), argv as u32, w.argv.cast()) != 0
@@ -122,5 +106,6 @@ fn send<const F: usize, const A: usize, const BYTES: usize>(w: &What) {
                 comm: task::comm(w.task),
             });
         }
-    });
+        true
+    })
 }

@@ -39,18 +39,36 @@ pub(crate) fn filtered(kind: u16) {
 /// It is counted before it is submitted, so the agent never receives more than was sent.
 #[inline(always)]
 pub(crate) fn emit<T: 'static>(kind: u16, write: impl FnOnce(*mut T)) {
-    let Some(c) = counter(kind) else { return };
-    // SAFETY: `c` is this CPU's value in the map.
-    unsafe { add_one(&raw mut (*c).hits) };
+    emit_if(kind, |r| {
+        write(r);
+        true
+    });
+}
+
+/// As [`emit`], but what `write` says no to is given back, and no hit. False: it said no.
+#[inline(always)]
+pub(crate) fn emit_if<T: 'static>(kind: u16, write: impl FnOnce(*mut T) -> bool) -> bool {
+    let Some(c) = counter(kind) else { return true };
     if let Some(mut entry) = EVENTS.reserve_untyped::<T>(0) {
-        write(entry.as_mut_ptr());
-        // SAFETY: as above.
-        unsafe { add_one(&raw mut (*c).sent) };
+        if !write(entry.as_mut_ptr()) {
+            // It wakes a reader as a record would: the next one does not, since this stands before it.
+            entry.discard(0);
+            return false;
+        }
+        // SAFETY: `c` is this CPU's value in the map.
+        unsafe {
+            add_one(&raw mut (*c).hits);
+            add_one(&raw mut (*c).sent);
+        }
         entry.submit(0);
     } else {
         // SAFETY: as above.
-        unsafe { add_one(&raw mut (*c).lost) };
+        unsafe {
+            add_one(&raw mut (*c).hits);
+            add_one(&raw mut (*c).lost);
+        }
     }
+    true
 }
 
 #[inline(always)]

@@ -89,14 +89,9 @@ fn above(tgid: u32, start: u64) -> u64 {
         if at.tgid <= 1 {
             return 0;
         }
-        let Some(l) = entry(&at) else { return 0 };
-        let (job, spared) = word(l);
-        let up = l.parent;
-        // A slot is used again as soon as it is free, for anybody; no key comes back. What still has the key had it while it was
-        // read. Where it has moved to the dead meanwhile, the next fork of the chain asks again.
-        if !entry(&at).is_some_and(|now| core::ptr::eq(now, l)) {
-            return 0;
-        }
+        // SAFETY: map values stay mapped; what they hold is checked there.
+        let read = unsafe { checked(|| LINEAGE.get(at)).or_else(|| checked(|| DEAD.get(at))) };
+        let Some((job, spared, up)) = read else { return 0 };
         if job != 0 {
             // One that is forgotten leaves its number with the dead.
             // SAFETY: only whether there is an entry is asked.
@@ -110,11 +105,14 @@ fn above(tgid: u32, start: u64) -> u64 {
     0
 }
 
-/// Of the living, or of the dead.
+/// What an entry says. A slot is used again as soon as it is free, for anybody; no key comes back. So what still has the key had it
+/// while it was read; else it may have moved from the living to the dead.
 #[inline(always)]
-fn entry(key: &ProcKey) -> Option<&'static Lineage> {
-    // SAFETY: map values stay mapped; what they hold is checked by the caller.
-    unsafe { LINEAGE.get(key).or_else(|| DEAD.get(key)) }
+fn checked(get: impl Fn() -> Option<&'static Lineage>) -> Option<(u64, u32, ProcKey)> {
+    let l = get()?;
+    let (job, spared) = word(l);
+    let up = l.parent;
+    get().is_some_and(|now| core::ptr::eq(now, l)).then_some((job, spared, up))
 }
 
 /// Enters the child with what it inherits: its innermost job, whether it is spared, and whether there was room.
@@ -129,7 +127,7 @@ fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
         if before & LIFE_FORKED == 0 {
             life.write_volatile(before | LIFE_FORKED);
         }
-        inherited(&*l)
+        word(&*l)
     });
     let made = LINEAGE.insert(key, Lineage { parent: *forker, job, flags, life: 0 }, u64::from(BPF_NOEXIST));
     if let Err(e) = made

@@ -1,6 +1,6 @@
 //! The answers to what clients ask of the agent's core.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use super::core::Core;
@@ -10,7 +10,7 @@ use crate::api::{
     Notified, Peer, Reply, Request, Status, Target as Asked, TreeQuery as AskedTree, WhyQuery,
 };
 use crate::config::Config;
-use crate::contract::{Alerts, EventLine, JobId, Jobs, State, Tree};
+use crate::contract::{Alerts, EventLine, JobId, Jobs, State, Tree, text};
 use crate::enforce::audit;
 use crate::host;
 use crate::kernel;
@@ -19,6 +19,8 @@ use crate::policy::{ExecJob, JobPolicy, Refused, Target, TreeQuery};
 
 /// Most audit entries in one answer, the newest.
 const AUDIT_MAX: usize = 10_000;
+/// From so many processes on the kernel is asked for the states of all at once, rather than /proc for each.
+const MANY: usize = 256;
 
 pub(super) fn answer(core: &mut Core, r: Request) {
     match r {
@@ -131,9 +133,16 @@ fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
     let mut tree = core.engine.tree(&query, host::boot_now()).map_err(refused)?;
     let host_ns = core.looker.own_pid_ns();
     let mut read = Vec::new();
+    let all =
+        if tree.processes.len() < MANY { HashMap::new() } else { core.kernel.letters().unwrap_or_default() };
     for p in &mut tree.processes {
         read.extend(core.looker.place(p, host_ns));
-        core.looker.show(p);
+        match all.get(&p.id) {
+            Some((letter, comm)) if p.state != State::Gone => {
+                (p.kernel_state, p.comm) = (Some(text(&[*letter])), text(comm.bytes()));
+            }
+            _ => core.looker.show(p),
+        }
         // Last: what was read just now may hold a secret too.
         core.redact.process(p);
     }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::driver::Driver;
@@ -46,6 +46,8 @@ const LOOKS_A_TURN: usize = 8;
 const LOOKS_TIME: Duration = Duration::from_millis(20);
 /// Keys whose facts are read by one blocking task: one process that blocks its readers holds up only so many.
 const FACTS_BATCH: usize = 64;
+/// How long such a task waits for its turn at most.
+const FACTS_WAIT: Duration = Duration::from_secs(1);
 
 /// What comes back from the work that runs beside the core.
 #[derive(Debug)]
@@ -111,6 +113,7 @@ pub(super) struct Core {
     pub(super) reloads: Reloads,
     pub(super) state_dirty: bool,
     facts_wanted: Vec<Key>,
+    facts_turns: Arc<Semaphore>,
     cgroups_wanted: Vec<(Key, u64)>,
     pub(super) looks_wanted: Vec<Key>,
     /// Time of the last record that was read.
@@ -177,6 +180,9 @@ impl Core {
             reloads: Reloads::default(),
             state_dirty: false,
             facts_wanted: Vec::new(),
+            facts_turns: Arc::new(Semaphore::new(
+                std::thread::available_parallelism().map_or(1, usize::from),
+            )),
             cgroups_wanted: Vec::new(),
             looks_wanted: Vec::new(),
             read_to: 0,
@@ -495,9 +501,16 @@ impl Core {
         let wanted = std::mem::take(&mut self.facts_wanted);
         for keys in wanted.chunks(FACTS_BATCH) {
             let (keys, looker, tx) = (keys.to_vec(), self.looker.clone(), self.internal.clone());
-            tokio::task::spawn_blocking(move || {
-                let all = keys.into_iter().map(|k| (k, looker.facts(k))).collect();
-                let _ = tx.send(Internal::Facts(all));
+            let turns = self.facts_turns.clone();
+            tokio::spawn(async move {
+                // As many at a time as there are processors, so that the core keeps its own; readers that are held up keep the
+                // others waiting no longer than this.
+                let turn = tokio::time::timeout(FACTS_WAIT, turns.acquire_owned()).await;
+                tokio::task::spawn_blocking(move || {
+                    let all = keys.into_iter().map(|k| (k, looker.facts(k))).collect();
+                    let _ = tx.send(Internal::Facts(all));
+                    drop(turn);
+                });
             });
         }
     }

@@ -52,26 +52,28 @@ impl Looker {
 
     /// What rules and views want to know beside that. May block: /proc/PID/cmdline takes the process's `mmap_lock`.
     pub(super) fn facts(&self, key: Key) -> Option<Facts> {
-        if self.proc.stat(key.pid).ok()?.start_ticks != self.ticks(key) {
-            return None;
-        }
         let pid = key.pid;
         let status = self.proc.status(pid).ok()?;
-        let cgroups = self.cgroups(key);
-        let pid_ns = self.pid_ns(pid);
-        Some(Facts {
+        let mut facts = Facts {
             argv: self.argv(pid).ok().filter(|b| !b.is_empty()),
             exe: self.proc.exe(pid).ok().map(|p| p.into_os_string().into_vec()),
-            cgroup: cgroups.and_then(|c| c.kept()),
+            cgroup: None,
             uid: status.uid,
-            pid_ns,
+            pid_ns: self.pid_ns(pid),
             ns_pid: status.ns_pids.last().copied(),
-        })
+        };
+        // Last: after its own reading it makes sure that the pid is still that process's, so all above was read of it too.
+        match self.cgroups(key) {
+            Some(c) => facts.cgroup = c.kept(),
+            None if self.proc.stat(pid).ok()?.start_ticks != self.ticks(key) => return None,
+            None => {}
+        }
+        Some(facts)
     }
 
     /// Its cgroups, and what the runtimes' records add. `None`: gone.
     fn cgroups(&self, key: Key) -> Option<Cgroups> {
-        let mut all = Cgroups::parse(&std::fs::read(self.proc.path(key.pid, "cgroup")).ok()?);
+        let mut all = Cgroups::parse(&proc::read(&self.proc.path(key.pid, "cgroup")).ok()?);
         // After it was read: the pid is still that process's.
         let stat = self.proc.stat(key.pid).ok().filter(|s| s.start_ticks == self.ticks(key))?;
         if stat.state == b'Z' {

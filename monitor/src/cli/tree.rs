@@ -1,5 +1,6 @@
 //! `jobwarden tree`.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::process::ExitCode;
 
@@ -59,7 +60,10 @@ impl Args {
             if context.json { None } else { client.get::<Alerts>("/v1/alerts", &AlertQuery::default()).ok() };
         let causes = render::causes(&alerts.map(|a| a.alerts).unwrap_or_default());
         context.show(&tree, |style| {
-            let (users, kernel_threads) = (&user_name, self.all);
+            // Each name is asked for once: the name service reads a file, or asks a server.
+            let known = RefCell::new(HashMap::new());
+            let users = &|uid| known.borrow_mut().entry(uid).or_insert_with(|| user_name(uid)).clone();
+            let kernel_threads = self.all;
             let view = TreeView { tree: &tree, jobs: &jobs, users, causes: &causes, kernel_threads };
             render::tree(&view, style)
         })?;

@@ -35,7 +35,7 @@ pub const DEFAULT_PORT: u16 = 19750;
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
 /// Of the ring between the probes and the agent.
-pub const DEFAULT_RING_BYTES: u32 = 8 << 20;
+pub const DEFAULT_RING_BYTES: u32 = 4 << 20;
 
 pub const DEFAULT_AFTER: Duration = Duration::from_secs(30);
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(10);

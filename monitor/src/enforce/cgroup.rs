@@ -30,7 +30,7 @@ pub fn v2_root(proc: &Proc) -> Option<PathBuf> {
 /// The v2 cgroup folder that a process is in.
 #[must_use]
 pub fn of(proc: &Proc, pid: u32) -> Option<PathBuf> {
-    let path = Cgroups::parse(&std::fs::read(proc.path(pid, "cgroup")).ok()?).v2?;
+    let path = Cgroups::parse(&crate::proc::read(&proc.path(pid, "cgroup")).ok()?).v2?;
     Some(v2_root(proc)?.join(path.trim_start_matches('/')))
 }
 

@@ -342,7 +342,7 @@ impl Own {
         let argv = if needs.argv { proc.argv(pid).unwrap_or_default() } else { Vec::new() };
         let argv: Vec<String> = argv.iter().map(|a| text(a)).collect();
         let cgroups = (needs.cgroup || needs.container)
-            .then(|| std::fs::read(proc.path(pid, "cgroup")).ok())
+            .then(|| crate::proc::read(&proc.path(pid, "cgroup")).ok())
             .flatten()
             .map(|b| {
                 let mut all = Cgroups::parse(&b);

@@ -24,7 +24,7 @@ pub(super) fn look(proc: &Proc, lineage: &dyn Lineage, process: Ref) -> Stuck {
         .filter(|w| !w.is_empty() && w != "0");
     let tracer = worst
         .and_then(|(t, _)| {
-            let b = std::fs::read(proc.path(pid, &format!("task/{t}/status"))).ok()?;
+            let b = crate::proc::read(&proc.path(pid, &format!("task/{t}/status"))).ok()?;
             Some(crate::proc::parse_status(&b).tracer).filter(|&t| t > 0)
         })
         .and_then(|t| reference(proc, lineage, t));

@@ -139,6 +139,41 @@ async fn snapshot_has_everybody() {
 }
 
 #[tokio::test]
+async fn letters_as_proc_has_them() {
+    let Some(kernel) = start("letters_as_proc_has_them", &Options::default()) else { return };
+    let [mut sleeper, mut stopped, mut zombie] =
+        ["sleep", "sleep", "true"].map(|p| Child::spawn(Command::new(p).arg("1000")));
+    // SAFETY: a child of this test, not reaped.
+    assert_eq!(unsafe { libc::kill(stopped.0.id() as i32, libc::SIGSTOP) }, 0);
+    let proc = crate::proc::Proc::default();
+    for (child, letter) in [(&sleeper, b'S'), (&stopped, b'T'), (&zombie, b'Z')] {
+        let pid = child.0.id();
+        jobs::wait_for("its state", Duration::from_secs(20), || {
+            proc.stat(pid).is_ok_and(|s| s.state == letter)
+        });
+        let key = Key::new(pid, kernel.start_of(pid).unwrap().unwrap());
+        let comm = proc.stat(pid).unwrap().comm;
+        assert_eq!(kernel.letters().unwrap().get(&key), Some(&(letter, comm)));
+    }
+    // Kernel threads that idle, are parked, and what else there is: whoever shows the same before and after.
+    let read = || -> Vec<_> { proc.pids().unwrap().iter().filter_map(|&p| proc.stat(p).ok()).collect() };
+    let (before, letters, after) = (read(), kernel.letters().unwrap(), read());
+    let mut same = 0;
+    for s in before.iter().filter(|s| after.iter().any(|a| (a.pid, a.state) == (s.pid, s.state))) {
+        let Some((_, (letter, _))) = letters.iter().find(|(k, _)| k.pid == s.pid) else { continue };
+        // It may have run, or waited for a disk, just then.
+        if !b"RD".contains(letter) && s.state != b'R' {
+            assert_eq!(*letter as char, s.state as char, "{s:?}");
+            same += 1;
+        }
+    }
+    assert!(same > 3, "{same}");
+    sleeper.end();
+    stopped.end();
+    zombie.end();
+}
+
+#[tokio::test]
 async fn accounts_to_the_last_event() {
     let Some(kernel) = start("accounts_to_the_last_event", &Options::default()) else { return };
     let mut ring = kernel.take_ring().unwrap();

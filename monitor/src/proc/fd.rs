@@ -129,7 +129,7 @@ impl Proc {
     }
 
     pub fn fdinfo(&self, pid: u32, fd: u32) -> io::Result<FdInfo> {
-        Ok(parse_fdinfo(&std::fs::read(self.path(pid, &format!("fdinfo/{fd}")))?))
+        Ok(parse_fdinfo(&super::read(&self.path(pid, &format!("fdinfo/{fd}")))?))
     }
 }
 

@@ -1,7 +1,7 @@
 //! A reader of /proc with an injected root. Every file may vanish or be empty between two reads: each call can fail
 //! and none panics. It knows nothing of the forest.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use crate::event::Comm;
@@ -146,22 +146,22 @@ impl Proc {
 
     pub fn stat(&self, pid: u32) -> io::Result<Stat> {
         let p = self.path(pid, "stat");
-        parse_stat(&std::fs::read(&p)?).ok_or_else(|| bad("not in the form of proc_pid_stat(5)", &p))
+        parse_stat(&read(&p)?).ok_or_else(|| bad("not in the form of proc_pid_stat(5)", &p))
     }
 
     /// Of a thread of `pid`.
     pub fn thread_stat(&self, pid: u32, tid: u32) -> io::Result<Stat> {
         let p = self.path(pid, &format!("task/{tid}/stat"));
-        parse_stat(&std::fs::read(&p)?).ok_or_else(|| bad("not in the form of proc_pid_stat(5)", &p))
+        parse_stat(&read(&p)?).ok_or_else(|| bad("not in the form of proc_pid_stat(5)", &p))
     }
 
     pub fn status(&self, pid: u32) -> io::Result<Status> {
-        Ok(parse_status(&std::fs::read(self.path(pid, "status"))?))
+        Ok(parse_status(&read(&self.path(pid, "status"))?))
     }
 
     /// Empty for kernel threads and zombies.
     pub fn argv(&self, pid: u32) -> io::Result<Vec<Vec<u8>>> {
-        Ok(split_argv(&std::fs::read(self.path(pid, "cmdline"))?))
+        Ok(split_argv(&read(&self.path(pid, "cmdline"))?))
     }
 
     /// The resolved path; ` (deleted)` is left as the kernel gives it.
@@ -184,6 +184,21 @@ impl Proc {
     pub fn has_live_thread(&self, pid: u32) -> bool {
         let Ok(tids) = self.threads(pid) else { return false };
         tids.iter().any(|&t| self.thread_stat(pid, t).is_ok_and(|s| !matches!(s.state, b'Z' | b'X' | b'x')))
+    }
+}
+
+/// A file of /proc, whole. It has no size that could be asked for, and is mostly smaller than the buffer: one read, and one that
+/// says that this was all.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = std::fs::File::open(path)?;
+    let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(all),
+            Ok(n) => all.extend_from_slice(&buffer[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
     }
 }
 

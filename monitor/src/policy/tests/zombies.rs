@@ -75,7 +75,9 @@ fn whose_reap_is_never_told_is_found_gone_long_before_its_time() {
     let all: Vec<u32> = (0..40).map(|_| w.sim.fork(worker)).collect();
     let keys: Vec<Key> = all.iter().map(|&p| w.sim.key(p)).collect();
     w.drain();
-    all.iter().for_each(|&p| w.sim.die(p, 0));
+    for &p in &all {
+        w.sim.die(p, 0);
+    }
     w.pass(S / 2);
     assert!(keys.iter().all(|&k| w.state(k) == Some(State::Zombie)));
     for &p in &all {

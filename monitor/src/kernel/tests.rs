@@ -151,9 +151,11 @@ async fn letters_as_proc_has_them() {
         jobs::wait_for("its state", Duration::from_secs(20), || {
             proc.stat(pid).is_ok_and(|s| s.state == letter)
         });
-        let key = Key::new(pid, kernel.start_of(pid).unwrap().unwrap());
-        let comm = proc.stat(pid).unwrap().comm;
-        assert_eq!(kernel.letters().unwrap().get(&key), Some(&(letter, comm)));
+        let stat = proc.stat(pid).unwrap();
+        let letters = kernel.letters().unwrap();
+        let (key, shown) = letters.iter().find(|(k, _)| k.pid == pid).unwrap();
+        assert_eq!(kernel.ns_to_ticks(key.start), stat.start_ticks);
+        assert_eq!(*shown, (letter, stat.comm));
     }
     // Kernel threads that idle, are parked, and what else there is: whoever shows the same before and after.
     let read = || -> Vec<_> { proc.pids().unwrap().iter().filter_map(|&p| proc.stat(p).ok()).collect() };

@@ -26,9 +26,10 @@ impl WaitStatus {
     }
 }
 
-/// A task's `comm`: up to 15 bytes and NULs.
+/// A task's `comm`: up to 15 bytes and NULs. (Before 5.17 or so the kernel leaves the end of a longer name behind the first NUL of a
+/// shorter one; here that is gone, so two that read the same are equal.)
 #[derive(Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Comm(pub [u8; abi::COMM_LEN]);
+pub struct Comm([u8; abi::COMM_LEN]);
 
 impl Comm {
     #[must_use]
@@ -36,10 +37,11 @@ impl Comm {
         let end = self.0.iter().position(|&b| b == 0).unwrap_or(self.0.len());
         &self.0[..end]
     }
+    /// What stands before the first NUL.
     #[must_use]
     pub fn from_bytes(b: &[u8]) -> Self {
         let mut c = [0; abi::COMM_LEN];
-        let n = b.len().min(abi::COMM_LEN - 1);
+        let n = b.iter().position(|&c| c == 0).unwrap_or(b.len()).min(abi::COMM_LEN - 1);
         c[..n].copy_from_slice(&b[..n]);
         Self(c)
     }
@@ -176,7 +178,7 @@ impl Reader<'_> {
         Key { start: self.u64(at), pid: self.u32(at + 8) }
     }
     fn comm(&self, at: usize) -> Comm {
-        Comm(self.bytes(at))
+        Comm::from_bytes(&self.bytes::<{ abi::COMM_LEN }>(at))
     }
 }
 
@@ -290,4 +292,17 @@ fn signal(r: &Reader<'_>, flags: u16) -> Result<Body<'static>, DecodeError> {
             v => return Err(bad("result", v.into())),
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_longer_name_left_behind_is_no_part_of_the_name() {
+        let left = Comm::from_bytes(b"sleep\0ing-b");
+        assert_eq!((left, left.bytes()), (Comm::from_bytes(b"sleep"), &b"sleep"[..]));
+        assert_eq!(Comm::from_bytes(b"sixteen-letters!").bytes(), b"sixteen-letters");
+        assert_eq!(Comm::from_bytes(b"\0x").bytes(), b"");
+    }
 }

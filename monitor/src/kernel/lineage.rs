@@ -310,7 +310,7 @@ fn member(r: &TaskRow) -> Member {
     Member {
         key: r.key.into(),
         parent: r.parent.into(),
-        comm: Comm(r.comm),
+        comm: Comm::from_bytes(&r.comm),
         uid: r.uid,
         job: r.lineage.job,
         dead: r.live == 0,

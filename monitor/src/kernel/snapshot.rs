@@ -71,7 +71,7 @@ fn row(r: &TaskRow, knows_subreapers: bool) -> Row {
         state: state(r),
         status: r.exit_code,
         uid: Some(r.uid),
-        comm: Comm(r.comm),
+        comm: Comm::from_bytes(&r.comm),
         kernel_thread: r.flags & u32::from(abi::KERNEL_THREAD) != 0,
         adopts: r.flags & abi::ROW_ADOPTS != 0 || !knows_subreapers,
         argv: None,
@@ -243,7 +243,7 @@ impl Kernel {
         Ok(self
             .rows()?
             .iter()
-            .map(|r| (r.key.into(), (letter(r.state, r.exit_state), Comm(r.comm))))
+            .map(|r| (r.key.into(), (letter(r.state, r.exit_state), Comm::from_bytes(&r.comm))))
             .collect())
     }
 

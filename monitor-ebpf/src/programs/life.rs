@@ -17,16 +17,41 @@ const EEXIST: i32 = -17;
 /// the child first runs.
 #[btf_tracepoint(function = "sched_process_fork")]
 pub(crate) fn fork(ctx: BtfTracePointContext) -> i32 {
-    let forker: Ptr = ctx.arg(0);
     let child: Ptr = ctx.arg(1);
-    // SAFETY: arguments of the tracepoint.
+    // SAFETY: an argument of the tracepoint.
     unsafe {
         let (pid, tgid) = task::ids(child);
-        if pid != tgid {
+        if pid == tgid {
+            born(ctx.arg(0), child, task::key(child));
+        } else {
             ring::filtered(KIND_FORK);
-            return 0;
         }
+    }
+    0
+}
+
+/// The same once more, for whom `fork` passed over. Where programs are preempted (Linux 7, real-time kernels) the kernel skips one
+/// that another process on the same CPU is in the middle of, and a chain that lost its lineage so would escape its job.
+#[btf_tracepoint(function = "sched_process_fork")]
+pub(crate) fn fork_again(ctx: BtfTracePointContext) -> i32 {
+    let child: Ptr = ctx.arg(1);
+    // SAFETY: an argument of the tracepoint.
+    unsafe {
+        let (pid, tgid) = task::ids(child);
         let key = task::key(child);
+        if pid == tgid && LINEAGE.get(key).is_none() {
+            born(ctx.arg(0), child, key);
+        }
+    }
+    0
+}
+
+/// # Safety
+/// Arguments of `sched_process_fork`.
+#[inline(always)]
+unsafe fn born(forker: Ptr, child: Ptr, key: ProcKey) {
+    // SAFETY: the caller's.
+    unsafe {
         let lineage_parent = task::key(forker);
         let (job, spared, entered) = enter(&key, &lineage_parent);
         let mut flags = if entered { 0 } else { FORK_NO_ENTRY };
@@ -49,7 +74,6 @@ pub(crate) fn fork(ctx: BtfTracePointContext) -> i32 {
             doom::strike(lineage_parent, job);
         }
     }
-    0
 }
 
 /// The innermost job of the forker, whose entry this is, and whether it is spared.

@@ -8,7 +8,7 @@ use std::os::fd::AsFd as _;
 use monitor_abi as abi;
 use monitor_abi::{Job, LINEAGE_MENDED, LINEAGE_SPARED, TaskRow};
 
-use super::offsets::{EDIT, FORK};
+use super::offsets::{EDIT, FORK, FORK_AGAIN};
 use super::{Kernel, sys};
 use crate::enforce::{Lineage, Member, OrderId};
 use crate::event::Comm;
@@ -204,10 +204,10 @@ impl Kernel {
 
     /// Repeats `pass` until one changes nothing, and the fork probe missed no fork meanwhile.
     pub(super) fn to_a_fixpoint(&self, mut pass: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
-        let mut missed = self.missed(FORK)?;
+        let mut missed = self.missed(self.last_fork())?;
         for _ in 0..PASSES {
             let changed = pass()?;
-            let now = self.missed(FORK)?;
+            let now = self.missed(self.last_fork())?;
             if !changed && now == missed {
                 return Ok(());
             }
@@ -331,6 +331,11 @@ impl Kernel {
             let why = self.off.iter().find(|(n, _)| *n == name).map_or("it was not loaded", |(_, w)| w);
             io::Error::new(io::ErrorKind::Unsupported, format!("the program {name} is off: {why}"))
         })
+    }
+
+    /// The program whose skipped runs are forks that nobody saw: what the first one missed the second one has.
+    pub(super) fn last_fork(&self) -> &'static str {
+        if self.links.contains_key(FORK_AGAIN) { FORK_AGAIN } else { FORK }
     }
 
     /// Runs that the kernel skipped because the program was active on that CPU already (0 where it does not count).

@@ -97,7 +97,7 @@ pub(super) fn load(options: &Options, layout: &Layout, sizes: [u32; 3]) -> Resul
     let mut loaded = Loaded { maps: Vec::new(), programs: Vec::new(), off: Vec::new() };
     for probe in PROBES {
         // Writers of lines are loaded only to be read: they are the largest programs by far.
-        if probe.is_tracer() && !options.trace {
+        if probe.is_tracer() && !options.trace || !probe.is_of_use() {
             continue;
         }
         if let Some(field) = layout.lacks(probe) {

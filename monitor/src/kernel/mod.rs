@@ -270,7 +270,7 @@ fn attach(programs: &[(&'static str, OwnedFd)]) -> Result<Vec<(&'static str, Own
 fn left_out(set: &Set, layout: &Layout) -> Vec<(&'static str, String)> {
     PROBES
         .iter()
-        .filter(|p| !p.is_tracer() && set.programs.iter().all(|(n, _)| *n != p.name))
+        .filter(|p| !p.is_tracer() && p.is_of_use() && set.programs.iter().all(|(n, _)| *n != p.name))
         .map(|p| {
             let why = layout.lacks(p).map_or_else(
                 || "the kernel refused it when this set of pins was made".to_owned(),

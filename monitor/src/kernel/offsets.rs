@@ -103,6 +103,8 @@ pub(super) struct Probe {
     pub(super) essential: bool,
     /// Attached only while it is needed.
     pub(super) on_demand: bool,
+    /// Only where the kernel preempts programs, and skips what is in the middle of being run on the same CPU.
+    pub(super) preempted: bool,
     /// Fields whose absence switches it off.
     pub(super) needs: &'static [&'static str],
 }
@@ -111,10 +113,15 @@ impl Probe {
     pub(super) fn is_tracer(&self) -> bool {
         self.name.starts_with("trace_")
     }
+
+    /// Whether this kernel has a use for it.
+    pub(super) fn is_of_use(&self) -> bool {
+        !self.preempted || preempts_programs()
+    }
 }
 
 const fn probe(name: &'static str, kind: Kind) -> Probe {
-    Probe { name, kind, essential: true, on_demand: false, needs: &[] }
+    Probe { name, kind, essential: true, on_demand: false, preempted: false, needs: &[] }
 }
 
 /// A program that only writes lines, while somebody reads them.
@@ -122,7 +129,16 @@ const fn tracer(name: &'static str, tracepoint: &'static str) -> Probe {
     Probe { essential: false, on_demand: true, ..probe(name, Kind::Tracepoint(tracepoint)) }
 }
 
+/// Tracepoints run without disabling preemption since Linux 7.0 (one before is taken too: a skipped fork costs more than a look),
+/// and on real-time kernels.
+fn preempts_programs() -> bool {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let recent = super::offer::version(&release).is_none_or(|v| v >= (6, 19));
+    recent || std::fs::read("/sys/kernel/realtime").is_ok_and(|b| b.starts_with(b"1"))
+}
+
 pub(super) const FORK: &str = "fork";
+pub(super) const FORK_AGAIN: &str = "fork_again";
 pub(super) const TASKS: &str = "tasks";
 pub(super) const FILES: &str = "files";
 pub(super) const SYS_ENTER: &str = "sys_enter";
@@ -131,6 +147,7 @@ pub(super) const EDIT: &str = "edit";
 /// All programs. Fork comes first, so that no process can be seen to exit whose fork was not.
 pub(super) const PROBES: &[Probe] = &[
     probe(FORK, Kind::Tracepoint("sched_process_fork")),
+    Probe { preempted: true, ..probe(FORK_AGAIN, Kind::Tracepoint("sched_process_fork")) },
     probe("exec", Kind::Tracepoint("sched_process_exec")),
     probe("exit", Kind::Tracepoint("sched_process_exit")),
     probe("free", Kind::Tracepoint("sched_process_free")),

@@ -210,7 +210,7 @@ pub(super) fn open_set(set: &Path) -> Result<Set, KernelError> {
     let programs: Vec<_> = found.programs.iter().map(|(n, _)| *n).collect();
     let links: Vec<_> = found.links.iter().map(|(n, _)| *n).collect();
     let whole = found.maps.len() == MAPS.len()
-        && PROBES.iter().filter(|p| p.essential).all(|p| {
+        && PROBES.iter().filter(|p| p.essential && p.is_of_use()).all(|p| {
             programs.contains(&p.name) && (p.kind == super::offsets::Kind::ByHand || links.contains(&p.name))
         });
     if whole { Ok(found) } else { Err(broken(set, "this set of pins is not whole")) }

@@ -59,6 +59,7 @@ impl Kernel {
     pub fn totals(&self) -> io::Result<[Counter; KINDS]> {
         let mut sum = [Counter::default(); KINDS];
         for (name, kind) in KIND_OF {
+            let name = if *name == FORK { self.last_fork() } else { *name };
             if let Some(p) = self.programs.get(name).filter(|_| self.links.contains_key(name)) {
                 let skipped = sys::prog_info(p.as_fd())?.recursion_misses.unwrap_or(0);
                 let c = &mut sum[usize::from(*kind)];
@@ -91,7 +92,7 @@ impl Kernel {
     pub fn probes(&self) -> io::Result<Vec<ProbeStat>> {
         PROBES
             .iter()
-            .filter(|p| !p.is_tracer())
+            .filter(|p| !p.is_tracer() && p.is_of_use())
             .map(|p| {
                 let info = self.programs.get(p.name).map(|fd| sys::prog_info(fd.as_fd())).transpose()?;
                 let info = info.unwrap_or_default();

@@ -245,9 +245,7 @@ async fn doom_ends_chains_and_nobody_else() {
     assert!(kernel.doom_attached());
     wait_for("the chains' end", Duration::from_secs(30), || pids(&kernel, job).is_empty());
     let kills = kernel.kills().unwrap();
-    // Where programs are preempted, a chain that the kernel passed over in both fork programs has lost its lineage; it is told.
-    let lost = kernel.totals().unwrap()[usize::from(monitor_abi::KIND_FORK)].lost;
-    assert!(kills.ok + lost >= 5, "{kills:?}, {lost} forks lost");
+    assert!(kills.ok >= 5, "{kills:?}");
     assert_eq!((kills.busy, kills.perm, kills.other), (0, 0, 0));
     kernel.release(order).unwrap();
     assert!(!kernel.doom_attached());

@@ -6,7 +6,7 @@
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 /// Raised whenever a record or a map value changes its layout or its meaning; it is part of the pin folder's hash.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Bytes of a task's `comm`, with its NUL.
 pub const COMM_LEN: usize = 16;
@@ -192,6 +192,9 @@ pub struct Job {
     pub flags: u32,
     pub pad: u32,
 }
+
+/// Pids of one entry of the map of who may be in a job.
+pub const MEMBERS_BLOCK: usize = 64;
 
 /// How many jobs may be nested for the probes' walk from the innermost outwards.
 pub const JOB_DEPTH: usize = 8;

@@ -9,6 +9,7 @@ mod edit;
 mod exec;
 mod iter;
 mod life;
+mod member;
 mod ring;
 mod signal;
 mod task;
@@ -17,7 +18,7 @@ mod trace;
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use monitor_abi::{
-    Control, Counter, Features, INODES_MAX, Job, KINDS, KillCounter, Lineage, Offsets, ProcKey,
+    Control, Counter, Features, INODES_MAX, Job, KINDS, KillCounter, Lineage, MEMBERS_BLOCK, Offsets, ProcKey,
 };
 
 /// Records for the agent. The loader sets the size.
@@ -34,6 +35,9 @@ static LINEAGE: HashMap<ProcKey, Lineage, 65536> = HashMap::new();
 /// The dead, so that a chain of lineage can be followed through them. The loader sets the size.
 #[btf_map]
 static DEAD: LruHashMap<ProcKey, Lineage, 32768> = LruHashMap::new();
+/// By pid, a byte each: not 0 = its entry in `LINEAGE` may have a job. The loader sets the size.
+#[btf_map]
+static MEMBERS: Array<[u8; MEMBERS_BLOCK], 512> = Array::new();
 /// Written by the agent only.
 #[btf_map]
 static JOBS: HashMap<u64, Job, 8192> = HashMap::new();

@@ -14,6 +14,7 @@ pub mod exec;
 pub mod forest;
 pub mod fuzzing;
 pub mod host;
+mod huge;
 pub mod kernel;
 pub mod key;
 pub mod matcher;

@@ -10,7 +10,7 @@ use aya_ebpf::programs::BtfTracePointContext;
 use monitor_abi::{JOB_DEPTH, KIND_KILL, Kill, LINEAGE_SPARED, ProcKey};
 
 use super::task::{self, Ptr};
-use super::{JOBS, KILLS, LINEAGE, frozen, ring};
+use super::{JOBS, KILLS, LINEAGE, frozen, member, ring};
 
 const SIGKILL: u32 = 9;
 const EPERM: i64 = -1;
@@ -74,7 +74,7 @@ pub(crate) fn strike(key: ProcKey, job: u64) {
 pub(crate) fn sys_enter(_: BtfTracePointContext) -> i32 {
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
     // The kernel's own protection of init does not hold against a probe's signal.
-    if tgid == 1 {
+    if tgid == 1 || !member::may_be(tgid) {
         return 0;
     }
     // SAFETY: a helper without arguments.

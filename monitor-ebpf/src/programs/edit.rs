@@ -9,7 +9,7 @@ use core::ffi::c_void;
 use monitor_abi as abi;
 use monitor_abi::{Lineage, ProcKey};
 
-use super::LINEAGE;
+use super::{LINEAGE, member};
 
 const EEXIST: i32 = -17;
 
@@ -34,7 +34,12 @@ pub(crate) extern "C" fn edit(ctx: *mut c_void) -> i32 {
         let job = if what & abi::EDIT_SET_JOB != 0 { job } else { 0 };
         let new = Lineage { parent, job, flags: flags | abi::LINEAGE_MENDED, life: 0 };
         match LINEAGE.insert(key, new, u64::from(BPF_NOEXIST)) {
-            Ok(()) => return abi::EDIT_CHANGED,
+            Ok(()) => {
+                if job != 0 {
+                    member::mark(key.tgid, true);
+                }
+                return abi::EDIT_CHANGED;
+            }
             // The fork probe was faster.
             Err(EEXIST) => {}
             Err(e) => return e,
@@ -45,9 +50,14 @@ pub(crate) extern "C" fn edit(ctx: *mut c_void) -> i32 {
     // SAFETY: a map value; only this program and the fork probe of the process itself write these fields.
     unsafe {
         let (job_at, flags_at) = (&raw mut (*entry).job, &raw mut (*entry).flags);
-        if what & abi::EDIT_SET_JOB != 0 && job_at.read_volatile() != job {
-            job_at.write_volatile(job);
-            answer = abi::EDIT_CHANGED;
+        if what & abi::EDIT_SET_JOB != 0 {
+            if job_at.read_volatile() != job {
+                job_at.write_volatile(job);
+                answer = abi::EDIT_CHANGED;
+            }
+            if job != 0 {
+                member::mark(key.tgid, true);
+            }
         }
         let old = flags_at.read_volatile();
         let new = (old | flags) & !clear;

@@ -6,7 +6,7 @@ use aya_ebpf::helpers::{bpf_get_current_cgroup_id, generated as helpers};
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use monitor_abi::{
-    ARGV_MAX, EXEC_ARGV_CUT, EXEC_ARGV_UNREAD, EXEC_FILENAME_CUT, ExecHead, FILENAME_MAX, KIND_EXEC,
+    ARGV_MAX, Counter, EXEC_ARGV_CUT, EXEC_ARGV_UNREAD, EXEC_FILENAME_CUT, ExecHead, FILENAME_MAX, KIND_EXEC,
 };
 
 use super::task::{self, Ptr};
@@ -25,6 +25,7 @@ const MEDIUM: (usize, usize) = (128, 312);
 const LARGE: (usize, usize) = (FILENAME_MAX, ARGV_MAX);
 
 struct What {
+    hit: *mut Counter,
     flags: u16,
     task: Ptr,
     old_tid: u32,
@@ -52,7 +53,8 @@ pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
         (filename, start as Ptr, end.wrapping_sub(start) as usize)
     };
     let (argv_len, flags) = if argv_len > ARGV_MAX { (ARGV_MAX, EXEC_ARGV_CUT) } else { (argv_len, 0) };
-    let what = What { flags, task, old_tid, filename, argv, argv_len };
+    let Some(hit) = ring::hit(KIND_EXEC) else { return 0 };
+    let what = What { hit, flags, task, old_tid, filename, argv, argv_len };
     let small = argv_len <= SMALL.1 && send::<{ SMALL.0 }, { SMALL.1 }, { SMALL.0 + SMALL.1 }>(&what);
     let medium =
         !small && argv_len <= MEDIUM.1 && send::<{ MEDIUM.0 }, { MEDIUM.1 }, { MEDIUM.0 + MEDIUM.1 }>(&what);
@@ -74,7 +76,7 @@ fn at_most(n: usize, max: usize) -> usize {
 /// False: the file name needs a larger record, and nothing was sent.
 #[inline(always)]
 fn send<const F: usize, const A: usize, const BYTES: usize>(w: &What) -> bool {
-    ring::emit_if::<Record<BYTES>>(KIND_EXEC, |r| {
+    ring::emit_if::<Record<BYTES>>(w.hit, |r| {
         // SAFETY: `r` is reserved ring space of this size. Name and argv together never pass it: F - 1 + A < BYTES.
         unsafe {
             let bytes = (&raw mut (*r).bytes).cast::<u8>();

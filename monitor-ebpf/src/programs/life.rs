@@ -9,7 +9,7 @@ use monitor_abi::{
 };
 
 use super::task::{self, Ptr};
-use super::{CONTROL, DEAD, JOBS, LINEAGE, doom, frozen, ring};
+use super::{CONTROL, DEAD, JOBS, LINEAGE, doom, frozen, member, ring};
 
 const EEXIST: i32 = -17;
 
@@ -153,6 +153,7 @@ fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
         }
         word(&*l)
     });
+    member::mark(key.tgid, false);
     let made = LINEAGE.insert(key, Lineage { parent: *forker, job, flags, life: 0 }, u64::from(BPF_NOEXIST));
     if let Err(e) = made
         && e != EEXIST
@@ -173,6 +174,9 @@ fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
                 (&raw mut (*entry).flags).write_volatile(now_flags);
             }
         }
+    }
+    if now_job != 0 {
+        member::mark(key.tgid, true);
     }
     (now_job, now_flags != 0, true)
 }

@@ -34,21 +34,30 @@ pub(crate) fn filtered(kind: u16) {
     }
 }
 
-/// Reserves `size_of::<T>()` bytes, lets `write` fill every one of them, and sends them; or counts them lost.
-///
-/// It is counted before it is submitted, so the agent never receives more than was sent.
+/// Something to tell of. What becomes of it is counted apart, in what this gives.
+#[inline(always)]
+pub(crate) fn hit(kind: u16) -> Option<*mut Counter> {
+    let c = counter(kind)?;
+    // SAFETY: this CPU's value in the map.
+    unsafe { add_one(&raw mut (*c).hits) };
+    Some(c)
+}
+
+/// A hit: reserves `size_of::<T>()` bytes, lets `write` fill every one of them, and sends them; or counts them lost.
 #[inline(always)]
 pub(crate) fn emit<T: 'static>(kind: u16, write: impl FnOnce(*mut T)) {
-    emit_if(kind, |r| {
+    let Some(c) = hit(kind) else { return };
+    emit_if(c, |r| {
         write(r);
         true
     });
 }
 
-/// As [`emit`], but what `write` says no to is given back, and no hit. False: it said no.
+/// Of the hit that is counted in `c`. What `write` says no to is given back, and false.
+///
+/// It is counted before it is submitted, so the agent never receives more than was sent.
 #[inline(always)]
-pub(crate) fn emit_if<T: 'static>(kind: u16, write: impl FnOnce(*mut T) -> bool) -> bool {
-    let Some(c) = counter(kind) else { return true };
+pub(crate) fn emit_if<T: 'static>(c: *mut Counter, write: impl FnOnce(*mut T) -> bool) -> bool {
     if let Some(mut entry) = EVENTS.reserve_untyped::<T>(0) {
         if !write(entry.as_mut_ptr()) {
             // It wakes a reader as a record would: the next one does not, since this stands before it.
@@ -56,17 +65,11 @@ pub(crate) fn emit_if<T: 'static>(kind: u16, write: impl FnOnce(*mut T) -> bool)
             return false;
         }
         // SAFETY: `c` is this CPU's value in the map.
-        unsafe {
-            add_one(&raw mut (*c).hits);
-            add_one(&raw mut (*c).sent);
-        }
+        unsafe { add_one(&raw mut (*c).sent) };
         entry.submit(0);
     } else {
         // SAFETY: as above.
-        unsafe {
-            add_one(&raw mut (*c).hits);
-            add_one(&raw mut (*c).lost);
-        }
+        unsafe { add_one(&raw mut (*c).lost) };
     }
     true
 }

@@ -80,10 +80,8 @@ impl Forest {
         };
         self.totals[0] += 1;
         self.outside.add(Counts::of(&self.nodes[i as usize]));
-        match self.pids.get(&key.pid).copied() {
-            None => {
-                self.pids.insert(key.pid, i);
-            }
+        match self.pids.get(key.pid) {
+            None => self.pids.insert(key.pid, i),
             Some(head) if self.node(head).key.start < key.start => {
                 self.nodes[i as usize].older = head;
                 self.pids.insert(key.pid, i);
@@ -122,10 +120,10 @@ impl Forest {
         if extra {
             self.extras.remove(&i);
         }
-        match self.pids.get(&key.pid).copied() {
+        match self.pids.get(key.pid) {
             Some(head) if head == i => {
                 if older == NONE {
-                    self.pids.remove(&key.pid);
+                    self.pids.remove(key.pid);
                 } else {
                     self.pids.insert(key.pid, older);
                 }

@@ -12,6 +12,7 @@ mod keep;
 mod look;
 mod merge;
 mod node;
+mod pids;
 pub mod row;
 pub(crate) mod signals;
 mod strings;
@@ -22,6 +23,7 @@ use groups::{Counts, Group, Groups};
 pub(crate) use hash::Fast;
 pub(crate) use node::{Flags, Idx, NO_UID, NONE, Node};
 pub use row::{ARGV_MAX, Facts, Look, Merge, Row, RowLineage, RowState, Seen, Snapshot};
+use pids::Pids;
 use signals::{Signal, Signals};
 pub(crate) use strings::Str;
 use strings::Strings;
@@ -71,7 +73,7 @@ pub(crate) struct Forest {
     nodes: Vec<Node>,
     free: Vec<Idx>,
     /// pid -> the newest process with that pid; older ones hang on it by `older`.
-    pids: HashMap<u32, Idx, Fast>,
+    pids: Pids,
     pub(crate) strings: Strings,
     pub(crate) signals: Signals,
     pub(crate) groups: Groups,
@@ -104,7 +106,7 @@ impl Forest {
         Self {
             nodes: Vec::new(),
             free: Vec::new(),
-            pids: HashMap::default(),
+            pids: Pids::default(),
             strings: Strings::default(),
             signals: Signals::new(max_signals),
             groups: Groups::default(),
@@ -128,7 +130,7 @@ impl Forest {
     // Reading.
 
     pub(crate) fn find(&self, key: Key) -> Option<Idx> {
-        let mut at = *self.pids.get(&key.pid)?;
+        let mut at = self.pids.get(key.pid)?;
         while let Some(n) = self.get(at) {
             if n.key.start == key.start {
                 return Some(at);
@@ -140,7 +142,7 @@ impl Forest {
 
     /// The newest process with this pid.
     pub(crate) fn current(&self, pid: u32) -> Option<Idx> {
-        self.pids.get(&pid).copied()
+        self.pids.get(pid)
     }
 
     pub(crate) fn get(&self, i: Idx) -> Option<&Node> {

@@ -64,29 +64,21 @@ impl Flags {
     }
 }
 
+/// What a fork needs of the forker stands in the first line of the cache, what it needs of the child before in the second: with
+/// a million processes each line that is touched is fetched from memory.
 #[derive(Clone, Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Node {
     pub(crate) key: Key,
-    /// Boot-time ns since when it is in `state`; of a zombie: since its exit.
-    pub(crate) since: u64,
-    /// Means something with [`Flags::ORPHAN`].
-    pub(crate) orphan_since: u64,
     /// Who would reap it now.
     pub(crate) parent: Idx,
     /// Who forked it, or the nearest ancestor that is kept (see `elided`).
     pub(crate) lineage: Idx,
-    /// Children by lineage, as a list.
+    /// The first of its children by lineage, and of those that it would reap.
     pub(super) lchild: Idx,
-    pub(super) lnext: Idx,
-    pub(super) lprev: Idx,
-    /// Children by parent.
     pub(super) pchild: Idx,
-    pub(super) pnext: Idx,
-    pub(super) pprev: Idx,
-    /// Innermost group (job), and the list of its members.
+    /// Innermost group (job).
     pub(crate) group: Idx,
-    pub(super) gnext: Idx,
-    pub(super) gprev: Idx,
     /// The next older process with the same pid.
     pub(super) older: Idx,
     pub(crate) argv: Str,
@@ -94,6 +86,24 @@ pub(crate) struct Node {
     pub(crate) exe: Str,
     pub(crate) cgroup: Str,
     pub(crate) uid: u32,
+    pub(crate) flags: Flags,
+    /// Who needs it though it is gone: jobs whose root it is.
+    pub(super) held: u16,
+    pub(crate) state: State,
+    /// How many looks it has had since its exit.
+    pub(crate) step: u8,
+
+    /// Its neighbours in the lists of children by lineage and by parent, and of the group's members.
+    pub(super) lnext: Idx,
+    pub(super) lprev: Idx,
+    pub(super) pnext: Idx,
+    pub(super) pprev: Idx,
+    pub(super) gnext: Idx,
+    pub(super) gprev: Idx,
+    /// Boot-time ns since when it is in `state`; of a zombie: since its exit.
+    pub(crate) since: u64,
+    /// Means something with [`Flags::ORPHAN`].
+    pub(crate) orphan_since: u64,
     pub(crate) status: i32,
     /// Dead ancestors between it and `lineage` that are not kept.
     pub(crate) elided: u32,
@@ -101,13 +111,7 @@ pub(crate) struct Node {
     pub(super) signal: u32,
     /// Tells this tenant of the slot from the next one.
     pub(crate) generation: u32,
-    /// Who needs it though it is gone: jobs whose root it is.
-    pub(super) held: u16,
-    pub(crate) flags: Flags,
     pub(crate) comm: Comm,
-    pub(crate) state: State,
-    /// How many looks it has had since its exit.
-    pub(crate) step: u8,
 }
 
 /// No uid is known.
@@ -173,4 +177,4 @@ pub(super) const fn rank(s: State) -> u8 {
 }
 
 const _: () =
-    assert!(size_of::<Node>() <= 160, "the bound is 500 bytes a process, index and strings included");
+    assert!(size_of::<Node>() <= 192, "the bound is 500 bytes a process, index and strings included");

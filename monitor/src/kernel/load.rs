@@ -1,15 +1,16 @@
 //! From the probe object to loaded programs and maps, by aya. What comes out are plain descriptors, the same as those
 //! that are opened from pins.
 
-use std::sync::LazyLock;
-
-use sha2::{Digest as _, Sha256};
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::LazyLock;
+use std::thread::ScopedJoinHandle;
 
-use aya::programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint};
-use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
-use monitor_abi::{Features, Offsets};
+use aya::programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint};
+use aya::{Btf, EbpfLoader, VerifierLogLevel};
+use monitor_abi::{Features, MEMBERS_BLOCK, Offsets};
+use sha2::{Digest as _, Sha256};
 
 use super::Options;
 use super::error::{KernelError, last_lines};
@@ -31,7 +32,7 @@ pub fn object_hash() -> &'static str {
 
 /// The maps, in the order of [`MAPS`].
 pub(super) const MAPS: &[&str] =
-    &["EVENTS", "COUNTERS", "KILLS", "LINEAGE", "DEAD", "JOBS", "CONTROL", "INODES"];
+    &["EVENTS", "COUNTERS", "KILLS", "LINEAGE", "DEAD", "MEMBERS", "JOBS", "CONTROL", "INODES"];
 
 #[repr(transparent)]
 #[derive(Clone, Copy)]
@@ -55,10 +56,20 @@ const DEAD_MAX: u32 = 32_768;
 
 /// The lineage map's capacity: as many processes as there can be, within a bound.
 fn lineage_entries() -> u32 {
-    let limit = |f: &str| {
-        std::fs::read_to_string(f).ok().and_then(|s| s.trim().parse::<u32>().ok()).unwrap_or(u32::MAX)
-    };
-    limit("/proc/sys/kernel/pid_max").min(limit("/proc/sys/kernel/threads-max")).clamp(1024, LINEAGE_MAX)
+    limit("pid_max").min(limit("threads-max")).clamp(1024, LINEAGE_MAX)
+}
+
+fn limit(name: &str) -> u32 {
+    let text = std::fs::read_to_string(format!("/proc/sys/kernel/{name}"));
+    text.ok().and_then(|s| s.trim().parse().ok()).unwrap_or(u32::MAX)
+}
+
+/// `PID_MAX_LIMIT` in `include/linux/threads.h`.
+const PID_MAX: u32 = 1 << 22;
+
+/// A byte for each pid that there can be.
+fn members_entries() -> u32 {
+    limit("pid_max").min(PID_MAX) / MEMBERS_BLOCK as u32 + 1
 }
 
 /// Capacities: bytes of the ring, entries of the lineage map and of that of the dead.
@@ -84,27 +95,48 @@ pub(super) fn load(options: &Options, layout: &Layout, sizes: [u32; 3]) -> Resul
     raise_memory_limit();
     let [ring, lineage, dead] = sizes;
     let (offsets, features) = (Global(layout.offsets), Global(layout.features));
-    let mut settings = EbpfLoader::new();
-    settings
-        .override_global("OFFSETS", &offsets, true)
-        .override_global("FEATURES", &features, true)
-        .map_max_entries("EVENTS", ring)
-        .map_max_entries("LINEAGE", lineage)
-        .map_max_entries("DEAD", dead)
-        .verifier_log_level(VerifierLogLevel::VERBOSE | VerifierLogLevel::STATS);
-    let mut ebpf = settings.load(OBJECT).map_err(object_error)?;
-    let btf = Btf::from_sys_fs().map_err(|e| KernelError::Object(e.to_string()))?;
+    // Reading all of the kernel's types and verifying the larger programs take most of a start: beside each other.
+    let (ebpf, btf) = std::thread::scope(|scope| {
+        let btf = scope.spawn(Btf::from_sys_fs);
+        let ebpf = EbpfLoader::new()
+            .override_global("OFFSETS", &offsets, true)
+            .override_global("FEATURES", &features, true)
+            .map_max_entries("EVENTS", ring)
+            .map_max_entries("LINEAGE", lineage)
+            .map_max_entries("DEAD", dead)
+            .map_max_entries("MEMBERS", members_entries())
+            .verifier_log_level(VerifierLogLevel::VERBOSE | VerifierLogLevel::STATS)
+            .load(OBJECT);
+        (ebpf, joined(btf))
+    });
+    let mut ebpf = ebpf.map_err(object_error)?;
+    let btf = btf.map_err(|e| KernelError::Object(e.to_string()))?;
     let mut loaded = Loaded { maps: Vec::new(), programs: Vec::new(), off: Vec::new() };
+    let mut wanted = Vec::new();
     for probe in PROBES {
         // Writers of lines are loaded only to be read: they are the largest programs by far.
         if probe.is_tracer() && !options.trace || !probe.is_of_use() {
             continue;
         }
-        if let Some(field) = layout.lacks(probe) {
-            loaded.off.push((probe.name, format!("this kernel has no field {field}")));
-            continue;
+        match layout.lacks(probe) {
+            Some(field) => loaded.off.push((probe.name, format!("this kernel has no field {field}"))),
+            None => wanted.push(probe),
         }
-        match load_program(&mut ebpf, probe, &btf) {
+    }
+    let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
+    let outcomes: Vec<_> = std::thread::scope(|scope| {
+        let btf = &btf;
+        let under_way: Vec<_> = wanted
+            .into_iter()
+            .map(|probe| {
+                let program = programs.remove(probe.name);
+                (probe, scope.spawn(move || load_program(program, probe, btf)))
+            })
+            .collect();
+        under_way.into_iter().map(|(probe, thread)| (probe, joined(thread))).collect()
+    });
+    for (probe, outcome) in outcomes {
+        match outcome {
             Ok(fd) => loaded.programs.push((probe.name, fd)),
             Err(e) if probe.essential => return Err(e),
             Err(e) => loaded.off.push((probe.name, e.to_string())),
@@ -136,8 +168,13 @@ fn object_error(e: aya::EbpfError) -> KernelError {
     KernelError::Object(e.to_string())
 }
 
-fn load_program(ebpf: &mut Ebpf, probe: &Probe, btf: &Btf) -> Result<OwnedFd, KernelError> {
-    let program = ebpf.program_mut(probe.name).ok_or_else(|| {
+/// What a thread gives; its panic goes on here.
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn load_program(program: Option<&mut Program>, probe: &Probe, btf: &Btf) -> Result<OwnedFd, KernelError> {
+    let program = program.ok_or_else(|| {
         KernelError::Object(format!("it has no program {}; rebuild it: cargo xtask ebpf", probe.name))
     })?;
     let refused = |e| load_error(probe.name, e);

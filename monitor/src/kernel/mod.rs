@@ -30,7 +30,6 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{MapData, RingBuf};
 use monitor_abi::{Control, FdRow};
 
 pub use self::error::KernelError;
@@ -106,7 +105,7 @@ pub struct Kernel {
     links: BTreeMap<&'static str, OwnedFd>,
     /// Programs left out, and why.
     off: Vec<(&'static str, String)>,
-    ring: Mutex<Option<RingBuf<MapData>>>,
+    ring: Mutex<Option<ring::Records>>,
     gauge: ring::Gauge,
     /// The link of `sys_enter`, while a job is doomed.
     doom: Mutex<Option<OwnedFd>>,
@@ -154,7 +153,7 @@ impl Kernel {
         let events = events.ok_or_else(|| KernelError::Object("it has no map EVENTS".into()))?;
         let events = events.map_err(KernelError::io("keep the map EVENTS"))?;
         let gauge = ring::Gauge::new(&events).map_err(KernelError::io("map the ring's positions"))?;
-        let ring = ring::open(events).map_err(|e| KernelError::Object(e.to_string()))?;
+        let ring = ring::Records::open(events).map_err(KernelError::io("map the ring"))?;
         let maps = Maps::new(&set.maps)?;
         let control = Control { signal_mask: options.signal_mask, trace: options.trace.into(), labelling: 0 };
         maps.control.put(&0, &control).map_err(KernelError::io("write the control map"))?;

@@ -1,11 +1,10 @@
 //! The reader's end of the ring buffer. It gives bytes; `event` knows what they mean.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
-use aya::maps::{Map, MapData, RingBuf};
 use rustix::mm::{MapFlags, ProtFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -14,8 +13,11 @@ use tokio::time::Instant;
 /// While unread records are in the ring the kernel sends no wake-up: waiting this long before reading makes a burst
 /// cost one wake-up, not one for each record.
 const GATHER: Duration = Duration::from_millis(2);
-/// What stands before each record (`BPF_RINGBUF_HDR_SZ`); both together are rounded up to as much.
+/// What stands before each record (`BPF_RINGBUF_HDR_SZ`), its length and two flags first; both together are rounded up to as much.
 const RECORD_HEAD: usize = 8;
+/// `BPF_RINGBUF_BUSY_BIT`: it is being written. `BPF_RINGBUF_DISCARD_BIT`: its writer gave it back.
+const BUSY: u32 = 1 << 31;
+const DISCARDED: u32 = 1 << 30;
 /// Most records that one [`Ring::drain`] gives, so that a flood cannot keep its caller from everything else.
 pub const DRAIN_MAX: usize = 8192;
 
@@ -26,9 +28,7 @@ pub const DRAIN_MAX: usize = 8192;
 /// wakes a reader only at the first record after all that it has read. Before it waits for a wake-up it gives that record back.
 /// An agent that is killed in between has its successor read one record again, as one that is killed while it handles it.
 pub struct Ring {
-    fd: AsyncFd<RingBuf<MapData>>,
-    consumer: Page,
-    producer: Page,
+    records: AsyncFd<Records>,
     /// The last drain stopped at its bound.
     more: bool,
     /// Bytes that the last record takes in the ring, if the last drain gave any.
@@ -43,21 +43,13 @@ struct Held {
     position: u64,
 }
 
-/// Opens the ring map at the position that its shared page holds, so a record half handled before a restart comes again.
-pub(super) fn open(map: OwnedFd) -> Result<RingBuf<MapData>, aya::maps::MapError> {
-    RingBuf::try_from(Map::from_map_data(MapData::from_fd(map)?)?)
-}
-
 impl Ring {
     /// Within a tokio runtime.
-    pub(super) fn new(ring: RingBuf<MapData>) -> io::Result<Self> {
-        let consumer = Page::map(ring.as_fd(), 0, ProtFlags::READ | ProtFlags::WRITE)?;
-        let producer = Page::map(ring.as_fd(), 1, ProtFlags::READ)?;
+    pub(super) fn new(records: Records) -> io::Result<Self> {
         // What is in the ring from before (a pinned one) gave its wake-up to nobody.
-        // SAFETY: the ring owns its descriptor and always gives the same one.
-        let fd =
-            unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }.map_err(io::Error::from)?;
-        Ok(Self { fd, consumer, producer, more: true, last: None, held: None })
+        // SAFETY: the records own their descriptor and always give the same one.
+        let records = unsafe { AsyncFd::register_with_interest(records, Interest::READABLE) };
+        Ok(Self { records: records.map_err(io::Error::from)?, more: true, last: None, held: None })
     }
 
     /// Waits until there is something to read, and a moment more for what comes with it. Cancel-safe.
@@ -70,13 +62,13 @@ impl Ring {
             tokio::time::sleep_until(h.until).await;
             let read = h.position;
             self.release();
-            if self.producer.position() != read {
+            if self.records.get_ref().written() != read {
                 self.more = true;
                 return Ok(());
             }
         }
         // Cleared before the ring is read: what is written from now on sets it again.
-        self.fd.readable_mut().await?.clear_ready();
+        self.records.readable_mut().await?.clear_ready();
         self.more = true;
         tokio::time::sleep(GATHER).await;
         Ok(())
@@ -87,14 +79,13 @@ impl Ring {
     pub fn drain(&mut self, handle: &mut dyn FnMut(&[u8])) -> usize {
         self.release();
         self.last = None;
-        let ring = self.fd.get_mut();
+        let records = self.records.get_mut();
         for n in 0..DRAIN_MAX {
-            let Some(record) = ring.next() else {
+            let Some(room) = records.take(handle) else {
                 self.more = false;
                 return n;
             };
-            self.last = Some((RECORD_HEAD + record.len()).next_multiple_of(RECORD_HEAD) as u64);
-            handle(&record);
+            self.last = Some(room);
         }
         self.more = true;
         DRAIN_MAX
@@ -103,16 +94,16 @@ impl Ring {
     /// Lets the last record of the last drain stand as unread.
     fn hold(&mut self) {
         if let Some(bytes) = self.last.take() {
-            let position = self.consumer.position();
-            self.held = Some(Held { until: Instant::now() + GATHER, position });
-            self.consumer.set(position.wrapping_sub(bytes));
+            let records = self.records.get_ref();
+            self.held = Some(Held { until: Instant::now() + GATHER, position: records.position });
+            records.consumer.set(records.position.wrapping_sub(bytes));
         }
     }
 
     /// All that was read is let go. What is written from now on wakes the reader, or is seen by whoever looks after this.
     fn release(&mut self) {
         if let Some(h) = self.held.take() {
-            self.consumer.set(h.position);
+            self.records.get_ref().consumer.set(h.position);
             // As the kernel's reader has it: a writer sees the position above, or we see its record.
             fence(Ordering::SeqCst);
         }
@@ -125,33 +116,111 @@ impl Drop for Ring {
     }
 }
 
+/// The ring's memory, and how far it has been read.
+///
+/// The kernel has the data twice in a row, so that a record that passes the end can be read as one piece. Of the second only as
+/// much is mapped as a record can reach into: what is mapped counts as resident.
+pub(super) struct Records {
+    fd: OwnedFd,
+    consumer: Mapping,
+    /// The producer's page, then the data.
+    shared: Mapping,
+    size: u64,
+    position: u64,
+}
+
+impl Records {
+    /// At the position that the shared page holds, so a record half handled before a restart comes again.
+    pub(super) fn open(fd: OwnedFd) -> io::Result<Self> {
+        let size = u64::from(super::stats::max_entries(&fd)?);
+        let page = rustix::param::page_size();
+        let consumer = Mapping::of(fd.as_fd(), 0, page, ProtFlags::READ | ProtFlags::WRITE)?;
+        let shared = Mapping::of(fd.as_fd(), 1, page + size as usize + page, ProtFlags::READ)?;
+        // Anybody who may open the map may have written there.
+        let (read, written) = (consumer.position(), shared.position());
+        let sane = written.wrapping_sub(read) <= size && read.is_multiple_of(RECORD_HEAD as u64);
+        Ok(Self { fd, consumer, shared, size, position: if sane { read } else { written } })
+    }
+
+    fn written(&self) -> u64 {
+        self.shared.position()
+    }
+
+    /// Gives the oldest record to `handle` and then lets go of it; its room in the ring, or None if there is none yet.
+    fn take(&mut self, handle: &mut dyn FnMut(&[u8])) -> Option<u64> {
+        loop {
+            let head = match self.head() {
+                Some(h) => h,
+                None => {
+                    // A writer sees how far it has been read, and wakes us; or we see its record here.
+                    fence(Ordering::SeqCst);
+                    self.head()?
+                }
+            };
+            let length = (head & !DISCARDED) as usize;
+            let room = (RECORD_HEAD + length).next_multiple_of(RECORD_HEAD) as u64;
+            if head & DISCARDED == 0 {
+                handle(self.shared.bytes(self.at() + RECORD_HEAD, length));
+            }
+            self.position = self.position.wrapping_add(room);
+            self.consumer.set(self.position);
+            if head & DISCARDED == 0 {
+                return Some(room);
+            }
+        }
+    }
+
+    /// Where the oldest record stands in the mapping.
+    fn at(&self) -> usize {
+        rustix::param::page_size() + (self.position & (self.size - 1)) as usize
+    }
+
+    /// The first word of the oldest record, if it is whole.
+    fn head(&self) -> Option<u32> {
+        if self.position == self.written() {
+            return None;
+        }
+        let head = self.shared.word32(self.at()).load(Ordering::Acquire);
+        (head & BUSY == 0).then_some(head)
+    }
+}
+
+impl AsRawFd for Records {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
 /// The ring's two positions, by mappings of their own: they can be read while the reader works.
 pub(super) struct Gauge {
-    consumer: Page,
-    producer: Page,
+    consumer: Mapping,
+    producer: Mapping,
     size: u64,
 }
 
-struct Page(*mut core::ffi::c_void);
-// SAFETY: the mapping is used by atomic operations only, and lives as long as the value.
-unsafe impl Send for Page {}
+/// Pages of the ring map: first the one that holds the consumer's position, then the producer's (both in the first word), then
+/// the data.
+struct Mapping {
+    at: *mut core::ffi::c_void,
+    bytes: usize,
+}
+// SAFETY: positions are used by atomic operations only, records by their reader only; it lives as long as the value.
+unsafe impl Send for Mapping {}
 // SAFETY: as above.
-unsafe impl Sync for Page {}
+unsafe impl Sync for Mapping {}
 
-impl Page {
-    /// Page `n` of the ring map: 0 holds the consumer's position, 1 the producer's, both in the first word.
-    fn map(fd: BorrowedFd<'_>, n: u64, protection: ProtFlags) -> io::Result<Self> {
-        let size = rustix::param::page_size();
+impl Mapping {
+    fn of(fd: BorrowedFd<'_>, page: usize, bytes: usize, protection: ProtFlags) -> io::Result<Self> {
+        let from = (page * rustix::param::page_size()) as u64;
         // SAFETY: a new mapping, at an address of the kernel's choice.
-        let at = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), size, protection, MapFlags::SHARED, fd, n * size as u64)
-        }?;
-        Ok(Self(at))
+        let at =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, from) }?;
+        Ok(Self { at, bytes })
     }
 
     fn word(&self) -> &AtomicU64 {
         // SAFETY: mapped, aligned to a page, written by atomic stores.
-        unsafe { &*self.0.cast::<AtomicU64>() }
+        unsafe { &*self.at.cast::<AtomicU64>() }
     }
 
     fn position(&self) -> u64 {
@@ -162,21 +231,36 @@ impl Page {
     fn set(&self, position: u64) {
         self.word().store(position, Ordering::Release);
     }
+
+    /// `offset` is aligned and lies in the mapping.
+    fn word32(&self, offset: usize) -> &AtomicU32 {
+        assert!(offset.is_multiple_of(4) && offset + 4 <= self.bytes, "{offset} in a ring's {} bytes", self.bytes);
+        // SAFETY: as just said; the kernel writes it by atomic stores.
+        unsafe { &*self.at.byte_add(offset).cast::<AtomicU32>() }
+    }
+
+    /// What there is of these bytes in the mapping. The kernel writes none of them before they have been let go.
+    fn bytes(&self, from: usize, length: usize) -> &[u8] {
+        let from = from.min(self.bytes);
+        // SAFETY: within the mapping.
+        unsafe { std::slice::from_raw_parts(self.at.byte_add(from).cast(), length.min(self.bytes - from)) }
+    }
 }
 
-impl Drop for Page {
+impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this size; no reference outlives `position`.
-        let _ = unsafe { rustix::mm::munmap(self.0, rustix::param::page_size()) };
+        // SAFETY: mapped by `of` with this size; no reference outlives the value.
+        let _ = unsafe { rustix::mm::munmap(self.at, self.bytes) };
     }
 }
 
 impl Gauge {
     pub(super) fn new(fd: &OwnedFd) -> io::Result<Self> {
         let size = super::stats::max_entries(fd)?.into();
+        let page = rustix::param::page_size();
         Ok(Self {
-            consumer: Page::map(fd.as_fd(), 0, ProtFlags::READ)?,
-            producer: Page::map(fd.as_fd(), 1, ProtFlags::READ)?,
+            consumer: Mapping::of(fd.as_fd(), 0, page, ProtFlags::READ)?,
+            producer: Mapping::of(fd.as_fd(), 1, page, ProtFlags::READ)?,
             size,
         })
     }

@@ -72,13 +72,11 @@ impl Kernel {
         let mut changed = false;
         for key in from.lineage.keys(most)? {
             let Some(l) = from.lineage.get(&key)? else { continue };
-            if self.maps.lineage.put_new(&key, &l)? {
-                changed = true;
-                continue;
-            }
-            // Forked since this set was attached: the parent is right, the job may not be.
+            let new = self.maps.lineage.put_new(&key, &l)?;
+            // One that is here was forked since this set was attached: the parent is right, the job may not be. One that is new
+            // is marked as a member so.
             let e = Edit { job: Some(l.job), set: l.flags & LINEAGE_SPARED, ..Edit::of(key.into()) };
-            changed |= self.edit(&e)? == Edited::Changed;
+            changed |= self.edit(&e)? == Edited::Changed || new;
         }
         Ok(changed)
     }

@@ -106,13 +106,20 @@ impl Host {
         self.argv = buffer;
     }
 
-    /// The short lives of a build: fork, exec, exit, reap, a few of them at a time.
-    fn lives(&mut self, n: u64) {
-        let mut open = std::collections::VecDeque::new();
+    /// Who forks, chosen before anything is measured: in truth it stands in the record.
+    fn forkers(&self, n: u64) -> Vec<Key> {
         let mut dice = 12_345_usize;
-        for i in 0..n {
+        let throw = |_| {
             dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let by = self.live[(dice >> 33) % self.live.len()];
+            self.live[(dice >> 33) % self.live.len()]
+        };
+        (0..n).map(throw).collect()
+    }
+
+    /// The short lives of a build: fork, exec, exit, reap, a few of them at a time.
+    fn lives(&mut self, forkers: Vec<Key>) {
+        let mut open = std::collections::VecDeque::new();
+        for (i, by) in forkers.into_iter().enumerate() {
             let key = self.fork(by);
             self.exec(key);
             open.push_back(key);
@@ -168,8 +175,9 @@ fn main() {
     for (name, live) in [("few", 10_000), ("many", 1_000_000 / scale as usize)] {
         let mut host = Host::new(live);
         host.events = 0;
+        let forkers = host.forkers(2_000_000 / scale);
         let begin = cpu();
-        host.lives(2_000_000 / scale);
+        host.lives(forkers);
         let took = (cpu() - begin) as f64 / 1e9;
         println!("forest_events_per_s_{name} {:.0}", host.events as f64 / took);
         // What a tick costs when one thing is due.

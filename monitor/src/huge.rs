@@ -6,51 +6,55 @@ use std::alloc::{GlobalAlloc, Layout, System};
 /// From here on. A host of ten thousand processes has nothing as large.
 const LARGE: usize = 4 << 20;
 
-/// The system's allocator, which is also told that huge pages are welcome (`madvise(2)`; where they are switched off that does nothing).
+/// The system's allocator; what is large has a mapping of its own, to which huge pages are welcome (`madvise(2)`; where they are
+/// switched off that does nothing). Never a part of the heap: that would keep them for what is small when it is freed.
 struct Huge;
 
 #[global_allocator]
 static ALLOCATOR: Huge = Huge;
 
-fn advise(at: *mut u8, bytes: usize) {
-    if at.is_null() || bytes < LARGE {
-        return;
-    }
-    let page = rustix::param::page_size();
-    let skip = at.align_offset(page);
-    // SAFETY: whole pages of what was just allocated; their contents stay.
-    let _ = unsafe {
-        rustix::mm::madvise(at.add(skip).cast(), (bytes - skip) & !(page - 1), rustix::mm::Advice::LinuxHugepage)
+/// Null if there is no memory. Mappings begin at a page, which suits every type.
+fn map(bytes: usize) -> *mut u8 {
+    use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping, at an address of the kernel's choice.
+    let Ok(at) = (unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, access, MapFlags::PRIVATE) }) else {
+        return std::ptr::null_mut();
     };
+    // SAFETY: advice changes no contents. Refused, it is as if it had not been given.
+    let _ = unsafe { madvise(at, bytes, Advice::LinuxHugepage) };
+    at.cast()
 }
 
-// SAFETY: all memory is the system allocator's, by the layouts that it was asked for with.
+// SAFETY: by its size a layout is the system allocator's or a mapping, in each of these calls the same way.
 unsafe impl GlobalAlloc for Huge {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's.
-        let at = unsafe { System.alloc(layout) };
-        advise(at, layout.size());
-        at
+        if layout.size() < LARGE { unsafe { System.alloc(layout) } } else { map(layout.size()) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's.
-        let at = unsafe { System.alloc_zeroed(layout) };
-        advise(at, layout.size());
-        at
+        // SAFETY: the caller's. A new mapping is zero.
+        if layout.size() < LARGE { unsafe { System.alloc_zeroed(layout) } } else { map(layout.size()) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: the caller's.
-        unsafe { System.dealloc(at, layout) };
+        // SAFETY: the caller's: it was allocated by this layout.
+        unsafe {
+            if layout.size() < LARGE {
+                System.dealloc(at, layout);
+            } else {
+                let _ = rustix::mm::munmap(at.cast(), layout.size());
+            }
+        }
     }
 
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
-        if bytes < LARGE {
+        if layout.size().max(bytes) < LARGE {
             // SAFETY: the caller's.
             return unsafe { System.realloc(at, layout, bytes) };
         }
-        // Copied: pages that the kernel moves (`mremap(2)`) stay small, or become so.
+        // Copied: huge pages that the kernel moves (`mremap(2)`) become small ones.
         // SAFETY: the caller's; the new block is another one than the old.
         unsafe {
             let new = self.alloc(Layout::from_size_align_unchecked(bytes, layout.align()));

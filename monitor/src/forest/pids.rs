@@ -66,7 +66,10 @@ mod tests {
             p.insert(pid, pid / 2);
         }
         p.insert(63, 7);
-        assert_eq!([1, 2, 63, 64, u32::MAX].map(|pid| p.get(pid)), [Some(0), None, Some(7), Some(32), Some(u32::MAX / 2)]);
+        assert_eq!(
+            [1, 2, 63, 64, u32::MAX].map(|pid| p.get(pid)),
+            [Some(0), None, Some(7), Some(32), Some(u32::MAX / 2)]
+        );
         assert_eq!(p.blocks.len(), 3);
         p.remove(1);
         p.remove(1);

@@ -4,10 +4,10 @@
 use std::hash::Hasher as _;
 use std::sync::Arc;
 
-use hashbrown::HashTable;
-use hashbrown::hash_table::Entry;
-
 use super::hash::Mix;
+
+/// How many strings are found again.
+const RECENT: usize = 8192;
 
 /// An interned string; [`Str::NONE`] is "unknown", which is not the same as empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,53 +24,49 @@ impl Str {
 #[derive(Debug)]
 struct Slot {
     bytes: Arc<[u8]>,
+    /// 0: the slot is free.
     holders: u32,
-    /// The lower half of the hash: it is compared before the bytes, which are elsewhere in memory.
+    /// It is compared before the bytes, which are elsewhere in memory.
     hash: u32,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Strings {
-    /// Indices of slots, by what they hold.
-    by_bytes: HashTable<u32>,
     slots: Vec<Slot>,
     free: Vec<u32>,
+    /// The slot of the string that was interned last, by its hash. What thousands share comes often and is found here; what two
+    /// share may be kept twice. An index of all strings would be as large as they are, and is fetched from memory at each exec.
+    recent: Box<[u32]>,
 }
 
-fn hash(bytes: &[u8]) -> u32 {
-    let mut h = Mix::default();
-    h.write(bytes);
-    h.finish() as u32
-}
-
-/// hashbrown takes the tag from the top bits.
-const fn wide(hash: u32) -> u64 {
-    (hash as u64) << 32 | hash as u64
+impl Default for Strings {
+    fn default() -> Self {
+        Self { slots: Vec::new(), free: Vec::new(), recent: vec![u32::MAX; RECENT].into() }
+    }
 }
 
 impl Strings {
-    /// Counts one more holder. Allocates only for bytes that nobody holds yet.
+    /// Counts one more holder. Allocates only for bytes that are not found.
     pub(crate) fn intern(&mut self, bytes: &[u8]) -> Str {
-        let hash = hash(bytes);
-        let Self { by_bytes, slots, free } = self;
-        let same = |&i: &u32| slots[i as usize].hash == hash && *slots[i as usize].bytes == *bytes;
-        match by_bytes.entry(wide(hash), same, |&i| wide(slots[i as usize].hash)) {
-            Entry::Occupied(e) => {
-                let i = *e.get();
-                slots[i as usize].holders += 1;
-                Str(i)
-            }
-            Entry::Vacant(e) => {
-                let slot = Slot { bytes: Arc::from(bytes), holders: 1, hash };
-                let i = free.pop().unwrap_or(slots.len() as u32);
-                e.insert(i);
-                match slots.get_mut(i as usize) {
-                    Some(s) => *s = slot,
-                    None => slots.push(slot),
-                }
-                Str(i)
-            }
+        let mut h = Mix::default();
+        h.write(bytes);
+        let hash = h.finish() as u32;
+        let recent = &mut self.recent[hash as usize % RECENT];
+        if let Some(s) = self.slots.get_mut(*recent as usize)
+            && (s.hash, s.holders > 0) == (hash, true)
+            && *s.bytes == *bytes
+        {
+            s.holders += 1;
+            return Str(*recent);
         }
+        let slot = Slot { bytes: Arc::from(bytes), holders: 1, hash };
+        let i = self.free.pop().unwrap_or(self.slots.len() as u32);
+        match self.slots.get_mut(i as usize) {
+            Some(s) => *s = slot,
+            None => self.slots.push(slot),
+        }
+        *recent = i;
+        Str(i)
     }
 
     /// One more holder of a string that is held already.
@@ -89,9 +85,6 @@ impl Strings {
         slot.holders -= 1;
         if slot.holders == 0 {
             slot.bytes = Arc::default();
-            if let Ok(e) = self.by_bytes.find_entry(wide(slot.hash), |&i| i == s.0) {
-                e.remove();
-            }
             self.free.push(s.0);
         }
     }
@@ -106,7 +99,7 @@ impl Strings {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.by_bytes.len()
+        self.slots.len() - self.free.len()
     }
 }
 
@@ -129,5 +122,33 @@ mod tests {
         assert_eq!((c, s.get(c)), (a, Some(&b""[..])));
         s.release(Str::NONE);
         assert_eq!(s.get(Str::NONE), None);
+    }
+
+    #[test]
+    fn a_freed_slot_is_not_taken_for_what_it_held() {
+        let mut s = Strings::default();
+        let gone = s.intern(b"gone");
+        s.release(gone);
+        let other = s.intern(b"other");
+        assert_eq!((other, s.get(other)), (gone, Some(&b"other"[..])));
+        assert_ne!(s.intern(b"gone"), other);
+        s.release(other);
+        assert_eq!(s.len(), 1);
+    }
+
+    #[test]
+    fn what_many_share_is_kept_once_among_many_others() {
+        let mut s = Strings::default();
+        let mut last = s.intern(b"shared");
+        let mut kept = 0;
+        for i in 0..100_000_u32 {
+            s.intern(&i.to_ne_bytes());
+            let now = s.intern(b"shared");
+            // Another one took its place.
+            kept += usize::from(now != last);
+            last = now;
+        }
+        assert!(kept < 100, "{kept}");
+        assert_eq!(s.len(), 100_001 + kept);
     }
 }

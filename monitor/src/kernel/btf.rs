@@ -1,8 +1,6 @@
 //! A walker of BTF (`Documentation/bpf/btf.rst`): from `struct.field.field` to a byte offset, and whether a type is
 //! there. Any bytes give an answer or a typed error; nothing panics and nothing recurses without a bound.
 
-use std::collections::HashMap;
-
 /// What is wrong with the BTF, or missing from it.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BtfError {
@@ -42,6 +40,8 @@ mod kind {
 
 /// Anonymous structs and chains of typedefs are followed so deep and no deeper.
 const DEPTH: u32 = 32;
+/// What a type of the kernel's takes at least on average, members included.
+const TYPE_BYTES: usize = 24;
 
 #[derive(Clone, Copy)]
 struct Type {
@@ -50,7 +50,7 @@ struct Type {
     /// A size or the id of a type, by kind.
     size_or_id: u32,
     /// Where what follows the type's head begins.
-    body: usize,
+    body: u32,
 }
 
 impl Type {
@@ -69,10 +69,8 @@ impl Type {
 pub struct Btf<'a> {
     types: &'a [u8],
     strings: &'a [u8],
+    /// By id. Names are looked for in it one by one: an index by name takes longer to make than the few that are asked for.
     index: Vec<Type>,
-    structs: HashMap<&'a [u8], u32>,
-    typedefs: HashMap<&'a [u8], u32>,
-    functions: HashMap<&'a [u8], u32>,
 }
 
 fn u32_at(b: &[u8], at: usize, what: &'static str) -> Result<u32, BtfError> {
@@ -104,18 +102,12 @@ impl<'a> Btf<'a> {
         let types = section(b, header, field(8)?, field(12)?, "its types")?;
         let strings = section(b, header, field(16)?, field(20)?, "its strings")?;
         let void = Type { name: 0, info: 0, size_or_id: 0, body: 0 };
-        let mut me = Self {
-            types,
-            strings,
-            index: vec![void],
-            structs: HashMap::new(),
-            typedefs: HashMap::new(),
-            functions: HashMap::new(),
-        };
+        let mut index = Vec::with_capacity(1 + types.len() / TYPE_BYTES);
+        index.push(void);
         let mut at = 0;
         while at < types.len() {
             let word = |i: usize| u32_at(types, at + i * 4, "a type");
-            let t = Type { name: word(0)?, info: word(1)?, size_or_id: word(2)?, body: at + 12 };
+            let t = Type { name: word(0)?, info: word(1)?, size_or_id: word(2)?, body: at as u32 + 12 };
             let extra = match t.kind() {
                 kind::INT | kind::VAR | kind::DECL_TAG => 4,
                 kind::ARRAY => 12,
@@ -125,22 +117,20 @@ impl<'a> Btf<'a> {
                 2 | 7..=12 | 16 | kind::TYPE_TAG => 0,
                 k => return Err(BtfError::Kind(k)),
             };
-            let id = me.index.len() as u32;
-            if t.name != 0 {
-                let names = match t.kind() {
-                    kind::STRUCT | kind::UNION => Some(&mut me.structs),
-                    kind::TYPEDEF => Some(&mut me.typedefs),
-                    kind::FUNC => Some(&mut me.functions),
-                    _ => None,
-                };
-                if let Some(names) = names {
-                    names.entry(string(strings, t.name)).or_insert(id);
-                }
-            }
-            me.index.push(t);
+            index.push(t);
             at += 12 + extra;
         }
-        Ok(me)
+        Ok(Self { types, strings, index })
+    }
+
+    /// The first type of one of these kinds with this name.
+    fn find(&self, kinds: &[u32], name: &[u8]) -> Option<u32> {
+        let same = |t: &Type| {
+            let rest = self.strings.get(t.name as usize..).unwrap_or_default();
+            rest.strip_prefix(name).is_some_and(|rest| rest.first().is_none_or(|&c| c == 0))
+        };
+        let at = self.index.iter().position(|t| kinds.contains(&t.kind()) && t.name != 0 && same(t))?;
+        Some(at as u32)
     }
 
     fn get(&self, id: u32) -> Option<Type> {
@@ -168,7 +158,7 @@ impl<'a> Btf<'a> {
             return None;
         }
         for i in 0..t.vlen() {
-            let word = |w: usize| u32_at(self.types, t.body + i * 12 + w * 4, "a member").ok();
+            let word = |w: usize| u32_at(self.types, t.body as usize + i * 12 + w * 4, "a member").ok();
             let (name, ty, at) = (word(0)?, word(1)?, word(2)?);
             let (bits, width) = if t.kind_flag() { (at & 0x00ff_ffff, at >> 24) } else { (at, 0) };
             if name != 0 {
@@ -188,8 +178,9 @@ impl<'a> Btf<'a> {
     fn resolve(&self, path: &str) -> Result<(u32, bool), BtfError> {
         let mut parts = path.split('.');
         let root = parts.next().unwrap_or_default();
-        let mut id =
-            *self.structs.get(root.as_bytes()).ok_or_else(|| BtfError::NoType(format!("struct {root}")))?;
+        let mut id = self
+            .find(&[kind::STRUCT, kind::UNION], root.as_bytes())
+            .ok_or_else(|| BtfError::NoType(format!("struct {root}")))?;
         let (mut bits, mut bit_field) = (0_u32, false);
         for part in parts {
             let missing = || BtfError::NoField(path.to_owned());
@@ -231,7 +222,7 @@ impl<'a> Btf<'a> {
     /// `void *` that the kernel passes first); None if there is no such tracepoint.
     #[must_use]
     pub fn tracepoint_args(&self, name: &str) -> Option<usize> {
-        let typedef = self.get(*self.typedefs.get(format!("btf_trace_{name}").as_bytes())?)?;
+        let typedef = self.get(self.find(&[kind::TYPEDEF], format!("btf_trace_{name}").as_bytes())?)?;
         let pointer = self.get(typedef.size_or_id)?;
         let proto = self.get(pointer.size_or_id)?;
         (proto.kind() == kind::FUNC_PROTO).then(|| proto.vlen().saturating_sub(1))
@@ -240,7 +231,7 @@ impl<'a> Btf<'a> {
     /// Whether the kernel has a function of this name that BTF knows (`bpf_iter_task`: the iterator is there).
     #[must_use]
     pub fn has_function(&self, name: &str) -> bool {
-        self.functions.contains_key(name.as_bytes())
+        self.find(&[kind::FUNC], name.as_bytes()).is_some()
     }
 }
 

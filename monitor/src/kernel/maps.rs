@@ -55,14 +55,14 @@ impl<K: Plain, V: Plain> Table<K, V> {
         sys::map_delete(self.fd.as_fd(), key)
     }
 
-    /// The keys, read one after the other while the probes go on: one that is deleted meanwhile makes the kernel start
-    /// over, so a key may come twice, and the walk ends after `max` of them.
+    /// The keys of a hash map, read some thousand at a time while the probes go on; the walk ends after `max` of them or a little
+    /// more. One that is deleted and made anew meanwhile may come twice.
     pub(super) fn keys(&self, max: usize) -> io::Result<Vec<K>> {
-        let mut keys = Vec::new();
+        let (mut keys, mut bucket) = (Vec::new(), None);
         while keys.len() < max {
-            match sys::map_next_key(self.fd.as_fd(), keys.last())? {
-                Some(k) => keys.push(k),
-                None => break,
+            bucket = sys::map_keys::<K, V>(self.fd.as_fd(), bucket, &mut keys)?;
+            if bucket.is_none() {
+                break;
             }
         }
         Ok(keys)

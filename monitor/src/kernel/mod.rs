@@ -26,7 +26,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -222,10 +222,14 @@ impl Kernel {
     }
 
     fn read_iter(&self, name: &'static str) -> io::Result<Vec<u8>> {
-        let link = self.links.get(name).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::Unsupported, format!("the iterator {name} is off"))
-        })?;
-        sys::read_iter(link.as_fd())
+        sys::read_iter(self.iterator(name)?, true)
+    }
+
+    fn iterator(&self, name: &'static str) -> io::Result<BorrowedFd<'_>> {
+        self.links
+            .get(name)
+            .map(|l| l.as_fd())
+            .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, format!("the iterator {name} is off")))
     }
 
     /// Which signals are recorded: bit `n - 1` for signal `n`.

@@ -16,7 +16,7 @@ impl Kernel {
         self.probes()?;
         // Of no process: missing.
         self.edit(&Edit::of(Key::default()))?;
-        self.read_iter(TASKS)?;
+        sys::read_iter(self.iterator(TASKS)?, false)?;
         match self.program(SYS_ENTER) {
             Ok(program) => sys::attach_tp_btf(program).map(drop),
             // Off on this kernel: it is never attached.

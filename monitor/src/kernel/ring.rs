@@ -234,7 +234,11 @@ impl Mapping {
 
     /// `offset` is aligned and lies in the mapping.
     fn word32(&self, offset: usize) -> &AtomicU32 {
-        assert!(offset.is_multiple_of(4) && offset + 4 <= self.bytes, "{offset} in a ring's {} bytes", self.bytes);
+        assert!(
+            offset.is_multiple_of(4) && offset + 4 <= self.bytes,
+            "{offset} in a ring's {} bytes",
+            self.bytes
+        );
         // SAFETY: as just said; the kernel writes it by atomic stores.
         unsafe { &*self.at.byte_add(offset).cast::<AtomicU32>() }
     }

@@ -14,12 +14,12 @@ enum Cmd {
     MapLookup = 1,
     MapUpdate = 2,
     MapDelete = 3,
-    MapNextKey = 4,
     ObjPin = 6,
     ObjGet = 7,
     TestRun = 10,
     InfoByFd = 15,
     RawTracepointOpen = 17,
+    MapLookupBatch = 24,
     LinkCreate = 28,
     IterCreate = 33,
 }
@@ -124,17 +124,45 @@ pub(super) fn map_delete<K: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<b
     }
 }
 
-/// The key after `key` (or the first). The kernel starts over when `key` was deleted meanwhile: bound your loop.
-pub(super) fn map_next_key<K: Plain>(map: BorrowedFd<'_>, key: Option<&K>) -> io::Result<Option<K>> {
-    let mut next = K::default();
-    let at = key.map_or(std::ptr::null(), |k| std::ptr::from_ref(k).cast());
-    let mut a = map_attr(map, at, std::ptr::from_mut(&mut next).cast());
-    // SAFETY: both keys are of the map's type.
-    match unsafe { bpf(Cmd::MapNextKey, &mut a) } {
-        Ok(_) => Ok(Some(next)),
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-        Err(e) => Err(e),
+/// Most entries of one [`map_lookup_batch`]: more than a bucket of a hash map ever has.
+const BATCH: usize = 4096;
+
+/// Appends the keys of a hash map's buckets from `bucket` (None: the first) on, some thousand of them; the bucket to go on from,
+/// None at the end. A bucket is read as a whole, so no key comes twice and none is left out that is there all the while.
+pub(super) fn map_keys<K: Plain, V: Plain>(
+    map: BorrowedFd<'_>,
+    bucket: Option<u32>,
+    keys: &mut Vec<K>,
+) -> io::Result<Option<u32>> {
+    #[repr(C)]
+    struct BatchAttr {
+        from: u64,
+        to: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        entry_flags: u64,
+        flags: u64,
     }
+    let (mut next, before) = (0_u32, keys.len());
+    keys.resize(before + BATCH, K::default());
+    let mut values = vec![V::default(); BATCH];
+    let mut a = BatchAttr {
+        from: bucket.as_ref().map_or(0, |b| std::ptr::from_ref(b) as u64),
+        to: &raw mut next as u64,
+        keys: keys[before..].as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: BATCH as u32,
+        map: map.as_raw_fd() as u32,
+        entry_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: all buffers live through the call; keys and values are of the map's types, and have room for `count`.
+    let done = unsafe { bpf(Cmd::MapLookupBatch, &mut a) };
+    let end = matches!(&done, Err(e) if e.raw_os_error() == Some(libc::ENOENT));
+    keys.truncate(before + if done.is_ok() || end { (a.count as usize).min(BATCH) } else { 0 });
+    if end { Ok(None) } else { done.map(|_| Some(next)) }
 }
 
 #[repr(C)]
@@ -234,13 +262,20 @@ pub(super) fn attach_iter(prog: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     unsafe { bpf(Cmd::LinkCreate, &mut a).map(|fd| own(fd)) }
 }
 
-/// Runs an iterator and gives all that it wrote.
-pub(super) fn read_iter(link: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+/// Runs an iterator and gives all that it wrote, or only what one read gives (`whole` is false): it does not go on then.
+pub(super) fn read_iter(link: BorrowedFd<'_>, whole: bool) -> io::Result<Vec<u8>> {
     let mut a = [link.as_raw_fd() as u32, 0];
     // SAFETY: no pointers; the descriptor is new.
     let fd = unsafe { bpf(Cmd::IterCreate, &mut a).map(|fd| own(fd)) }?;
+    let mut rows = File::from(fd);
+    if !whole {
+        let mut out = vec![0; 4096];
+        let n = io::Read::read(&mut rows, &mut out)?;
+        out.truncate(n);
+        return Ok(out);
+    }
     let mut out = Vec::with_capacity(64 * 1024);
-    io::Read::read_to_end(&mut File::from(fd), &mut out)?;
+    io::Read::read_to_end(&mut rows, &mut out)?;
     Ok(out)
 }
 

@@ -1,6 +1,7 @@
 //! `cargo xtask package`: a .deb and a tarball under target/package. Needs dpkg-deb and tar; installs nothing on this machine.
 //! `--check` installs, starts, upgrades, removes and purges the package in an empty tree (`package/check.rs`), in a minimal
-//! Debian by apt (`package/bare.rs`) and under systemd as PID 1 in a VM (`package/systemd.rs`).
+//! Debian by apt (`package/bare.rs`) and under systemd as PID 1 in a VM (`package/systemd.rs`); builds and runs the image
+//! (`package/image.rs`).
 //!
 //! By dpkg-deb and not cargo-deb: that is a minute's build of its own, and would still need the steps here that run the
 //! program for its man pages and completions.
@@ -8,6 +9,7 @@
 mod bare;
 mod check;
 pub(crate) mod guest;
+mod image;
 mod systemd;
 
 use std::fs;
@@ -21,7 +23,7 @@ use crate::{cargo, needs, root};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Take the dev profile's program; then try the package in an empty tree, a bare Debian and a VM
+    /// Take the dev profile's program; then try the package in an empty tree, a bare Debian and a VM, and the image
     #[arg(long)]
     check: bool,
 }
@@ -72,7 +74,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let debs = [deb.as_path(), &next];
         let done = check::run(debs, &folder.join("root"))
             .and_then(|()| bare::run(debs, &folder))
-            .and_then(|()| systemd::run(debs, &folder));
+            .and_then(|()| systemd::run(debs, &folder))
+            .and_then(|()| image::run(&deb, &folder));
         fs::remove_file(&next)?;
         done?;
     }

@@ -1,7 +1,7 @@
 //! `cargo xtask package`: a .deb and a tarball under target/package. Needs dpkg-deb and tar; installs nothing on this machine.
 //! `--check` installs, starts, upgrades, removes and purges the package in an empty tree (`package/check.rs`), in a minimal
 //! Debian by apt (`package/bare.rs`) and under systemd as PID 1 in a VM (`package/systemd.rs`); builds and runs the image
-//! (`package/image.rs`).
+//! (`package/image.rs`) and holds the DaemonSet against Kubernetes' schema (`package/schema.rs`).
 //!
 //! By dpkg-deb and not cargo-deb: that is a minute's build of its own, and would still need the steps here that run the
 //! program for its man pages and completions.
@@ -10,6 +10,7 @@ mod bare;
 mod check;
 pub(crate) mod guest;
 mod image;
+mod schema;
 mod systemd;
 
 use std::fs;
@@ -23,7 +24,7 @@ use crate::{cargo, needs, root};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Take the dev profile's program; then try the package in an empty tree, a bare Debian and a VM, and the image
+    /// Take the dev profile's program; then try the package in an empty tree, a bare Debian and a VM, the image and the DaemonSet
     #[arg(long)]
     check: bool,
 }
@@ -75,7 +76,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let done = check::run(debs, &folder.join("root"))
             .and_then(|()| bare::run(debs, &folder))
             .and_then(|()| systemd::run(debs, &folder))
-            .and_then(|()| image::run(&deb, &folder));
+            .and_then(|()| image::run(&deb, &folder))
+            .and_then(|()| schema::run(&folder));
         fs::remove_file(&next)?;
         done?;
     }

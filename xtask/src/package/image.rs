@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use super::{bare, empty, quiet};
-use crate::{needs, root};
+use crate::{needs, root, vm};
 
 const CONTAINERFILE: &str = "deploy/container/Containerfile";
 const BASE: &str = "docker.io/library/debian:12-slim";
@@ -21,7 +21,7 @@ const IMAGE: &str = "jobwarden";
 const READY_WITHIN: Duration = Duration::from_mins(1);
 
 pub(super) fn run(deb: &Path, folder: &Path) -> Result<()> {
-    let tree = match possible().and_then(|()| bare::tree(folder)) {
+    let tree = match possible(folder).and_then(|()| bare::tree(folder)) {
         Ok(tree) => tree,
         Err(e) => {
             println!("SKIPPED: the image is not built: {e:#}");
@@ -38,7 +38,7 @@ pub(super) fn run(deb: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn possible() -> Result<()> {
+fn possible(folder: &Path) -> Result<()> {
     ensure!(
         root::is_root() && Path::new("/sys/kernel/btf/vmlinux").exists(),
         "needs root and a kernel with BTF"
@@ -47,6 +47,12 @@ fn possible() -> Result<()> {
         let packages = ["install", "-y", "--no-install-recommends", "podman", "runc"];
         quiet(Command::new("apt-get").args(packages)).context("no podman and runc (Debian's packages)")?;
     }
+    // The Containerfile's own apt-get asks it.
+    let release = format!("{}/dists/stable/InRelease", vm::machine_uri());
+    let file = folder.join("InRelease");
+    quiet(Command::new("/usr/lib/apt/apt-helper").args(["download-file", &release]).arg(&file))
+        .context("the mirror is out of reach")?;
+    fs::remove_file(file)?;
     Ok(())
 }
 
@@ -125,7 +131,8 @@ impl Podman {
         for word in told(&text)? {
             if let Some(capability) = word.strip_prefix("--cap-add=") {
                 // What is missing on this machine cannot be given (SYS_RESOURCE: only kernels before 5.11 need it).
-                let number = number(capability).with_context(|| format!("{capability} is not needed"))?;
+                let number = number(capability)
+                    .with_context(|| format!("{capability} is none that the agent needs"))?;
                 if had & 1 << number == 0 {
                     println!("the image is run without {capability}, which this machine does not have");
                     continue;

@@ -82,6 +82,8 @@ fn tree(folder: &Path) -> Result<PathBuf> {
     let half = PathBuf::from(format!("{}.new", tree.display()));
     super::empty(&half)?;
     quiet(Command::new("cp").arg("-a").arg(bare.join(".")).arg(&half))?;
+    // The bare tree's lists may be old, and name what the mirror has no more.
+    quiet(bare::chroot(&half, "apt-get").arg("update")).context("the mirror is out of reach")?;
     let mut apt = bare::chroot(&half, "apt-get");
     apt.args([
         "install",
@@ -91,7 +93,7 @@ fn tree(folder: &Path) -> Result<PathBuf> {
         "ca-certificates",
         "python3-minimal",
     ]);
-    quiet(&mut apt).context("the mirror is out of reach")?;
+    quiet(&mut apt)?;
     fs::rename(&half, &tree)?;
     Ok(tree)
 }

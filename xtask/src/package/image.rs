@@ -164,10 +164,11 @@ impl Podman {
         let doctor = self.inside(&["doctor"])?;
         ensure!(doctor["ok"] == true, "{doctor}");
         // This very program, which runs outside.
-        let tree = self.inside(&["tree", &std::process::id().to_string()])?;
-        let found = tree["processes"].as_array().into_iter().flatten();
-        let mut found = found.filter(|p| p["pid"] == std::process::id());
-        ensure!(found.any(|p| p["comm"] == "xtask" && p["container"].is_null()), "{tree}");
+        let (pid, name) = (std::process::id(), fs::read_to_string("/proc/self/comm")?);
+        let tree = self.inside(&["tree", &pid.to_string()])?;
+        let own = tree["processes"].as_array().into_iter().flatten().find(|p| p["pid"] == pid);
+        let own = own.context("it does not see a process of the host")?;
+        ensure!(own["comm"] == name.trim() && own["container"].is_null(), "{own}");
         ensure!(fs::read_dir(bpffs.join("jobwarden"))?.count() > 0, "no pins in the host's bpffs");
         ensure!(
             self.at.join("host/run/jobwarden/jobwarden.sock").exists(),

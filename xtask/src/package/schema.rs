@@ -65,6 +65,7 @@ fn validator() -> Result<PathBuf> {
     quiet(Command::new(venv.join("bin/pip")).args([
         "install",
         "--quiet",
+        "--retries=1",
         "--disable-pip-version-check",
         &package,
     ]))

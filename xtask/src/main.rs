@@ -40,6 +40,9 @@ enum Command {
     Load(bench::load::Args),
     /// A .deb and a tarball under target/package
     Package(package::Args),
+    /// What the check of the package runs in its VM
+    #[command(hide = true)]
+    Guest,
     /// Build the probe object that is kept in the repository (fetches rust-src and bpf-linker when absent)
     Ebpf(ebpf::Args),
     /// Boot other kernels in QEMU and run the tests, or a given program, inside
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Load(args) => bench::load::run(&args),
         Command::Package(args) => package::run(&args),
+        Command::Guest => package::guest::run(),
         Command::Ebpf(args) => ebpf::run(&args),
         Command::Vm(args) => vm::run(&args),
     };

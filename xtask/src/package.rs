@@ -1,12 +1,17 @@
 //! `cargo xtask package`: a .deb and a tarball under target/package. Needs dpkg-deb and tar; installs nothing on this machine.
-//! `--check` installs, starts, upgrades, removes and purges the package in an empty tree (`package/check.rs`) and
-//! in a minimal Debian by apt (`package/bare.rs`).
+//! `--check` installs, starts, upgrades, removes and purges the package in an empty tree (`package/check.rs`), in a minimal
+//! Debian by apt (`package/bare.rs`) and under systemd as PID 1 in a VM (`package/systemd.rs`); builds and runs the image
+//! (`package/image.rs`) and holds the DaemonSet against Kubernetes' schema (`package/schema.rs`).
 //!
 //! By dpkg-deb and not cargo-deb: that is a minute's build of its own, and would still need the steps here that run the
 //! program for its man pages and completions.
 
 mod bare;
 mod check;
+pub(crate) mod guest;
+mod image;
+mod schema;
+mod systemd;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -19,7 +24,7 @@ use crate::{cargo, needs, root};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Take the dev profile's program, then install, start, upgrade and purge the package in an empty tree and a bare Debian
+    /// Take the dev profile's program; then try the package in an empty tree, a bare Debian and a VM, the image and the DaemonSet
     #[arg(long)]
     check: bool,
 }
@@ -67,9 +72,13 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     println!("{}", tarball.display());
     if args.check {
         let next = build(&tree, &folder, concat!(env!("CARGO_PKG_VERSION"), "+next"))?;
-        let done =
-            check::run([&deb, &next], &folder.join("root")).and_then(|()| bare::run([&deb, &next], &folder));
-        fs::remove_file(next)?;
+        let debs = [deb.as_path(), &next];
+        let done = check::run(debs, &folder.join("root"))
+            .and_then(|()| bare::run(debs, &folder))
+            .and_then(|()| systemd::run(debs, &folder))
+            .and_then(|()| image::run(&deb, &folder))
+            .and_then(|()| schema::run(&folder));
+        fs::remove_file(&next)?;
         done?;
     }
     Ok(true)

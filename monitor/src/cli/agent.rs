@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use jobwarden::config::{self, Overrides};
 
+use super::journal::{self, Levelled};
 use super::output::Context;
 use super::{Failure, Outcome, check};
 
@@ -73,7 +74,7 @@ fn whole(path: PathBuf) -> PathBuf {
     std::path::absolute(&path).unwrap_or(path)
 }
 
-/// `[agent] log` is a `tracing` filter, checked when the config was read. On journald's side of the pipe no colours.
+/// `[agent] log` is a `tracing` filter, checked when the config was read. In a pipe no colours.
 fn log_to_stderr(config: &config::Config) {
     use std::io::IsTerminal as _;
     let filter = tracing_subscriber::EnvFilter::try_new(&config.agent.log).unwrap_or_default();
@@ -81,9 +82,10 @@ fn log_to_stderr(config: &config::Config) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    if config.agent.log_json {
-        to.json().init();
-    } else {
-        to.init();
+    match (config.agent.log_json, journal::reads_stderr()) {
+        (true, true) => to.json().map_event_format(Levelled).init(),
+        (true, false) => to.json().init(),
+        (false, true) => to.without_time().map_event_format(Levelled).init(),
+        (false, false) => to.init(),
     }
 }

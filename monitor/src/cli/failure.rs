@@ -6,6 +6,8 @@ use jobwarden::api::{ApiError, Class, ClientError};
 use jobwarden::contract::{ErrorBody, ErrorInfo};
 use jobwarden::render::escape;
 
+use super::journal;
+
 /// What is told, and the exit status.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -40,14 +42,15 @@ impl Failure {
             eprintln!("{}", serde_json::to_string(&body).unwrap_or_default());
             return status;
         }
+        let mark = if journal::reads_stderr() { journal::ERROR } else { "" };
         // What it is about may come from a process; the line breaks of a config's mistakes are ours.
         let lines: Vec<String> = self.info.message.lines().map(escape).collect();
-        eprintln!("jobwarden: {}", lines.join("\n"));
+        eprintln!("{mark}jobwarden: {}", lines.join(&format!("\n{mark}")));
         for m in &self.info.matches {
-            eprintln!("  {}  {}", escape(&m.target), escape(&m.what));
+            eprintln!("{mark}  {}  {}", escape(&m.target), escape(&m.what));
         }
         if let Some(h) = &self.info.hint {
-            eprintln!("hint: {}", escape(h));
+            eprintln!("{mark}hint: {}", escape(h));
         }
         status
     }

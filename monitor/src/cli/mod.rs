@@ -11,6 +11,7 @@ mod exec;
 mod failure;
 mod generate;
 mod jobs;
+mod journal;
 mod kill;
 mod notify;
 mod output;

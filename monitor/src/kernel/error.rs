@@ -23,7 +23,7 @@ pub enum KernelError {
     )]
     PidNamespace { found: String },
     #[error(
-        "no permission to {what}: {source}; CAP_BPF, CAP_PERFMON and CAP_SYS_RESOURCE are needed (before 5.8: CAP_SYS_ADMIN), most simply root"
+        "no permission to {what}: {source}; CAP_BPF, CAP_PERFMON and CAP_SYS_RESOURCE are needed (before 5.8: CAP_SYS_ADMIN), most simply root; in a container also a seccomp profile that allows bpf()"
     )]
     Permission { what: String, source: io::Error },
     #[error("cannot read the probe object: {0}")]

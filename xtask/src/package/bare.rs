@@ -30,7 +30,7 @@ pub(super) fn run(debs: [&Path; 2], folder: &Path) -> Result<()> {
         println!("SKIPPED: package on a bare tree: needs root and a kernel with BTF");
         return Ok(());
     }
-    let tree = match bare(folder) {
+    let tree = match tree(folder) {
         Ok(tree) => tree,
         Err(e) => {
             println!("SKIPPED: package on a bare tree: {e:#}");
@@ -47,7 +47,7 @@ pub(super) fn run(debs: [&Path; 2], folder: &Path) -> Result<()> {
 }
 
 /// A minimal tree of this machine's suite with what the package depends on in apt's cache, made where there is none yet.
-fn bare(folder: &Path) -> Result<PathBuf> {
+pub(super) fn tree(folder: &Path) -> Result<PathBuf> {
     let release = fs::read_to_string("/etc/os-release")?;
     let suite = release.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME="));
     let suite = suite.context("no VERSION_CODENAME in /etc/os-release")?;
@@ -72,19 +72,24 @@ fn bare(folder: &Path) -> Result<PathBuf> {
     Ok(tree)
 }
 
-fn chroot(tree: &Path, program: impl AsRef<OsStr>) -> Command {
+pub(super) fn chroot(tree: &Path, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("chroot");
     command.arg(tree).arg(program).env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
     command
 }
 
-fn in_namespace(debs: [&Path; 2], tree: &Path, at: &Path) -> Result<()> {
+/// From here on what this thread and its children mount is theirs alone, and gone with them.
+pub(super) fn private_mounts() -> Result<()> {
     // SAFETY: no memory effects. Of this thread alone: the file system attributes go with the namespace.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         bail!("unshare: {}", std::io::Error::last_os_error());
     }
+    quiet(Command::new("mount").args(["--make-rprivate", "/"]))
+}
+
+fn in_namespace(debs: [&Path; 2], tree: &Path, at: &Path) -> Result<()> {
+    private_mounts()?;
     let mount = |args: &[&str], to: &Path| quiet(Command::new("mount").args(args).arg(to));
-    mount(&["--make-rprivate"], Path::new("/"))?;
     mount(&["-t", "tmpfs", "tmpfs"], at)?;
     let [upper, work, merged] = ["upper", "work", "merged"].map(|n| at.join(n));
     for folder in [&upper, &work, &merged] {

@@ -105,6 +105,32 @@ impl Initramfs {
         Ok(())
     }
 
+    /// What a folder holds, as if it were the root. Of each folder named in `bare` only itself is packed.
+    pub(crate) fn tree(&mut self, root: &Path, bare: &[&str]) -> Result<()> {
+        let mut open = vec![PathBuf::new()];
+        while let Some(folder) = open.pop() {
+            let from = root.join(&folder);
+            for entry in fs::read_dir(&from).with_context(|| format!("{}", from.display()))? {
+                let entry = entry?;
+                let inside = folder.join(entry.file_name());
+                let to = Path::new("/").join(&inside);
+                let kind = entry.file_type()?;
+                if kind.is_dir() {
+                    self.folder(&to);
+                    if !bare.iter().any(|b| inside == Path::new(b)) {
+                        open.push(inside);
+                    }
+                } else if kind.is_symlink() {
+                    self.symlink(&to, &fs::read_link(entry.path())?.to_string_lossy());
+                } else if kind.is_file() {
+                    let mode = entry.metadata()?.permissions().mode() & 0o7777;
+                    self.file(&to, mode, &fs::read(entry.path())?);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Ends the archive and writes it; returns its size in bytes.
     pub(crate) fn write(mut self, to: &Path) -> Result<usize> {
         self.entry(Path::new("TRAILER!!!"), 0, b"");
@@ -191,5 +217,25 @@ mod tests {
         assert!(at("a\0") < at("a/b\0") && at("a/b\0") < at("a/b/c\0") && at("a/b/c\0") < at("a/b/d\0"));
         assert!(text.contains("usr/bin\0") && text.contains("bin\0"));
         assert_eq!(archive.bytes.len() % 4, 0);
+    }
+
+    #[test]
+    fn a_tree_becomes_the_root_without_what_is_in_the_folders_left_bare() {
+        let root = std::env::temp_dir().join(format!("jobwarden-initramfs-{}", std::process::id()));
+        for folder in ["usr/bin", "var/cache/apt"] {
+            fs::create_dir_all(root.join(folder)).expect("a folder");
+        }
+        fs::write(root.join("usr/bin/program"), "it").expect("a file");
+        fs::write(root.join("var/cache/apt/list"), "long").expect("a file");
+        std::os::unix::fs::symlink("usr/bin", root.join("bin")).expect("a link");
+        let mut archive = Initramfs::new();
+        let packed = archive.tree(&root, &["var/cache"]);
+        fs::remove_dir_all(&root).expect("made above");
+        packed.expect("packed");
+        let text = String::from_utf8_lossy(&archive.bytes).into_owned();
+        assert!(text.contains("usr/bin/program\0") && text.contains("var/cache\0"));
+        assert!(!text.contains("var/cache/"));
+        // The link is that of every root, once.
+        assert_eq!(text.matches("\0bin\0").count() + text.matches("0bin\0").count(), 1);
     }
 }

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use self::boot::{Boot, End};
-use self::initramfs::Initramfs;
-pub(crate) use self::kernels::machine_uri;
+pub(crate) use self::boot::{Boot, End};
+pub(crate) use self::initramfs::Initramfs;
 use self::kernels::{Kernel, SERIES};
+pub(crate) use self::kernels::{get as kernels, machine_uri};
 use crate::cargo::{self, Built};
 use crate::report::Tally;
 use crate::{needs, root};

@@ -149,13 +149,12 @@ impl Records {
     /// Gives the oldest record to `handle` and then lets go of it; its room in the ring, or None if there is none yet.
     fn take(&mut self, handle: &mut dyn FnMut(&[u8])) -> Option<u64> {
         loop {
-            let head = match self.head() {
-                Some(h) => h,
-                None => {
-                    // A writer sees how far it has been read, and wakes us; or we see its record here.
-                    fence(Ordering::SeqCst);
-                    self.head()?
-                }
+            let head = if let Some(h) = self.head() {
+                h
+            } else {
+                // A writer sees how far it has been read, and wakes us; or we see its record here.
+                fence(Ordering::SeqCst);
+                self.head()?
             };
             let length = (head & !DISCARDED) as usize;
             let room = (RECORD_HEAD + length).next_multiple_of(RECORD_HEAD) as u64;

@@ -353,6 +353,14 @@ async fn pins_go_on_while_the_agent_is_down() {
         Some(root)
     );
     assert_eq!(std::fs::read_dir(bpffs.0.path().join("jobwarden")).unwrap().count(), 1);
+    // Who was copied is in reach of a doom.
+    let order = OrderId::fresh();
+    third.doom(job, third.now() + MINUTE, order).unwrap();
+    let _ = writeln!(shell.child.0.stdin.as_mut().unwrap(), "echo dead");
+    wait_for("the shell's end", Duration::from_secs(30), || !pids(&third, job).contains(&root.pid));
+    third.release(order).unwrap();
+    // SAFETY: started above, and of this test: asleep in a system call, so that no probe has reached it.
+    unsafe { libc::kill(child as i32, libc::SIGKILL) };
     drop(third);
     assert!(unpin(bpffs.0.path()).unwrap() > 20);
     assert_eq!(unpin(bpffs.0.path()).unwrap(), 0);

@@ -47,7 +47,15 @@ fn parse_time_offset(text: &str) -> i64 {
 /// clock is set.
 #[must_use]
 pub fn boot_to_wall() -> u64 {
-    nanoseconds(ClockId::Realtime).saturating_sub(boot_now())
+    // Of some readings, the one in which the least time passed between the two clocks.
+    let read = || {
+        let before = boot_now();
+        let wall = nanoseconds(ClockId::Realtime);
+        let passed = boot_now().saturating_sub(before);
+        (passed, wall.saturating_sub(before + passed / 2))
+    };
+    let [a, b, c] = [read(), read(), read()];
+    a.min(b).min(c).1
 }
 
 /// CLOCK_MONOTONIC in microseconds: the service manager's time base.

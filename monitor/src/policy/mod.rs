@@ -55,6 +55,9 @@ fn nanos(d: Duration) -> u64 {
     u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Nanoseconds by which the wall clock is set at least, if it is; less is slewed.
+const CLOCK_STEP: u64 = 10_000_000;
+
 /// The forest and all decisions over it. Times are boot-time nanoseconds and may not go back between two calls (a time
 /// that does is taken as the last one).
 ///
@@ -140,9 +143,12 @@ impl Engine {
         }
     }
 
-    /// Wall clock minus boot clock, ns; when the wall clock was set.
+    /// Wall clock minus boot clock, ns. Followed when the wall clock was set: both run at one rate, and what is less comes from
+    /// reading one after the other. A process's start must not read otherwise each time.
     pub fn set_clock(&mut self, boot_to_wall_ns: i64) {
-        self.settings.boot_to_wall_ns = boot_to_wall_ns;
+        if self.settings.boot_to_wall_ns.abs_diff(boot_to_wall_ns) >= CLOCK_STEP {
+            self.settings.boot_to_wall_ns = boot_to_wall_ns;
+        }
     }
 
     /// One record of the ring. Idempotent: records may come twice, and late ones never touch a pid's successor.

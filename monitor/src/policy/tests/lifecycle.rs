@@ -23,6 +23,20 @@ fn a_short_life_leaves_nothing() {
 }
 
 #[test]
+fn a_start_reads_the_same_until_the_wall_clock_is_set() {
+    let mut w = World::new("");
+    let a = w.sim.spawn(1, "/bin/true");
+    w.drain();
+    let started = |w: &World| w.process(w.sim.key(a)).unwrap().started;
+    w.e.set_clock(1_000_000_000_000);
+    let first = started(&w);
+    w.e.set_clock(1_000_009_999_999);
+    assert_eq!(started(&w), first);
+    w.e.set_clock(1_000_010_000_000);
+    assert_ne!(started(&w), first);
+}
+
+#[test]
 fn exit_then_zombie_then_reaped() {
     let mut w = World::new("");
     let a = w.sim.spawn(1, "/bin/sh");

@@ -41,8 +41,6 @@ use crate::{host, privileges, recording};
 
 /// How long deliveries under way may take at a stop; what is left is sent after the next start.
 const DRAIN: Duration = Duration::from_secs(2);
-/// The start is over by then, with all that is read of those who run already.
-const STARTED: Duration = Duration::from_secs(5);
 /// Requests that wait for the core; more are refused by the server's own bounds before.
 const REQUESTS: usize = 256;
 
@@ -138,6 +136,7 @@ impl Begun {
         // Listening first: a socket or port in use ends the start before anything is loaded.
         let listeners = Listeners::bind(&api::Options::new(agent, crate::VERSION))?;
         let kernel = Arc::new(Kernel::start(&kernel_options(options))?);
+        host::trim();
         let tracer = options.trace_probes.then(|| kernel.tracer().map_err(AgentError::Trace)).transpose()?;
         // Threads that are made later inherit it.
         if let Err(error) = enforce::preferred() {
@@ -215,10 +214,6 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
     let (stop_tx, stop) = watch::channel(false);
     let (reload_tx, reload) = mpsc::channel(1);
     signals(stop_tx, reload_tx)?;
-    tokio::spawn(async {
-        tokio::time::sleep(STARTED).await;
-        let _ = tokio::task::spawn_blocking(host::trim).await;
-    });
     let listening = server.tcp_address().map(|a| a.to_string());
     tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
     let done = Core::new(parts).run(ring, requests, internal, stop, reload).await;

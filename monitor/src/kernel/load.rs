@@ -60,8 +60,8 @@ fn lineage_entries() -> u32 {
 }
 
 fn limit(name: &str) -> u32 {
-    let text = std::fs::read_to_string(format!("/proc/sys/kernel/{name}"));
-    text.ok().and_then(|s| s.trim().parse().ok()).unwrap_or(u32::MAX)
+    let told = super::offer::number(&format!("/proc/sys/kernel/{name}"));
+    told.and_then(|n| n.try_into().ok()).unwrap_or(u32::MAX)
 }
 
 /// `PID_MAX_LIMIT` in `include/linux/threads.h`.

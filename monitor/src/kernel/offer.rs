@@ -81,7 +81,7 @@ fn text(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok().map(|s| s.trim().to_owned())
 }
 
-fn number(path: &str) -> Option<u64> {
+pub(super) fn number(path: &str) -> Option<u64> {
     text(path)?.parse().ok()
 }
 

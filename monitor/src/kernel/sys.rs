@@ -124,11 +124,11 @@ pub(super) fn map_delete<K: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<b
     }
 }
 
-/// Most entries of one [`map_lookup_batch`]: more than a bucket of a hash map ever has.
+/// Most entries of one call of [`map_keys`]: more than a bucket of a hash map ever has.
 const BATCH: usize = 4096;
 
 /// Appends the keys of a hash map's buckets from `bucket` (None: the first) on, some thousand of them; the bucket to go on from,
-/// None at the end. A bucket is read as a whole, so no key comes twice and none is left out that is there all the while.
+/// None at the end. A bucket is read as a whole, so each key that is there all the while comes exactly once.
 pub(super) fn map_keys<K: Plain, V: Plain>(
     map: BorrowedFd<'_>,
     bucket: Option<u32>,

@@ -170,13 +170,17 @@ pub struct Lineage {
     pub flags: u32,
     /// `LIFE_*`. A field of its own, so that the fork and exit probes never write the same word as `edit`; and not at the same
     /// time as each other, since who forks is not its group's last thread.
-    pub life: u32,
+    pub life: u8,
+    /// Where programs are preempted: not 0 = the first of two programs made the record of the exec, or of the leader's exit, that is
+    /// under way; the second takes it away. A byte of its own, since other threads may fork meanwhile.
+    pub told: u8,
+    pub pad: u16,
 }
 
 /// The group's death has been reported (two last threads can both see `live == 0`).
-pub const LIFE_ENDED: u32 = 1;
+pub const LIFE_ENDED: u8 = 1;
 /// It has forked, so a chain of lineage may lead through it: it is kept among the dead.
-pub const LIFE_FORKED: u32 = 2;
+pub const LIFE_FORKED: u8 = 2;
 
 /// Value of the job map, keyed by the job's 64-bit number. The agent is its only writer.
 #[repr(C)]
@@ -309,6 +313,8 @@ pub const EDIT_MISSING: i32 = 2;
 pub struct Features {
     /// `sched_process_exit` has the argument `group_dead` (6.16).
     pub exit_group_dead: u32,
+    /// A program may be preempted, and is skipped meanwhile on that CPU: the `_again` programs are attached.
+    pub preempted: u32,
 }
 
 /// Offset of a field that this kernel does not have.

@@ -81,7 +81,7 @@ static OFFSETS: Offsets = Offsets {
 };
 /// Set by the loader, then frozen.
 #[unsafe(no_mangle)]
-static FEATURES: Features = Features { exit_group_dead: 0 };
+static FEATURES: Features = Features { exit_group_dead: 0, preempted: 0 };
 
 /// A field of a frozen global. Each is read by itself: a copy of the whole would go over the stack, where older
 /// verifiers forget that a value is constant. Volatile, because the loader has other values than the compiler.

@@ -8,12 +8,28 @@ use std::collections::BTreeMap;
 pub(crate) struct Tally {
     pub(crate) passed: u32,
     pub(crate) failed: u32,
-    pub(crate) failures: Vec<String>,
+    pub(crate) failures: Vec<Failure>,
     /// By name, with the reason.
     pub(crate) skipped: BTreeMap<String, String>,
     /// Tests that said SKIPPED and that libtest therefore counts as passed.
     said_skipped: u32,
+    /// Which failed test's output is being read.
+    reading: Option<usize>,
+    /// The end of a guest's console.
+    console: Vec<String>,
 }
+
+/// What failed, and what it said of it.
+#[derive(Clone, Debug)]
+pub(crate) struct Failure {
+    pub(crate) name: String,
+    said: Vec<String>,
+}
+
+/// More lines of a failure are only where it happened, not at the end of all.
+const SAID: usize = 30;
+/// Before each line of a guest's console.
+pub(crate) const CONSOLE: &str = "console: ";
 
 impl Tally {
     /// Takes one line of output.
@@ -23,12 +39,22 @@ impl Tally {
             if self.skipped.insert(name, why).is_none() {
                 self.said_skipped += 1;
             }
+        } else if let Some(text) = line.strip_prefix(CONSOLE) {
+            self.console.push(text.to_owned());
+        } else if let Some(name) = line.strip_prefix("---- ").and_then(|l| l.strip_suffix(" stdout ----")) {
+            self.reading = self.failures.iter().rposition(|f| f.name == name);
+        } else if line == "failures:" || line.trim_start().to_lowercase().starts_with("stack backtrace:") {
+            self.reading = None;
+        } else if let Some(failure) = self.reading.and_then(|i| self.failures.get_mut(i)) {
+            if failure.said.len() < SAID && !line.trim().is_empty() {
+                failure.said.push(line.to_owned());
+            }
         } else if let Some(rest) = line.strip_prefix("test result: ") {
             self.passed += number_before(rest, " passed");
             self.failed += number_before(rest, " failed");
         } else if let Some(rest) = line.strip_prefix("test ") {
             if let Some(name) = rest.strip_suffix("... FAILED") {
-                self.failures.push(name.trim().to_owned());
+                self.failures.push(Failure { name: name.trim().to_owned(), said: Vec::new() });
             } else if let Some((name, why)) = rest.split_once(" ... ignored") {
                 let why = why.trim_start_matches(',').trim();
                 let why = if why.is_empty() { "ignored" } else { why };
@@ -40,7 +66,7 @@ impl Tally {
     /// Notes a failure that no test could report itself: a crash, a time limit.
     pub(crate) fn fail(&mut self, what: String) {
         self.failed += 1;
-        self.failures.push(what);
+        self.failures.push(Failure { name: what, said: std::mem::take(&mut self.console) });
     }
 
     /// Notes a part that did not run at all.
@@ -52,7 +78,8 @@ impl Tally {
     pub(crate) fn add(&mut self, other: Self, prefix: &str) {
         self.passed += other.passed.saturating_sub(other.said_skipped);
         self.failed += other.failed;
-        self.failures.extend(other.failures.into_iter().map(|f| format!("{prefix}{f}")));
+        let named = |f: Failure| Failure { name: format!("{prefix}{}", f.name), ..f };
+        self.failures.extend(other.failures.into_iter().map(named));
         self.skipped.extend(other.skipped.into_iter().map(|(name, why)| (format!("{prefix}{name}"), why)));
     }
 
@@ -62,14 +89,15 @@ impl Tally {
         format!("{passed} passed, {} failed, {} skipped", self.failed, self.skipped.len())
     }
 
-    /// Prints what failed and what was skipped by name, and the closing line last.
+    /// Prints what was skipped and what failed by name, the latter with what it said, and the closing line last.
     pub(crate) fn print(&self) {
         println!();
-        for name in &self.failures {
-            println!("FAILED: {name}");
-        }
         for (name, why) in &self.skipped {
             println!("SKIPPED: {name}: {why}");
+        }
+        for failure in &self.failures {
+            println!("FAILED: {}", failure.name);
+            failure.said.iter().for_each(|line| println!("    {line}"));
         }
         println!("{}", self.closing());
     }
@@ -100,14 +128,39 @@ test b ... FAILED
 test c ... ignored, long
 SKIPPED: d: no podman here
 test d ... ok
+
+failures:
+
+---- b stdout ----
+Error: no exit
+
+Stack backtrace:
+   0: b
+
+failures:
+    b
+
 test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s";
+
+    fn names(tally: &Tally) -> Vec<&str> {
+        tally.failures.iter().map(|f| f.name.as_str()).collect()
+    }
+
+    #[test]
+    fn a_guest_that_died_is_told_with_the_end_of_its_console() {
+        let mut tally = Tally::default();
+        tally.line("console: Kernel panic");
+        tally.fail("died".to_owned());
+        assert_eq!(tally.failures[0].said, ["Kernel panic"]);
+    }
 
     #[test]
     fn what_libtest_says_is_counted_and_skipped_tests_are_not_passed() {
         let mut tally = Tally::default();
         OUTPUT.lines().for_each(|l| tally.line(l));
         assert_eq!(tally.closing(), "1 passed, 1 failed, 2 skipped");
-        assert_eq!(tally.failures, ["b"]);
+        assert_eq!(names(&tally), ["b"]);
+        assert_eq!(tally.failures[0].said, ["Error: no exit"]);
         assert_eq!(tally.skipped["d"], "no podman here");
         assert_eq!(tally.skipped["c"], "long");
     }
@@ -121,6 +174,6 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         all.add(tally, "5.10: ");
         all.fail("hang".to_owned());
         assert_eq!(all.closing(), "2 passed, 3 failed, 4 skipped");
-        assert_eq!(all.failures, ["6.1: b", "5.10: b", "hang"]);
+        assert_eq!(names(&all), ["6.1: b", "5.10: b", "hang"]);
     }
 }

@@ -32,7 +32,7 @@ pub(crate) extern "C" fn edit(ctx: *mut c_void) -> i32 {
             return abi::EDIT_MISSING;
         }
         let job = if what & abi::EDIT_SET_JOB != 0 { job } else { 0 };
-        let new = Lineage { parent, job, flags: flags | abi::LINEAGE_MENDED, life: 0 };
+        let new = Lineage { parent, job, flags: flags | abi::LINEAGE_MENDED, life: 0, told: 0, pad: 0 };
         match LINEAGE.insert(key, new, u64::from(BPF_NOEXIST)) {
             Ok(()) => {
                 if job != 0 {

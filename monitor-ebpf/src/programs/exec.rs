@@ -10,7 +10,7 @@ use monitor_abi::{
 };
 
 use super::task::{self, Ptr};
-use super::{frozen, ring};
+use super::{frozen, life, ring};
 
 /// An exec record with room for `F` bytes of file name and `A` of argv behind it. The two stand close together, so
 /// the room is theirs in sum; `F` and `A` are what the verifier can check one by one.
@@ -38,7 +38,22 @@ struct What {
 /// `current` has its new memory.
 #[btf_tracepoint(function = "sched_process_exec")]
 pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
+    execed(&ctx, false)
+}
+
+/// Whom `exec` passed over: see `life.rs`.
+#[btf_tracepoint(function = "sched_process_exec")]
+pub(crate) fn exec_again(ctx: BtfTracePointContext) -> i32 {
+    execed(&ctx, true)
+}
+
+#[inline(always)]
+fn execed(ctx: &BtfTracePointContext, again: bool) -> i32 {
     let task: Ptr = ctx.arg(0);
+    // SAFETY: an argument of the tracepoint.
+    if !life::is_news(&unsafe { task::key(task) }, again) {
+        return 0;
+    }
     let old_tid: u32 = ctx.arg(1);
     let bprm: Ptr = ctx.arg(2);
     // SAFETY: arguments of the tracepoint; what is loaded from the memory descriptor are plain words.

@@ -48,7 +48,7 @@ unsafe fn write<T>(meta: *const Meta, row: &mut T) {
 }
 
 const NO_LINEAGE: Lineage =
-    Lineage { parent: ProcKey { start: 0, tgid: 0, pad: 0 }, job: 0, flags: 0, life: 0 };
+    Lineage { parent: ProcKey { start: 0, tgid: 0, pad: 0 }, job: 0, flags: 0, life: 0, told: 0, pad: 0 };
 
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task")]

@@ -1,4 +1,8 @@
 //! Fork, death and reap of processes, and the lineage map that follows them.
+//!
+//! Where programs are preempted (Linux 7, real-time kernels) the kernel skips one that another process on the same CPU is in the
+//! middle of. There each has a second program behind it, `_again`, that does its work for whom it passed over: a chain that lost
+//! its lineage so would escape its job, and an exit that nobody tells is an event lost.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::macros::btf_tracepoint;
@@ -30,8 +34,7 @@ pub(crate) fn fork(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// The same once more, for whom `fork` passed over. Where programs are preempted (Linux 7, real-time kernels) the kernel skips one
-/// that another process on the same CPU is in the middle of, and a chain that lost its lineage so would escape its job.
+/// Whom `fork` passed over has no entry.
 #[btf_tracepoint(function = "sched_process_fork")]
 pub(crate) fn fork_again(ctx: BtfTracePointContext) -> i32 {
     let child: Ptr = ctx.arg(1);
@@ -154,7 +157,8 @@ fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
         word(&*l)
     });
     member::mark(key.tgid, false);
-    let made = LINEAGE.insert(key, Lineage { parent: *forker, job, flags, life: 0 }, u64::from(BPF_NOEXIST));
+    let new = Lineage { parent: *forker, job, flags, life: 0, told: 0, pad: 0 };
+    let made = LINEAGE.insert(key, new, u64::from(BPF_NOEXIST));
     if let Err(e) = made
         && e != EEXIST
     {
@@ -185,6 +189,21 @@ fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
 /// are given away and the task becomes a zombie. `signal->live` has been counted down.
 #[btf_tracepoint(function = "sched_process_exit")]
 pub(crate) fn exit(ctx: BtfTracePointContext) -> i32 {
+    // SAFETY: the tracepoint's context.
+    unsafe { died(&ctx, false) }
+}
+
+/// Whom `exit` passed over is not marked dead, nor told of.
+#[btf_tracepoint(function = "sched_process_exit")]
+pub(crate) fn exit_again(ctx: BtfTracePointContext) -> i32 {
+    // SAFETY: as above.
+    unsafe { died(&ctx, true) }
+}
+
+/// # Safety
+/// The context of `sched_process_exit`.
+#[inline(always)]
+unsafe fn died(ctx: &BtfTracePointContext, again: bool) -> i32 {
     let task: Ptr = ctx.arg(0);
     // SAFETY: an argument of the tracepoint; a task's group leader is a task.
     unsafe {
@@ -193,13 +212,12 @@ pub(crate) fn exit(ctx: BtfTracePointContext) -> i32 {
         let (pid, tgid) = task::ids(task);
         let dead =
             if frozen!(FEATURES.exit_group_dead) != 0 { ctx.arg::<u64>(1) & 1 != 0 } else { live == 0 };
-        if !dead && pid != tgid {
-            ring::filtered(KIND_EXIT);
-            return 0;
-        }
         let key = task::key(task);
-        if dead && !first_death(&key) {
-            ring::filtered(KIND_EXIT);
+        let news = if dead { first_death(&key, again) } else { pid == tgid && is_news(&key, again) };
+        if !news {
+            if !again {
+                ring::filtered(KIND_EXIT);
+            }
             return 0;
         }
         let kind = if dead { KIND_EXIT } else { KIND_LEADER_EXIT };
@@ -218,8 +236,8 @@ pub(crate) fn exit(ctx: BtfTracePointContext) -> i32 {
 /// Marks the group dead; false if it was already. Not atomic, and the entry may be missing: two last threads can both
 /// get true, and the forest takes the first record per key.
 #[inline(always)]
-fn first_death(key: &ProcKey) -> bool {
-    let Some(entry) = LINEAGE.get_ptr_mut(key) else { return true };
+fn first_death(key: &ProcKey, again: bool) -> bool {
+    let Some(entry) = LINEAGE.get_ptr_mut(key) else { return !again };
     // SAFETY: the entry is deleted only when the leader is freed, and its thread here is not yet dead.
     unsafe {
         let life = &raw mut (*entry).life;
@@ -232,29 +250,67 @@ fn first_death(key: &ProcKey) -> bool {
     true
 }
 
+/// Whether an exec, or a leader's exit, is still to be told of by this program, the first or the second. Both run in one task, and
+/// no other of its group is at either meanwhile: an exec waits for the leader's end. Who has no entry is told of by the first only.
+#[inline(always)]
+pub(crate) fn is_news(key: &ProcKey, again: bool) -> bool {
+    if frozen!(FEATURES.preempted) == 0 {
+        return !again;
+    }
+    let Some(entry) = LINEAGE.get_ptr_mut(key) else { return !again };
+    // SAFETY: the entry is deleted only when the leader is freed, and its group lives.
+    unsafe {
+        let told = &raw mut (*entry).told;
+        let before = told.read_volatile();
+        told.write_volatile(u8::from(!again));
+        !again || before == 0
+    }
+}
+
 /// `sched_process_free(struct task_struct *p)`: an RCU grace period after somebody, or the kernel, reaped it.
 #[btf_tracepoint(function = "sched_process_free")]
 pub(crate) fn free(ctx: BtfTracePointContext) -> i32 {
+    // SAFETY: the tracepoint's context.
+    unsafe { freed(&ctx, false) }
+}
+
+/// Whom `free` passed over still has an entry.
+#[btf_tracepoint(function = "sched_process_free")]
+pub(crate) fn free_again(ctx: BtfTracePointContext) -> i32 {
+    // SAFETY: as above.
+    unsafe { freed(&ctx, true) }
+}
+
+/// # Safety
+/// The context of `sched_process_free`.
+#[inline(always)]
+unsafe fn freed(ctx: &BtfTracePointContext, again: bool) -> i32 {
     let task: Ptr = ctx.arg(0);
     // SAFETY: an argument of the tracepoint.
     unsafe {
         let (pid, tgid) = task::ids(task);
         // A thread, or (after the exec of another thread) the old leader, which gave its pid away.
         if pid != tgid {
-            ring::filtered(KIND_REAP);
+            if !again {
+                ring::filtered(KIND_REAP);
+            }
             return 0;
         }
         let key = task::key(task);
-        let (_, status, _) = task::live_and_status(task);
-        if let Some(entry) = LINEAGE.get(key) {
-            // No chain of lineage leads through one without children. Of one from before the probes that is not known.
-            if entry.life & LIFE_FORKED != 0 || entry.flags & LINEAGE_MENDED != 0 {
-                // Copied first: the slot may be used again as soon as it is deleted.
-                let entry = *entry;
-                let _ = DEAD.insert(key, entry, 0);
+        match LINEAGE.get(key) {
+            Some(entry) => {
+                // No chain of lineage leads through one without children. Of one from before the probes that is not known.
+                if entry.life & LIFE_FORKED != 0 || entry.flags & LINEAGE_MENDED != 0 {
+                    // Copied first: the slot may be used again as soon as it is deleted.
+                    let entry = *entry;
+                    let _ = DEAD.insert(key, entry, 0);
+                }
+                let _ = LINEAGE.remove(key);
             }
-            let _ = LINEAGE.remove(key);
+            None if again => return 0,
+            None => {}
         }
+        let (_, status, _) = task::live_and_status(task);
         ring::emit::<Reap>(KIND_REAP, |r| {
             r.write(Reap { hdr: ring::header(KIND_REAP, 0, key), status, pad: 0 });
         });

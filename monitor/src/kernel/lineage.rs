@@ -8,7 +8,7 @@ use std::os::fd::AsFd as _;
 use monitor_abi as abi;
 use monitor_abi::{Job, LINEAGE_MENDED, LINEAGE_SPARED, TaskRow};
 
-use super::offsets::{EDIT, FORK, FORK_AGAIN};
+use super::offsets::{EDIT, FORK, PROBES};
 use super::{Kernel, sys};
 use crate::enforce::{Lineage, Member, OrderId};
 use crate::event::Comm;
@@ -204,10 +204,10 @@ impl Kernel {
 
     /// Repeats `pass` until one changes nothing, and the fork probe missed no fork meanwhile.
     pub(super) fn to_a_fixpoint(&self, mut pass: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
-        let mut missed = self.missed(self.last_fork())?;
+        let mut missed = self.missed(FORK)?;
         for _ in 0..PASSES {
             let changed = pass()?;
-            let now = self.missed(self.last_fork())?;
+            let now = self.missed(FORK)?;
             if !changed && now == missed {
                 return Ok(());
             }
@@ -333,13 +333,14 @@ impl Kernel {
         })
     }
 
-    /// The program whose skipped runs are forks that nobody saw: what the first one missed the second one has.
-    pub(super) fn last_fork(&self) -> &'static str {
-        if self.links.contains_key(FORK_AGAIN) { FORK_AGAIN } else { FORK }
-    }
-
-    /// Runs that the kernel skipped because the program was active on that CPU already (0 where it does not count).
-    fn missed(&self, name: &'static str) -> io::Result<u64> {
+    /// Runs of an attached program that the kernel skipped because it was active on that CPU already, and that no other made up for:
+    /// of two, those of the second (0 where it does not count).
+    pub(super) fn missed(&self, name: &'static str) -> io::Result<u64> {
+        let last = PROBES.iter().find(|p| p.behind == Some(name) && self.links.contains_key(p.name));
+        let name = last.map_or(name, |p| p.name);
+        if !self.links.contains_key(name) {
+            return Ok(0);
+        }
         Ok(sys::prog_info(self.program(name)?.as_fd())?.recursion_misses.unwrap_or(0))
     }
 }

@@ -79,6 +79,7 @@ impl Layout {
         });
         let features = Features {
             exit_group_dead: u32::from(btf.tracepoint_args("sched_process_exit").is_some_and(|n| n > 1)),
+            preempted: preempts_programs().into(),
         };
         Self { offsets, features, missing }
     }
@@ -103,8 +104,9 @@ pub(super) struct Probe {
     pub(super) essential: bool,
     /// Attached only while it is needed.
     pub(super) on_demand: bool,
-    /// Only where the kernel preempts programs, and skips what is in the middle of being run on the same CPU.
-    pub(super) preempted: bool,
+    /// The one whose work this does for whom it passed over. Only where the kernel preempts programs, and skips what is in the
+    /// middle of being run on the same CPU.
+    pub(super) behind: Option<&'static str>,
     /// Fields whose absence switches it off.
     pub(super) needs: &'static [&'static str],
 }
@@ -116,12 +118,16 @@ impl Probe {
 
     /// Whether this kernel has a use for it.
     pub(super) fn is_of_use(&self) -> bool {
-        !self.preempted || preempts_programs()
+        self.behind.is_none() || preempts_programs()
     }
 }
 
 const fn probe(name: &'static str, kind: Kind) -> Probe {
-    Probe { name, kind, essential: true, on_demand: false, preempted: false, needs: &[] }
+    Probe { name, kind, essential: true, on_demand: false, behind: None, needs: &[] }
+}
+
+const fn again(name: &'static str, behind: &'static str, tracepoint: &'static str) -> Probe {
+    Probe { behind: Some(behind), ..probe(name, Kind::Tracepoint(tracepoint)) }
 }
 
 /// A program that only writes lines, while somebody reads them.
@@ -138,7 +144,9 @@ fn preempts_programs() -> bool {
 }
 
 pub(super) const FORK: &str = "fork";
-pub(super) const FORK_AGAIN: &str = "fork_again";
+pub(super) const EXEC: &str = "exec";
+pub(super) const EXIT: &str = "exit";
+pub(super) const FREE: &str = "free";
 pub(super) const TASKS: &str = "tasks";
 pub(super) const FILES: &str = "files";
 pub(super) const SYS_ENTER: &str = "sys_enter";
@@ -147,10 +155,13 @@ pub(super) const EDIT: &str = "edit";
 /// All programs. Fork comes first, so that no process can be seen to exit whose fork was not.
 pub(super) const PROBES: &[Probe] = &[
     probe(FORK, Kind::Tracepoint("sched_process_fork")),
-    Probe { preempted: true, ..probe(FORK_AGAIN, Kind::Tracepoint("sched_process_fork")) },
-    probe("exec", Kind::Tracepoint("sched_process_exec")),
-    probe("exit", Kind::Tracepoint("sched_process_exit")),
-    probe("free", Kind::Tracepoint("sched_process_free")),
+    again("fork_again", FORK, "sched_process_fork"),
+    probe(EXEC, Kind::Tracepoint("sched_process_exec")),
+    again("exec_again", EXEC, "sched_process_exec"),
+    probe(EXIT, Kind::Tracepoint("sched_process_exit")),
+    again("exit_again", EXIT, "sched_process_exit"),
+    probe(FREE, Kind::Tracepoint("sched_process_free")),
+    again("free_again", FREE, "sched_process_free"),
     Probe {
         essential: false,
         needs: &["kernel_siginfo.si_code"],

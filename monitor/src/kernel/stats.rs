@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use aya::maps::MapData;
 use monitor_abi::{Counter, KINDS, KillCounter};
 
-use super::offsets::{FORK, Kind, PROBES, SYS_ENTER};
+use super::offsets::{EXEC, EXIT, FORK, FREE, Kind, PROBES, SYS_ENTER};
 use super::{Kernel, sys};
 
 /// One program.
@@ -37,9 +37,9 @@ pub struct Fill {
 /// The programs that write records, and of which kind (that of exits writes leaders' too).
 const KIND_OF: &[(&str, u16)] = &[
     (FORK, monitor_abi::KIND_FORK),
-    ("exec", monitor_abi::KIND_EXEC),
-    ("exit", monitor_abi::KIND_EXIT),
-    ("free", monitor_abi::KIND_REAP),
+    (EXEC, monitor_abi::KIND_EXEC),
+    (EXIT, monitor_abi::KIND_EXIT),
+    (FREE, monitor_abi::KIND_REAP),
     ("signal", monitor_abi::KIND_SIGNAL),
 ];
 
@@ -59,13 +59,10 @@ impl Kernel {
     pub fn totals(&self) -> io::Result<[Counter; KINDS]> {
         let mut sum = [Counter::default(); KINDS];
         for (name, kind) in KIND_OF {
-            let name = if *name == FORK { self.last_fork() } else { *name };
-            if let Some(p) = self.programs.get(name).filter(|_| self.links.contains_key(name)) {
-                let skipped = sys::prog_info(p.as_fd())?.recursion_misses.unwrap_or(0);
-                let c = &mut sum[usize::from(*kind)];
-                c.hits += skipped;
-                c.lost += skipped;
-            }
+            let skipped = self.missed(name)?;
+            let c = &mut sum[usize::from(*kind)];
+            c.hits += skipped;
+            c.lost += skipped;
         }
         for cpu in self.counters()? {
             for (s, c) in sum.iter_mut().zip(cpu) {

@@ -3,6 +3,7 @@
 mod jobs;
 mod marks;
 
+use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -248,6 +249,60 @@ impl Seen {
         };
         self.of_mine[what] += 1;
     }
+}
+
+/// Many at a time, so that a kernel that preempts programs skips some (Linux 7): each life is told whole, by the one or the other of
+/// two programs, and nothing of it twice.
+#[tokio::test]
+async fn lives_beside_each_other_are_told_once() {
+    const THREADS: usize = 16;
+    const EACH: usize = 20;
+    let Some(kernel) = start("lives_beside_each_other_are_told_once", &Options::default()) else { return };
+    let mut ring = kernel.take_ring().unwrap();
+    let me = kernel.start_of(std::process::id()).unwrap().unwrap();
+    let me = Key::new(std::process::id(), me);
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                for _ in 0..EACH {
+                    assert!(Command::new("/bin/true").status().unwrap().success());
+                }
+            });
+        }
+    });
+    let mut told: BTreeMap<Key, [u32; 4]> = BTreeMap::new();
+    let end = Instant::now() + Duration::from_secs(20);
+    let unreaped = |told: &BTreeMap<Key, [u32; 4]>| {
+        let waits = |k: &Key| kernel.maps.lineage.get(&(*k).into()).unwrap().is_some();
+        told.iter().filter(|(k, n)| n[3] == 0 && waits(k)).count()
+    };
+    // Reaps come when RCU lets go.
+    while told.is_empty() || unreaped(&told) > 0 && Instant::now() < end {
+        ring.drain(&mut |b| {
+            let e = decode(b).unwrap();
+            let what = match e.body {
+                Body::Fork { lineage_parent, .. } if lineage_parent == me => 0,
+                Body::Exec { .. } => 1,
+                Body::Exit { .. } => 2,
+                Body::Reap { .. } => 3,
+                _ => return,
+            };
+            if what == 0 {
+                told.insert(e.process, [0; 4]);
+            }
+            if let Some(n) = told.get_mut(&e.process) {
+                n[what] += 1;
+            }
+        });
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let others = kernel.probes().unwrap();
+    let skipped = others.iter().filter_map(|p| p.recursion_misses.filter(|&n| n > 0).map(|n| (p.name, n)));
+    println!("skipped: {:?}", skipped.collect::<Vec<_>>());
+    assert!(told.values().flatten().all(|&n| n <= 1), "{told:?}");
+    let whole = told.values().filter(|n| n[..3] == [1, 1, 1]).count() as u64;
+    let lost = kernel.lost().unwrap();
+    assert!(whole + lost >= (THREADS * EACH) as u64, "{whole} whole, {lost} lost: {told:?}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::kernels::Kernel;
+use crate::report::CONSOLE;
 
 /// How a boot ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub(crate) enum End {
     Hang,
     /// QEMU ended without a status from the script: the kernel or its init died.
     Died,
+    /// QEMU itself was ended by this signal, so nothing is known of the guest.
+    Killed(i32),
 }
 
 pub(crate) struct Boot<'a> {
@@ -70,13 +74,16 @@ impl Boot<'_> {
         }
         // After a hang QEMU still runs; after anything else this finds it gone.
         let _ = qemu.kill();
-        qemu.wait()?;
+        let status = qemu.wait()?;
+        if let (End::Died, Some(signal)) = (end, status.signal()) {
+            end = End::Killed(signal);
+        }
         if reader.join().is_err() {
             end = End::Died;
         }
         if end != End::Status(0) {
             for text in tail(&console, 15) {
-                line(&format!("console: {text}"));
+                line(&format!("{CONSOLE}{text}"));
             }
         }
         Ok(end)

@@ -1,6 +1,7 @@
 //! `tree`: as `ps axf` draws it, by lineage, with the dead and with what `ps` cannot know.
 
 use std::collections::{HashMap, HashSet};
+use std::time::SystemTime;
 
 use super::style::{Paint, Style, cut, width};
 use super::why::word;
@@ -46,7 +47,7 @@ pub fn tree(view: &TreeView<'_>, style: Style) -> String {
     let levels = style
         .width
         .map_or(LEVELS, |w| (w.saturating_sub(width(&columns.head()) + COMMAND_MIN) / EDGE).clamp(2, LEVELS));
-    let lines = Lines { view, forest: &forest, columns, levels };
+    let lines = Lines { view, forest: &forest, columns, levels, now: wall(&view.tree.at) };
     let mut out = style.paint(Paint::Dim, &lines.columns.head());
     out.push('\n');
     // Not recursive: a chain may be longer than a stack. With each: what its line begins with, whether a sibling follows,
@@ -156,13 +157,13 @@ struct Lines<'a> {
     columns: Columns,
     /// That are indented.
     levels: usize,
+    now: Option<SystemTime>,
 }
 
 impl Lines<'_> {
     fn line(&self, out: &mut String, p: &Process, bars: &str, depth: usize, style: Style) {
         let c = &self.columns;
-        let now = wall(&self.view.tree.at);
-        let old = now.and_then(|n| between(&p.started, n)).map_or_else(|| "?".into(), age);
+        let old = self.now.and_then(|n| between(&p.started, n)).map_or_else(|| "?".into(), age);
         let owner = user(self.view, p);
         let pad = " ".repeat(c.user.saturating_sub(width(&owner)));
         let front = format!("{:>pid$} {} {old:>6} {owner}{pad} ", p.pid, letter(p), pid = c.pid);

@@ -45,10 +45,6 @@ impl Tally {
             self.reading = self.failures.iter().rposition(|f| f.name == name);
         } else if line == "failures:" || line.trim_start().to_lowercase().starts_with("stack backtrace:") {
             self.reading = None;
-        } else if let Some(failure) = self.reading.and_then(|i| self.failures.get_mut(i)) {
-            if failure.said.len() < SAID && !line.trim().is_empty() {
-                failure.said.push(line.to_owned());
-            }
         } else if let Some(rest) = line.strip_prefix("test result: ") {
             self.passed += number_before(rest, " passed");
             self.failed += number_before(rest, " failed");
@@ -60,6 +56,11 @@ impl Tally {
                 let why = if why.is_empty() { "ignored" } else { why };
                 self.skipped.insert(name.trim().to_owned(), why.to_owned());
             }
+        } else if let Some(failure) = self.reading.and_then(|i| self.failures.get_mut(i))
+            && failure.said.len() < SAID
+            && !line.trim().is_empty()
+        {
+            failure.said.push(line.to_owned());
         }
     }
 

@@ -19,7 +19,7 @@ use crate::policy::{ExecJob, JobPolicy, Refused, Target, TreeQuery};
 
 /// Most audit entries in one answer, the newest.
 const AUDIT_MAX: usize = 10_000;
-/// From so many processes of a target on the kernel is asked for the states of all at once, rather than /proc for each.
+/// From so many processes on the kernel is asked for the states of all at once, rather than /proc for each.
 const MANY: usize = 256;
 
 pub(super) fn answer(core: &mut Core, r: Request) {
@@ -130,24 +130,11 @@ fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
         orphans: q.orphans,
         uid: q.uid,
     };
-    let letters = || core.kernel.letters().unwrap_or_default();
-    // Of everybody they are read while the rows are made: each takes about as long as the other.
-    let (tree, beside) = std::thread::scope(|scope| {
-        let beside = q
-            .target
-            .is_none()
-            .then(|| std::thread::Builder::new().spawn_scoped(scope, letters).ok())
-            .flatten();
-        (core.engine.tree(&query, host::boot_now()), beside.and_then(|b| b.join().ok()))
-    });
-    let mut tree = tree.map_err(refused)?;
-    let all = match beside {
-        Some(all) => all,
-        None if tree.processes.len() < MANY => HashMap::new(),
-        None => letters(),
-    };
+    let mut tree = core.engine.tree(&query, host::boot_now()).map_err(refused)?;
     let host_ns = core.looker.own_pid_ns();
     let mut read = Vec::new();
+    let all =
+        if tree.processes.len() < MANY { HashMap::new() } else { core.kernel.letters().unwrap_or_default() };
     for p in &mut tree.processes {
         read.extend(core.looker.place(p, host_ns));
         match all.get(&p.id) {

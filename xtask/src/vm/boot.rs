@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -72,17 +72,16 @@ impl Boot<'_> {
                 }
             }
         }
-        // After a hang QEMU still runs; after anything else this finds it gone.
-        let _ = qemu.kill();
-        let status = qemu.wait()?;
-        if let (End::Died, Some(signal)) = (end, status.signal()) {
+        let status = over(&mut qemu, end)?;
+        if let (End::Died, Some(signal)) = (end, status.and_then(|s| s.signal())) {
             end = End::Killed(signal);
         }
         if reader.join().is_err() {
             end = End::Died;
         }
         if end != End::Status(0) {
-            for text in tail(&console, 15) {
+            // A panic says what it was before its registers and its trace.
+            for text in tail(&console, 80) {
                 line(&format!("{CONSOLE}{text}"));
             }
         }
@@ -109,6 +108,21 @@ impl Boot<'_> {
             .stdout(Stdio::piped());
         qemu
     }
+}
+
+/// How QEMU ended by itself. None: it was ended here, since its guest hung or it did not get out after its last output; so what
+/// it is ended by here is never taken for an end of its own.
+fn over(qemu: &mut Child, end: End) -> Result<Option<ExitStatus>> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while end != End::Hang && Instant::now() < deadline {
+        if let Some(status) = qemu.try_wait()? {
+            return Ok(Some(status));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let _ = qemu.kill();
+    qemu.wait()?;
+    Ok(None)
 }
 
 fn tail(file: &Path, lines: usize) -> Vec<String> {

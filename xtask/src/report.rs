@@ -15,6 +15,8 @@ pub(crate) struct Tally {
     said_skipped: u32,
     /// Which failed test's output is being read.
     reading: Option<usize>,
+    /// Whether libtest's list of the failed is being read.
+    listing: bool,
     /// The end of a guest's console.
     console: Vec<String>,
 }
@@ -33,7 +35,17 @@ pub(crate) const CONSOLE: &str = "console: ";
 
 impl Tally {
     /// Takes one line of output.
+    ///
+    /// What a test and its children print beside libtest may stand between a test's name and its verdict, so the failed are also
+    /// taken from the headings of their output and from the list at the end.
     pub(crate) fn line(&mut self, line: &str) {
+        if self.listing
+            && let Some(name) = line.strip_prefix("    ")
+        {
+            self.failed_test(name);
+            return;
+        }
+        self.listing = false;
         if let Some((_, rest)) = line.split_once("SKIPPED").filter(|(_, r)| r.starts_with([':', ' '])) {
             let (name, why) = split(rest.trim_start_matches([':', ' ']));
             if self.skipped.insert(name, why).is_none() {
@@ -42,15 +54,17 @@ impl Tally {
         } else if let Some(text) = line.strip_prefix(CONSOLE) {
             self.console.push(text.to_owned());
         } else if let Some(name) = line.strip_prefix("---- ").and_then(|l| l.strip_suffix(" stdout ----")) {
-            self.reading = self.failures.iter().rposition(|f| f.name == name);
-        } else if line == "failures:" || line.trim_start().to_lowercase().starts_with("stack backtrace:") {
+            self.reading = Some(self.failed_test(name));
+        } else if line == "failures:" {
+            (self.reading, self.listing) = (None, true);
+        } else if line.trim_start().to_lowercase().starts_with("stack backtrace:") {
             self.reading = None;
         } else if let Some(rest) = line.strip_prefix("test result: ") {
             self.passed += number_before(rest, " passed");
             self.failed += number_before(rest, " failed");
         } else if let Some(rest) = line.strip_prefix("test ") {
             if let Some(name) = rest.strip_suffix("... FAILED") {
-                self.failures.push(Failure { name: name.trim().to_owned(), said: Vec::new() });
+                self.failed_test(name.trim());
             } else if let Some((name, why)) = rest.split_once(" ... ignored") {
                 let why = why.trim_start_matches(',').trim();
                 let why = if why.is_empty() { "ignored" } else { why };
@@ -62,6 +76,15 @@ impl Tally {
         {
             failure.said.push(line.to_owned());
         }
+    }
+
+    /// Where the failure of this test is, noted now if it was not.
+    fn failed_test(&mut self, name: &str) -> usize {
+        let at = self.failures.iter().position(|f| f.name == name);
+        at.unwrap_or_else(|| {
+            self.failures.push(Failure { name: name.to_owned(), said: Vec::new() });
+            self.failures.len() - 1
+        })
     }
 
     /// Notes a failure that no test could report itself: a crash, a time limit.
@@ -142,6 +165,21 @@ failures:
     b
 
 test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s";
+
+    #[test]
+    fn a_failure_whose_line_was_broken_is_named() {
+        let broken = OUTPUT.replace("test b ... FAILED", "test b ... started=1\nFAILED");
+        let mut tally = Tally::default();
+        broken.lines().for_each(|l| tally.line(l));
+        assert_eq!(names(&tally), ["b"]);
+        assert_eq!(tally.failures[0].said, ["Error: no exit"]);
+        let mut silent = Tally::default();
+        "test b ... x\nFAILED\n\nfailures:\n\nfailures:\n    b\n\ntest result: FAILED. 0 passed; 1 failed"
+            .lines()
+            .for_each(|l| silent.line(l));
+        assert_eq!(names(&silent), ["b"]);
+        assert_eq!(silent.closing(), "0 passed, 1 failed, 0 skipped");
+    }
 
     fn names(tally: &Tally) -> Vec<&str> {
         tally.failures.iter().map(|f| f.name.as_str()).collect()

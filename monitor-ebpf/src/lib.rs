@@ -1,12 +1,12 @@
 //! What the probes and the agent say to each other: ring records, map keys and values, frozen offsets.
 //!
-//! No dependencies, no logic. Every type is `repr(C)` without implicit padding, so that a record is defined byte
+//! No dependencies, and no logic but what both must do alike. Every type is `repr(C)` without implicit padding, so that a record is defined byte
 //! for byte and a pinned map can be opened by another build whose layout hash is the same. The agent never
 //! transmutes ring bytes into these: it reads integers at the offsets asserted below.
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 /// Raised whenever a record or a map value changes its layout or its meaning; it is part of the pin folder's hash.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Bytes of a task's `comm`, with its NUL.
 pub const COMM_LEN: usize = 16;
@@ -154,10 +154,35 @@ pub struct Kill {
     pub pad: u32,
 }
 
-/// Lineage flag: never signalled by a probe, nor by the agent; inherited at fork.
+/// Lineage flag: never signalled by a probe while the flags' epoch is the present one ([`is_spared`]).
 pub const LINEAGE_SPARED: u32 = 1;
+/// Lineage flag: whom this one forks is spared as it is.
+pub const LINEAGE_HEIRS: u32 = 2;
 /// Lineage flag: made by labelling or mending, not by the fork probe: `parent` is what /proc or the snapshot said.
 pub const LINEAGE_MENDED: u32 = 4;
+
+/// Where the epoch of [`LINEAGE_SPARED`] and [`LINEAGE_HEIRS`] begins in the flags: the [`Control::spares`] that they were set under.
+/// A new epoch takes them from all at once: they are inherited, and a chain in which each process forks one successor and exits
+/// outruns whoever takes them from one after the other.
+pub const SPARES_SHIFT: u32 = 8;
+/// The bits of an epoch.
+pub const SPARES_MAX: u32 = u32::MAX >> SPARES_SHIFT;
+/// All bits of the flags that sparing uses.
+pub const SPARES_BITS: u32 = LINEAGE_SPARED | LINEAGE_HEIRS | (SPARES_MAX << SPARES_SHIFT);
+
+/// Whether who has these lineage flags is spared under the epoch `spares`.
+#[must_use]
+#[inline]
+pub const fn is_spared(flags: u32, spares: u32) -> bool {
+    flags & LINEAGE_SPARED != 0 && flags >> SPARES_SHIFT == spares
+}
+
+/// The flags of a child whose forker has these.
+#[must_use]
+#[inline]
+pub const fn handed_down(flags: u32) -> u32 {
+    if flags & LINEAGE_HEIRS != 0 { flags & SPARES_BITS } else { 0 }
+}
 
 /// Value of the lineage map and of the map of the dead, both keyed by [`ProcKey`].
 #[repr(C)]
@@ -166,7 +191,7 @@ pub struct Lineage {
     pub parent: ProcKey,
     /// Innermost job, 0 = none.
     pub job: u64,
-    /// `LINEAGE_*`. Written at fork and by the `edit` program only.
+    /// `LINEAGE_*`, and the epoch of sparing. Written at fork and by the `edit` program only.
     pub flags: u32,
     /// `LIFE_*`. A field of its own, so that the fork and exit probes never write the same word as `edit`; and not at the same
     /// time as each other, since who forks is not its group's last thread.
@@ -237,6 +262,9 @@ pub struct Control {
     /// Not 0: a family is being labelled, and who is forked by a process without a job is given that of the nearest ancestor
     /// that has one.
     pub labelling: u32,
+    /// The epoch of sparing, at most [`SPARES_MAX`].
+    pub spares: u32,
+    pub pad: u32,
 }
 
 /// Row flag: orphans of its namespace or its descendants are given to it (init of a pid namespace, or a subreaper).

@@ -7,10 +7,10 @@ use aya_ebpf::helpers::generated::bpf_send_signal;
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_get_current_task, bpf_ktime_get_boot_ns};
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
-use monitor_abi::{JOB_DEPTH, KIND_KILL, Kill, LINEAGE_SPARED, ProcKey};
+use monitor_abi::{JOB_DEPTH, KIND_KILL, Kill, ProcKey, is_spared};
 
 use super::task::{self, Ptr};
-use super::{JOBS, KILLS, LINEAGE, frozen, member, ring};
+use super::{JOBS, KILLS, LINEAGE, frozen, life, member, ring};
 
 const SIGKILL: u32 = 9;
 const EPERM: i64 = -1;
@@ -88,7 +88,7 @@ pub(crate) fn sys_enter(_: BtfTracePointContext) -> i32 {
     }) else {
         return 0;
     };
-    if job == 0 || flags & LINEAGE_SPARED != 0 || !is_doomed(job) {
+    if job == 0 || is_spared(flags, life::spares()) || !is_doomed(job) {
         return 0;
     }
     strike(key, job);

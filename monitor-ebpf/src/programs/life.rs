@@ -9,7 +9,8 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use monitor_abi::{
     EXIT_GROUP, Exit, FORK_NO_ENTRY, Fork, KERNEL_THREAD, KIND_EXIT, KIND_FORK, KIND_LEADER_EXIT, KIND_REAP,
-    LABEL_DEPTH, LIFE_ENDED, LIFE_FORKED, LINEAGE_MENDED, LINEAGE_SPARED, Lineage, ProcKey, Reap,
+    LABEL_DEPTH, LIFE_ENDED, LIFE_FORKED, LINEAGE_HEIRS, LINEAGE_MENDED, LINEAGE_SPARED, Lineage, ProcKey,
+    Reap, SPARES_SHIFT, handed_down, is_spared,
 };
 
 use super::task::{self, Ptr};
@@ -79,7 +80,7 @@ unsafe fn born(forker: Ptr, child: Ptr, key: ProcKey) {
     }
 }
 
-/// The innermost job of the forker, whose entry this is, and whether it is spared.
+/// The innermost job of the forker, whose entry this is, and its flags.
 #[inline(always)]
 fn inherited(l: &Lineage) -> (u64, u32) {
     let (job, flags) = word(l);
@@ -87,13 +88,20 @@ fn inherited(l: &Lineage) -> (u64, u32) {
         return (job, flags);
     }
     let above = above(l.parent.tgid, l.parent.start);
-    (above & !SPARED_BIT, if above & SPARED_BIT != 0 { LINEAGE_SPARED } else { flags })
+    let spared = LINEAGE_SPARED | LINEAGE_HEIRS | (spares() << SPARES_SHIFT);
+    (above & !SPARED_BIT, if above & SPARED_BIT != 0 { spared } else { flags })
 }
 
 #[inline(always)]
 fn word(l: &Lineage) -> (u64, u32) {
     // SAFETY: volatile, since `edit` may write the entry meanwhile on another CPU.
-    unsafe { ((&raw const l.job).read_volatile(), (&raw const l.flags).read_volatile() & LINEAGE_SPARED) }
+    unsafe { ((&raw const l.job).read_volatile(), (&raw const l.flags).read_volatile()) }
+}
+
+#[inline(always)]
+pub(crate) fn spares() -> u32 {
+    // SAFETY: volatile, the agent may change it meanwhile.
+    CONTROL.get(0).map_or(0, |c| unsafe { (&raw const c.spares).read_volatile() })
 }
 
 #[inline(always)]
@@ -102,7 +110,7 @@ fn labelling() -> bool {
     CONTROL.get(0).is_some_and(|c| unsafe { (&raw const c.labelling).read_volatile() != 0 })
 }
 
-/// Set in what [`above`] gives if that ancestor is spared. Job numbers are boot-time nanoseconds, which are smaller.
+/// Set in what [`above`] gives if that ancestor is spared with its heirs. Job numbers are boot-time nanoseconds, which are smaller.
 const SPARED_BIT: u64 = 1 << 63;
 
 /// The job of the nearest ancestor that has one, from this one upwards. A chain in which each process forks one successor and
@@ -118,14 +126,14 @@ fn above(tgid: u32, start: u64) -> u64 {
         }
         // SAFETY: map values stay mapped; what they hold is checked there.
         let read = unsafe { checked(|| LINEAGE.get(at)).or_else(|| checked(|| DEAD.get(at))) };
-        let Some((job, spared, up)) = read else { return 0 };
+        let Some((job, flags, up)) = read else { return 0 };
         if job != 0 {
             // One that is forgotten leaves its number with the dead.
             // SAFETY: only whether there is an entry is asked.
             if unsafe { JOBS.get(job) }.is_none() {
                 return 0;
             }
-            return if spared != 0 { job | SPARED_BIT } else { job };
+            return if is_spared(handed_down(flags), spares()) { job | SPARED_BIT } else { job };
         }
         at = up;
     }
@@ -137,12 +145,12 @@ fn above(tgid: u32, start: u64) -> u64 {
 #[inline(always)]
 fn checked(get: impl Fn() -> Option<&'static Lineage>) -> Option<(u64, u32, ProcKey)> {
     let l = get()?;
-    let (job, spared) = word(l);
+    let (job, flags) = word(l);
     let up = l.parent;
-    get().is_some_and(|now| core::ptr::eq(now, l)).then_some((job, spared, up))
+    get().is_some_and(|now| core::ptr::eq(now, l)).then_some((job, flags, up))
 }
 
-/// Enters the child with what it inherits: its innermost job, whether it is spared, and whether there was room.
+/// Enters the child with what it inherits: its innermost job, whether its forker is spared, and whether there was room.
 #[inline(always)]
 fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
     // The forker is `current`: its entry is deleted only when it is freed, and is edited in place.
@@ -157,32 +165,32 @@ fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
         word(&*l)
     });
     member::mark(key.tgid, false);
-    let new = Lineage { parent: *forker, job, flags, life: 0, told: 0, pad: 0 };
+    let new = Lineage { parent: *forker, job, flags: handed_down(flags), life: 0, told: 0, pad: 0 };
     let made = LINEAGE.insert(key, new, u64::from(BPF_NOEXIST));
     if let Err(e) = made
         && e != EEXIST
     {
-        return (job, flags != 0, false);
+        return (job, is_spared(flags, spares()), false);
     }
     // The agent may be labelling: it wrote the forker's entry after it was read above, or made it, and looked for children
     // before this one was entered; or it entered this child itself. So the forker is read once more.
     // SAFETY: as said.
     let (now_job, now_flags) =
         above.or_else(|| LINEAGE.get_ptr_mut(forker)).map_or((0, 0), |l| unsafe { inherited(&*l) });
-    if now_job != job || now_flags != flags || made.is_err() {
+    if now_job != job || handed_down(now_flags) != new.flags || made.is_err() {
         if let Some(entry) = LINEAGE.get_ptr_mut(key) {
             // SAFETY: the child does not run yet, so its entry stays.
             unsafe {
                 (&raw mut (*entry).parent).write_volatile(*forker);
                 (&raw mut (*entry).job).write_volatile(now_job);
-                (&raw mut (*entry).flags).write_volatile(now_flags);
+                (&raw mut (*entry).flags).write_volatile(handed_down(now_flags));
             }
         }
     }
     if now_job != 0 {
         member::mark(key.tgid, true);
     }
-    (now_job, now_flags != 0, true)
+    (now_job, is_spared(now_flags, spares()), true)
 }
 
 /// `sched_process_exit(struct task_struct *p[, bool group_dead])`: for each thread, before files are closed, children

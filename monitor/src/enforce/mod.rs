@@ -62,9 +62,9 @@ pub trait Lineage: Send + Sync {
     fn relabel(&self, job: u64, root: Key) -> io::Result<()>;
     /// All who are in `job`, its inner jobs included; zombies too.
     fn members(&self, job: u64) -> io::Result<Vec<Member>>;
-    /// Sets the spare flag of one process for an order; forks inherit it from then on. `heirs`: they are to have it.
+    /// Sets the spare flag of one process for an order. `heirs`: whom it forks from then on inherits it.
     fn spare(&self, key: Key, heirs: bool, by: OrderId) -> io::Result<()>;
-    /// Takes the flag from those who inherited it from somebody that is spared without his heirs.
+    /// Takes the flag from those who have it by no order that is under way.
     fn disinherit(&self) -> io::Result<()>;
     /// Who forked `key`, from the lineage map or from that of the dead; None where neither knows.
     fn lineage_parent(&self, key: Key) -> io::Result<Option<Key>>;

@@ -236,8 +236,7 @@ impl<'a> Judge<'a> {
         Ok(v)
     }
 
-    /// Whether a protected member is among the ancestors. The spare flag does not say so: what the client's shell forks has
-    /// it too, and so has who another order spares.
+    /// Whether a protected member is among the ancestors. The spare flag does not say so: who another order spares has it too.
     fn above(&self, key: Key, protected: &HashSet<Key>) -> io::Result<Above> {
         let mut at = key;
         for _ in 0..CHAIN {

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 
-use monitor_abi::{LINEAGE_MENDED, LINEAGE_SPARED};
+use monitor_abi::{LINEAGE_MENDED, handed_down};
 
 use super::Kernel;
 use super::lineage::{Edit, outwards};
@@ -20,7 +20,7 @@ impl Kernel {
     /// it into one of its own meanwhile. Who is gone is not entered.
     pub fn enter(&self, key: Key, parent: Key, job: u64) -> io::Result<()> {
         let _guard = super::lock(&self.editing);
-        let spared = self.lineage_of(parent)?.map_or(0, |l| l.flags & LINEAGE_SPARED);
+        let spared = self.lineage_of(parent)?.map_or(0, |l| handed_down(l.flags));
         let has = self.maps.lineage.get(&key.into())?.map_or(0, |l| l.job);
         let job = (job != 0 && has == 0).then_some(job);
         let made = self.edit(&Edit { parent: Some(parent), job, set: spared, create: true, ..Edit::of(key) });

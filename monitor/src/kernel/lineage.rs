@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::AsFd as _;
 
 use monitor_abi as abi;
-use monitor_abi::{Job, LINEAGE_MENDED, LINEAGE_SPARED, TaskRow};
+use monitor_abi::{Job, LINEAGE_MENDED, TaskRow, is_spared};
 
 use super::offsets::{EDIT, FORK, PROBES};
 use super::{Kernel, sys};
@@ -249,7 +249,10 @@ impl Lineage for Kernel {
         let inside: HashSet<u64> =
             jobs.keys().copied().filter(|&j| outwards(&jobs, j).any(|o| o == job)).collect();
         let rows = self.rows()?;
-        Ok(rows.iter().filter(|r| r.known != 0 && inside.contains(&r.lineage.job)).map(member).collect())
+        // Asked for afterwards: a flag of an epoch that ended meanwhile is none.
+        let spares = self.spares()?;
+        let members = rows.iter().filter(|r| r.known != 0 && inside.contains(&r.lineage.job));
+        Ok(members.map(|r| member(r, spares)).collect())
     }
 
     fn spare(&self, key: Key, heirs: bool, by: OrderId) -> io::Result<()> {
@@ -306,7 +309,7 @@ impl Lineage for Kernel {
     }
 }
 
-fn member(r: &TaskRow) -> Member {
+fn member(r: &TaskRow, spares: u32) -> Member {
     Member {
         key: r.key.into(),
         parent: r.parent.into(),
@@ -316,7 +319,7 @@ fn member(r: &TaskRow) -> Member {
         dead: r.live == 0,
         // EXIT_ZOMBIE and EXIT_DEAD, include/linux/sched.h.
         over: r.live == 0 && r.exit_state & 0x30 != 0,
-        spared: r.lineage.flags & LINEAGE_SPARED != 0,
+        spared: is_spared(r.lineage.flags, spares),
     }
 }
 

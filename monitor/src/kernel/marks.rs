@@ -4,7 +4,9 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 
-use monitor_abi::{LINEAGE_SPARED, TaskRow};
+use monitor_abi::{
+    Control, LINEAGE_HEIRS, LINEAGE_SPARED, SPARES_BITS, SPARES_MAX, SPARES_SHIFT, TaskRow, is_spared,
+};
 
 use super::lineage::{Edit, Edited, no_job};
 use super::offsets::SYS_ENTER;
@@ -79,7 +81,7 @@ impl Kernel {
                 self.write_doom(id, 0)?;
             }
             marks.spared.clear();
-            self.sweep(&marks)?;
+            self.end_spares()?;
             jobs.into_keys().filter(|id| !known.contains(id)).collect()
         };
         for &id in &unknown {
@@ -107,7 +109,12 @@ impl Kernel {
     pub(super) fn mark_spared(&self, key: Key, heirs: bool, by: OrderId) -> io::Result<()> {
         let mut marks = super::lock(&self.editing);
         marks.spared.entry(key).or_default().insert(by, heirs);
-        let mut e = Edit { set: LINEAGE_SPARED, ..Edit::of(key) };
+        let spares = self.spares()?;
+        // One that descends from who is spared with his heirs stays as it is.
+        let has = |l: monitor_abi::Lineage| is_spared(l.flags, spares) && l.flags & LINEAGE_HEIRS != 0;
+        let heirs = heirs || self.maps.lineage.get(&key.into())?.is_some_and(has);
+        let set = LINEAGE_SPARED | if heirs { LINEAGE_HEIRS } else { 0 } | (spares << SPARES_SHIFT);
+        let mut e = Edit { set, clear: SPARES_BITS & !set, ..Edit::of(key) };
         if self.edit(&e)? != Edited::Missing {
             return Ok(());
         }
@@ -119,6 +126,18 @@ impl Kernel {
             self.edit(&e)?;
         }
         Ok(())
+    }
+
+    /// The epoch of sparing.
+    pub(super) fn spares(&self) -> io::Result<u32> {
+        Ok(self.maps.control.get(&0)?.unwrap_or_default().spares)
+    }
+
+    /// From now on nobody is spared, those included who are forked meanwhile. The caller holds the lock of edits, and no order
+    /// that spares somebody dooms any more.
+    fn end_spares(&self) -> io::Result<()> {
+        let c = self.maps.control.get(&0)?.unwrap_or_default();
+        self.maps.control.put(&0, &Control { spares: (c.spares + 1) & SPARES_MAX, ..c })
     }
 
     /// Takes away what this order marked and no other one did: first the dooms, so that nobody loses a flag under one.
@@ -135,25 +154,28 @@ impl Kernel {
                 self.write_doom(job, marks.doom_until(job))?;
             }
             let flags = marks.spared.values().any(|o| o.contains_key(&by));
-            if flags {
-                marks.spared.retain(|_, o| {
-                    o.remove(&by);
-                    !o.is_empty()
-                });
+            marks.spared.retain(|_, o| {
+                o.remove(&by);
+                !o.is_empty()
+            });
+            if flags && marks.spared.is_empty() {
+                self.end_spares()?;
+            } else if flags {
                 self.sweep(&marks)?;
             }
         }
         self.attach_while_doomed()
     }
 
-    /// Takes the flag from all who have it and neither are marked nor descend from one who is marked with his heirs: forks
-    /// inherit it, and one inherited from somebody whom another order spares is that order's too.
+    /// Takes the flag from all who have it and neither are marked nor descend from one who is marked with his heirs: those that
+    /// only an order spared that is over while others go on. A chain may outrun this.
     pub(super) fn sweep(&self, marks: &Marks) -> io::Result<()> {
         let with_heirs = marks.spared.iter().filter(|(_, o)| o.values().any(|&heirs| heirs));
         let with_heirs: Vec<Key> = with_heirs.map(|(&k, _)| k).collect();
+        let spares = self.spares()?;
         self.to_a_fixpoint(|| {
             let rows = self.rows()?;
-            let flagged = |r: &&TaskRow| r.known != 0 && r.lineage.flags & LINEAGE_SPARED != 0;
+            let flagged = |r: &&TaskRow| r.known != 0 && is_spared(r.lineage.flags, spares);
             if !rows.iter().any(|r| flagged(&r)) {
                 return Ok(false);
             }
@@ -161,7 +183,7 @@ impl Kernel {
             let mut changed = false;
             let theirs = |k: Key| family.contains(&k) || marks.spared.contains_key(&k);
             for r in rows.iter().filter(flagged).filter(|r| !theirs(r.key.into())) {
-                let e = Edit { clear: LINEAGE_SPARED, ..Edit::of(r.key.into()) };
+                let e = Edit { clear: SPARES_BITS, ..Edit::of(r.key.into()) };
                 changed |= self.edit(&e)? == Edited::Changed;
             }
             Ok(changed)

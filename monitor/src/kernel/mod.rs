@@ -155,7 +155,11 @@ impl Kernel {
         let gauge = ring::Gauge::new(&events).map_err(KernelError::io("map the ring's positions"))?;
         let ring = ring::Records::open(events).map_err(KernelError::io("map the ring"))?;
         let maps = Maps::new(&set.maps)?;
-        let control = Control { signal_mask: options.signal_mask, trace: options.trace.into(), labelling: 0 };
+        // Dooms of before are in force until they are taken away, and so is who is spared.
+        let before =
+            maps.control.get(&0).map_err(KernelError::io("read the control map"))?.unwrap_or_default();
+        let control =
+            Control { signal_mask: options.signal_mask, trace: options.trace.into(), labelling: 0, ..before };
         maps.control.put(&0, &control).map_err(KernelError::io("write the control map"))?;
         if !pinned {
             set.links = attach(&set.programs)?;

@@ -19,7 +19,7 @@ const DEAD_CHAIN: usize = 64;
 /// `exit_state` of a zombie, `include/linux/sched.h` (EXIT_ZOMBIE); EXIT_DEAD is 0x10.
 const EXIT_ZOMBIE: u32 = 0x20;
 
-const _: () = assert!(ABI_VERSION == 4);
+const _: () = assert!(ABI_VERSION == 5);
 
 /// A snapshot, and what was lost around it: it is whole only if nothing was lost between the two.
 #[derive(Clone, Debug)]

@@ -6,7 +6,9 @@
 use std::io;
 use std::path::Path;
 
-use monitor_abi::{ABI_VERSION, LINEAGE_SPARED};
+use monitor_abi::{
+    ABI_VERSION, LINEAGE_HEIRS, LINEAGE_SPARED, Lineage, SPARES_BITS, SPARES_SHIFT, is_spared,
+};
 
 use super::error::KernelError;
 use super::lineage::{Edit, Edited};
@@ -42,16 +44,24 @@ impl Kernel {
         let from = Maps::new(&pin::open_set(old)?.maps)?;
         let what = || KernelError::io(format!("copy the maps in {}", old.display()));
         self.copy_jobs(&from).map_err(what())?;
+        let before = from.control.get(&0).map_err(what())?.unwrap_or_default().spares;
+        let now = self.spares().map_err(what())?;
+        // The old set's dooms are in force here until leftovers are taken away, and so is who it spares.
+        let here = |l: Lineage| {
+            let marks = (l.flags & (LINEAGE_SPARED | LINEAGE_HEIRS)) | (now << SPARES_SHIFT);
+            let marks = if is_spared(l.flags, before) { marks } else { 0 };
+            Lineage { flags: (l.flags & !SPARES_BITS) | marks, ..l }
+        };
         let most = stats::max_entries(&from.lineage.fd).map_err(what())? as usize * 2;
         for _ in 0..PASSES {
-            if !self.copy_lineage(&from, most).map_err(what())? {
+            if !self.copy_lineage(&from, most, &here).map_err(what())? {
                 break;
             }
         }
         let most = stats::max_entries(&from.dead.fd).map_err(what())? as usize * 2;
         for key in from.dead.keys(most).map_err(what())? {
             if let Some(l) = from.dead.get(&key).map_err(what())? {
-                self.maps.dead.put_new(&key, &l).map_err(what())?;
+                self.maps.dead.put_new(&key, &here(l)).map_err(what())?;
             }
         }
         // The old set's doom ends with it.
@@ -67,15 +77,15 @@ impl Kernel {
         Ok(())
     }
 
-    /// One pass; whether it changed anything.
-    fn copy_lineage(&self, from: &Maps, most: usize) -> io::Result<bool> {
+    /// One pass; whether it changed anything. `here`: an entry as it is in this set.
+    fn copy_lineage(&self, from: &Maps, most: usize, here: &impl Fn(Lineage) -> Lineage) -> io::Result<bool> {
         let mut changed = false;
         for key in from.lineage.keys(most)? {
-            let Some(l) = from.lineage.get(&key)? else { continue };
+            let Some(l) = from.lineage.get(&key)?.map(here) else { continue };
             let new = self.maps.lineage.put_new(&key, &l)?;
             // One that is here was forked since this set was attached: the parent is right, the job may not be. One that is new
             // is marked as a member so.
-            let e = Edit { job: Some(l.job), set: l.flags & LINEAGE_SPARED, ..Edit::of(key.into()) };
+            let e = Edit { job: Some(l.job), set: l.flags & SPARES_BITS, ..Edit::of(key.into()) };
             changed |= self.edit(&e)? == Edited::Changed || new;
         }
         Ok(changed)

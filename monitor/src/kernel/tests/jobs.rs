@@ -166,7 +166,30 @@ async fn the_spare_flag_is_inherited() {
     assert!(spared(root.pid) && spared(child));
     // What is over leaves nobody flagged, nor what it will ever fork.
     kernel.release(order).unwrap();
-    assert!(!spared(root.pid) && !spared(child));
+    let later = shell.background("sleep 60");
+    assert!(!spared(root.pid) && !spared(child) && !spared(later));
+}
+
+/// The client's shell is spared, and what it forks is not.
+#[tokio::test]
+async fn who_is_spared_alone_hands_nothing_down() {
+    let Some(kernel) = start("who_is_spared_alone_hands_nothing_down", &Options::default()) else { return };
+    let mut shell = Shell::new();
+    let root = shell.key(&kernel);
+    let (job, order, other) = (kernel.now(), OrderId::fresh(), OrderId::fresh());
+    kernel.label(job, 0, root).unwrap();
+    let spared = |pid| kernel.members(job).unwrap().iter().any(|m| m.key.pid == pid && m.spared);
+    kernel.spare(root, false, order).unwrap();
+    let child = shell.background("sleep 60");
+    assert!(spared(root.pid) && !spared(child));
+    // With its heirs by another order; and the first one, renewed, takes nothing from those.
+    kernel.spare(root, true, other).unwrap();
+    kernel.spare(root, false, order).unwrap();
+    let heir = shell.background("sleep 60");
+    assert!(spared(root.pid) && !spared(child) && spared(heir));
+    kernel.release(order).unwrap();
+    kernel.release(other).unwrap();
+    assert!(!spared(root.pid) && !spared(heir));
 }
 
 #[tokio::test]

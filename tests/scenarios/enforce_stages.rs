@@ -244,7 +244,7 @@ fn who_descends_from_a_protected_member_that_ran_before_the_probes() -> Result<(
 fn what_the_client_s_shell_forks_is_not_spared_with_it() -> Result<()> {
     let ground = ground!("what_the_client_s_shell_forks_is_not_spared_with_it");
     let kernel = kernel()?;
-    // The shell above all waits for a line, and forks when it is under its spare flag.
+    // The shell above all waits for a line, and forks when it is spared.
     let script = "sh -c 'sleep 121 & wait' & read go; sleep 122 & wait";
     let mut c = ground.command("/bin/sh");
     let mut root = c.args(["-c", script]).stdin(std::process::Stdio::piped()).spawn()?;
@@ -256,7 +256,7 @@ fn what_the_client_s_shell_forks_is_not_spared_with_it() -> Result<()> {
     let forked = find(&ground, "122")?;
     let flag =
         |pid| -> Result<bool> { Ok(kernel.members(order.job)?.iter().any(|m| m.key.pid == pid && m.spared)) };
-    ensure!(flag(forked)?, "a fork inherits the flag");
+    ensure!(flag(root.id())? && !flag(forked)?, "a fork inherits the flag");
     let e = enforcer(kernel.clone(), Audit::log_only());
     let mut rails = Rails::new(vec![protect("^sh -c sleep 121")?], false);
     rails.keep(root.id(), "the caller", &e.proc, &*kernel)?;

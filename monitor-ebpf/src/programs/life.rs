@@ -116,8 +116,11 @@ const SPARED_BIT: u64 = 1 << 63;
 /// The job of the nearest ancestor that has one, from this one upwards. A chain in which each process forks one successor and
 /// exits is faster than the agent, which labels whom it has read of; those are ancestors of the chain's head by then, dead ones
 /// mostly, and what its head forks next is told here.
+///
+/// With a symbol of its own it is verified once and by itself, not again for each way that leads to it.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn above(tgid: u32, start: u64) -> u64 {
+extern "C" fn above(tgid: u32, start: u64) -> u64 {
     let mut at = ProcKey { start, tgid, pad: 0 };
     for _ in 0..LABEL_DEPTH {
         // PID 1 and the kernel's own are in no job.

@@ -181,10 +181,10 @@ impl Kernel {
             }
             let family = self.family(&rows, &with_heirs)?;
             let mut changed = false;
-            let theirs = |k: Key| family.contains(&k) || marks.spared.contains_key(&k);
-            for r in rows.iter().filter(flagged).filter(|r| !theirs(r.key.into())) {
-                let e = Edit { clear: SPARES_BITS, ..Edit::of(r.key.into()) };
-                changed |= self.edit(&e)? == Edited::Changed;
+            for r in rows.iter().filter(flagged).filter(|r| !family.contains(&r.key.into())) {
+                let key = Key::from(r.key);
+                let clear = if marks.spared.contains_key(&key) { LINEAGE_HEIRS } else { SPARES_BITS };
+                changed |= self.edit(&Edit { clear, ..Edit::of(key) })? == Edited::Changed;
             }
             Ok(changed)
         })

@@ -187,9 +187,11 @@ async fn who_is_spared_alone_hands_nothing_down() {
     kernel.spare(root, false, order).unwrap();
     let heir = shell.background("sleep 60");
     assert!(spared(root.pid) && !spared(child) && spared(heir));
-    kernel.release(order).unwrap();
     kernel.release(other).unwrap();
-    assert!(!spared(root.pid) && !spared(heir));
+    let later = shell.background("sleep 60");
+    assert!(spared(root.pid) && !spared(heir) && !spared(later));
+    kernel.release(order).unwrap();
+    assert!(!spared(root.pid));
 }
 
 #[tokio::test]

@@ -23,14 +23,32 @@ pub fn time_offset() -> i64 {
     *OFFSET
 }
 
-/// Gives memory that was needed for a while only back to the system: what loading the probes takes is several times what the
-/// agent has on a quiet host.
+/// Gives memory that was needed for a while only back to the system: what loading the probes and a snapshot take is several times
+/// what the agent has on a quiet host, and most of the program's code has run for the last time then.
 pub fn trim() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes no pointer; any thread may call it at any time.
     unsafe {
         libc::malloc_trim(0);
     }
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    if let Some(code) = mapping_of(&maps, trim as *const () as usize) {
+        // SAFETY: the program's code is mapped from its file and never written: what runs next is read from there again.
+        // Refused, it is as if it had not been asked for.
+        let _ = unsafe {
+            rustix::mm::madvise(code.start as *mut _, code.len(), rustix::mm::Advice::LinuxDontNeed)
+        };
+    }
+}
+
+/// The mapping of code that an address lies in, from `/proc/PID/maps`.
+fn mapping_of(maps: &str, at: usize) -> Option<std::ops::Range<usize>> {
+    maps.lines().find_map(|line| {
+        let mut words = line.split(' ');
+        let (from, to) = words.next()?.split_once('-')?;
+        let range = usize::from_str_radix(from, 16).ok()?..usize::from_str_radix(to, 16).ok()?;
+        (words.next()? == "r-xp" && range.contains(&at)).then_some(range)
+    })
 }
 
 fn parse_time_offset(text: &str) -> i64 {
@@ -137,5 +155,28 @@ mod tests {
         assert_eq!(boot_id().unwrap().len(), 36);
         assert_eq!(users().get(&0).map(String::as_str), Some("root"));
         assert!(pid_ns().unwrap() > 0);
+    }
+
+    #[test]
+    fn code_is_read_again_after_it_was_given_back() {
+        let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
+        let code = mapping_of(&maps(), trim as *const () as usize).unwrap();
+        assert!(mapping_of(&maps(), code.end).is_none_or(|m| m != code));
+        let heap = Box::new(0_u8);
+        assert_eq!(mapping_of(&maps(), std::ptr::from_ref(&*heap) as usize), None, "no code");
+        assert_eq!(mapping_of("1000-zz r-xp\n1000", 0x1000), None);
+        let resident = || {
+            let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let from = smaps.find(&format!("{:x}-", code.start)).unwrap();
+            let rss = smaps[from..].lines().find_map(|l| l.strip_prefix("Rss:")).unwrap().trim();
+            rss.trim_end_matches(" kB").parse::<u64>().unwrap()
+        };
+        // SAFETY: within a mapping that may be read.
+        let byte = |at: usize| u64::from(unsafe { *(at as *const u8) });
+        assert!(code.clone().step_by(4096).map(byte).sum::<u64>() > 0, "all of it is touched");
+        let before = resident();
+        trim();
+        let after = resident();
+        assert!(after < before / 2, "{before} kB, then {after} kB");
     }
 }

@@ -136,7 +136,6 @@ impl Begun {
         // Listening first: a socket or port in use ends the start before anything is loaded.
         let listeners = Listeners::bind(&api::Options::new(agent, crate::VERSION))?;
         let kernel = Arc::new(Kernel::start(&kernel_options(options))?);
-        host::trim();
         let tracer = options.trace_probes.then(|| kernel.tracer().map_err(AgentError::Trace)).transpose()?;
         // Threads that are made later inherit it.
         if let Err(error) = enforce::preferred() {

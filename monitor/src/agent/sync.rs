@@ -171,6 +171,7 @@ impl Core {
             self.engine.ready(now, &mut fx);
             let _ = self.ready.send(Readiness { ready: true, reasons: Vec::new() });
             self.notify.ready();
+            host::trim();
         } else {
             self.resync_later();
         }

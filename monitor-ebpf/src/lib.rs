@@ -1,8 +1,8 @@
 //! What the probes and the agent say to each other: ring records, map keys and values, frozen offsets.
 //!
-//! No dependencies, and no logic but what both must do alike. Every type is `repr(C)` without implicit padding, so that a record is defined byte
-//! for byte and a pinned map can be opened by another build whose layout hash is the same. The agent never
-//! transmutes ring bytes into these: it reads integers at the offsets asserted below.
+//! No dependencies, and no logic but what both must do alike. Every type is `repr(C)` without implicit padding, so that
+//! a record is defined byte for byte and a pinned map can be opened by another build whose layout hash is the same. The
+//! agent never transmutes ring bytes into these: it reads integers at the offsets asserted below.
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 /// Raised whenever a record or a map value changes its layout or its meaning; it is part of the pin folder's hash.
@@ -161,9 +161,9 @@ pub const LINEAGE_HEIRS: u32 = 2;
 /// Lineage flag: made by labelling or mending, not by the fork probe: `parent` is what /proc or the snapshot said.
 pub const LINEAGE_MENDED: u32 = 4;
 
-/// Where the epoch of [`LINEAGE_SPARED`] and [`LINEAGE_HEIRS`] begins in the flags: the [`Control::spares`] that they were set under.
-/// A new epoch takes them from all at once: they are inherited, and a chain in which each process forks one successor and exits
-/// outruns whoever takes them from one after the other.
+/// Where the epoch of [`LINEAGE_SPARED`] and [`LINEAGE_HEIRS`] begins in the flags: the [`Control::spares`] that they
+/// were set under. A new epoch takes them from all at once: they are inherited, and a chain in which each process forks
+/// one successor and exits outruns whoever takes them from one after the other.
 pub const SPARES_SHIFT: u32 = 8;
 /// The bits of an epoch.
 pub const SPARES_MAX: u32 = u32::MAX >> SPARES_SHIFT;

@@ -80,8 +80,11 @@ fn no_privilege() -> Result<()> {
         c.args(args);
         run(c, ms(10_000))
     };
-    let out =
-        as_nobody(&["--socket", "/tmp/jwt-none", "agent", "--no-pin", "--state-dir", "/tmp/jwt-none-state"])?;
+    let state = ground.path("nobody's");
+    std::fs::create_dir(&state)?;
+    std::os::unix::fs::chown(&state, Some(65534), Some(65534))?;
+    let state = state.to_string_lossy();
+    let out = as_nobody(&["--socket", "/tmp/jwt-none", "agent", "--no-pin", "--state-dir", &state])?;
     ensure!(out.code() == Some(1), "{out:?}");
     ensure!(
         out.err().contains("root") || out.err().contains("CAP_"),

@@ -180,11 +180,6 @@ impl Kernel {
         Ok(true)
     }
 
-    fn set_labelling(&self, on: bool) -> io::Result<()> {
-        let c = self.maps.control.get(&0)?.unwrap_or_default();
-        self.maps.control.put(&0, &abi::Control { labelling: on.into(), ..c })
-    }
-
     /// The caller holds the lock of edits.
     fn enter_job(&self, job: u64, outer: u64, root: Key) -> io::Result<()> {
         if job == 0 {
@@ -196,9 +191,9 @@ impl Kernel {
         // The root first: who forks from now on hands it down.
         let e = Edit { job: Some(job), ..Edit::of(root) };
         self.edit(&e)?;
-        self.set_labelling(true)?;
+        self.control(|c| c.labelling = 1)?;
         let done = self.to_a_fixpoint(|| self.label_pass(job, outer, before, root));
-        self.set_labelling(false)?;
+        self.control(|c| c.labelling = 0)?;
         done
     }
 

@@ -4,15 +4,18 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 
-use monitor_abi::{
-    Control, LINEAGE_HEIRS, LINEAGE_SPARED, SPARES_BITS, SPARES_MAX, SPARES_SHIFT, TaskRow, is_spared,
-};
+use monitor_abi::{LINEAGE_HEIRS, LINEAGE_SPARED, SPARES_BITS, SPARES_MAX, SPARES_SHIFT, TaskRow, is_spared};
 
 use super::lineage::{Edit, Edited, no_job};
 use super::offsets::SYS_ENTER;
 use super::{Kernel, sys};
 use crate::enforce::OrderId;
 use crate::key::Key;
+
+/// The lineage flags of one that is spared under the epoch `spares`, and with `heirs` whom it forks.
+pub(super) fn spared(spares: u32, heirs: bool) -> u32 {
+    LINEAGE_SPARED | if heirs { LINEAGE_HEIRS } else { 0 } | (spares << SPARES_SHIFT)
+}
 
 /// What orders that are carried out have marked. Guarded by `Kernel::editing`'s lock, as the maps are that it tells of.
 #[derive(Debug, Default)]
@@ -113,7 +116,7 @@ impl Kernel {
         // One that descends from who is spared with his heirs stays as it is.
         let has = |l: monitor_abi::Lineage| is_spared(l.flags, spares) && l.flags & LINEAGE_HEIRS != 0;
         let heirs = heirs || self.maps.lineage.get(&key.into())?.is_some_and(has);
-        let set = LINEAGE_SPARED | if heirs { LINEAGE_HEIRS } else { 0 } | (spares << SPARES_SHIFT);
+        let set = spared(spares, heirs);
         let mut e = Edit { set, clear: SPARES_BITS & !set, ..Edit::of(key) };
         if self.edit(&e)? != Edited::Missing {
             return Ok(());
@@ -136,8 +139,7 @@ impl Kernel {
     /// From now on nobody is spared, those included who are forked meanwhile. The caller holds the lock of edits, and no order
     /// that spares somebody dooms any more.
     fn end_spares(&self) -> io::Result<()> {
-        let c = self.maps.control.get(&0)?.unwrap_or_default();
-        self.maps.control.put(&0, &Control { spares: (c.spares + 1) & SPARES_MAX, ..c })
+        self.control(|c| c.spares = (c.spares + 1) & SPARES_MAX)
     }
 
     /// Takes away what this order marked and no other one did: first the dooms, so that nobody loses a flag under one.

@@ -236,10 +236,10 @@ impl Kernel {
             .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, format!("the iterator {name} is off")))
     }
 
-    /// Which signals are recorded: bit `n - 1` for signal `n`.
-    pub fn set_signal_mask(&self, mask: u64) -> io::Result<()> {
+    /// Changes the control map's one entry. A put writes all of it, so the caller holds the lock of edits.
+    fn control(&self, change: impl FnOnce(&mut Control)) -> io::Result<()> {
         let mut c = self.maps.control.get(&0)?.unwrap_or_default();
-        c.signal_mask = mask;
+        change(&mut c);
         self.maps.control.put(&0, &c)
     }
 

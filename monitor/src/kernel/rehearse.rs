@@ -10,8 +10,10 @@ impl Kernel {
     /// Reads and writes a map, runs a program and an iterator, and attaches the probe of dooms for a moment. Changes nothing:
     /// the probe looks only at who is doomed.
     pub fn rehearse(&self) -> io::Result<()> {
-        let control = self.maps.control.get(&0)?.unwrap_or_default();
-        self.maps.control.put(&0, &control)?;
+        {
+            let _guard = super::lock(&self.editing);
+            self.control(|_| ())?;
+        }
         self.maps.jobs.keys(super::JOBS_MAX * 2)?;
         self.probes()?;
         // Of no process: missing.

@@ -6,13 +6,12 @@
 use std::io;
 use std::path::Path;
 
-use monitor_abi::{
-    ABI_VERSION, LINEAGE_HEIRS, LINEAGE_SPARED, Lineage, SPARES_BITS, SPARES_SHIFT, is_spared,
-};
+use monitor_abi::{ABI_VERSION, LINEAGE_HEIRS, Lineage, SPARES_BITS, is_spared};
 
 use super::error::KernelError;
 use super::lineage::{Edit, Edited};
 use super::maps::Maps;
+use super::marks::spared;
 use super::{JOBS_MAX, Kernel, pin, stats};
 
 const PASSES: usize = 16;
@@ -48,8 +47,8 @@ impl Kernel {
         let now = self.spares().map_err(what())?;
         // The old set's dooms are in force here until leftovers are taken away, and so is who it spares.
         let here = |l: Lineage| {
-            let marks = (l.flags & (LINEAGE_SPARED | LINEAGE_HEIRS)) | (now << SPARES_SHIFT);
-            let marks = if is_spared(l.flags, before) { marks } else { 0 };
+            let heirs = l.flags & LINEAGE_HEIRS != 0;
+            let marks = if is_spared(l.flags, before) { spared(now, heirs) } else { 0 };
             Lineage { flags: (l.flags & !SPARES_BITS) | marks, ..l }
         };
         let most = stats::max_entries(&from.lineage.fd).map_err(what())? as usize * 2;

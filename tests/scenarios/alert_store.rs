@@ -108,7 +108,8 @@ fn a_full_disk_is_told_costs_no_crash_and_heals() -> Result<()> {
             }
         }
         ensure!(refused > 0, "200 alerts went to a full disk");
-        ensure!(center.storage_error().is_some_and(|e| e.contains("full")), "{:?}", center.storage_error());
+        let error = center.storage_error().borrow().clone();
+        ensure!(error.as_ref().is_some_and(|e| e.contains("full")), "{error:?}");
         // They are delivered all the same, and not again and again.
         eventually("all of them", ms(10_000), || {
             ensure!(center.pending() == 0, "{} wait", center.pending());
@@ -118,7 +119,7 @@ fn a_full_disk_is_told_costs_no_crash_and_heals() -> Result<()> {
         ensure!(hook.told().len() == 200, "{} were told", hook.told().len());
         disk.free()?;
         eventually("the store", ms(5000), || {
-            let error = center.storage_error();
+            let error = center.storage_error().borrow().clone();
             ensure!(error.is_none(), "{error:?}");
             Ok(())
         })?;

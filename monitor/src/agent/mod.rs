@@ -228,17 +228,15 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
 /// How many alerts are written in one transaction when they come faster than the disk.
 const TOGETHER: usize = 256;
 
-/// Hands alerts over in the core's order, those that wait together, and tells the core whether the disk takes them. What it
-/// refused it may take later without another alert, so it is looked at each second.
+/// Hands alerts over in the core's order, those that wait together, and tells the core whether the disk takes them: what it
+/// refused it may take later without another alert.
 async fn deliver(
     center: Center,
     mut alerts: mpsc::UnboundedReceiver<Submission>,
     core: mpsc::UnboundedSender<Internal>,
 ) {
-    let mut wrong: Option<String> = None;
+    let mut error = center.storage_error();
     let mut batch = Vec::new();
-    let mut look = tokio::time::interval(Duration::from_secs(1));
-    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             n = alerts.recv_many(&mut batch, TOGETHER) => {
@@ -249,13 +247,10 @@ async fn deliver(
                     tracing::error!(error = %e, "an alert is not on the disk");
                 }
             }
-            _ = look.tick() => {}
-        }
-        let now = center.storage_error();
-        // An alert about storage that cannot be stored is not told again.
-        if now != wrong {
-            wrong.clone_from(&now);
-            let _ = core.send(Internal::Storage(now));
+            // Only where it is another one: an alert about storage that cannot be stored is not told again.
+            Ok(()) = error.changed() => {
+                let _ = core.send(Internal::Storage(error.borrow_and_update().clone()));
+            }
         }
     }
 }

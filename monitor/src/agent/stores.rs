@@ -1,5 +1,6 @@
 //! How full the stores outside of the engine are: the kernel's maps and the alerts' queue. The maps are walked for that,
-//! so it is done now and then beside the core; `/metrics` shows what was found last, and one that is full is an alert.
+//! so it is done now and then beside the core, and on a quiet host seldom: nothing enters them but by a fork. `/metrics`
+//! shows what was found last, and one that is full is an alert.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -11,10 +12,14 @@ use super::core::Internal;
 use super::scrape::Page;
 use super::storage::Health;
 use crate::alert::Center;
-use crate::kernel::Kernel;
+use crate::kernel::{Fill, Kernel};
 use crate::metrics::StoreNumbers;
 
 const EVERY: Duration = Duration::from_secs(10);
+/// After so many of these the maps are walked also if little was forked: what leaves them is to be seen too.
+const SELDOM: u32 = 6;
+/// This part of the lineage map is little.
+const LITTLE: u64 = 100;
 /// Percent from which a store is full ..
 const FULL: u64 = 95;
 /// .. and below which it has room again.
@@ -56,22 +61,25 @@ pub(super) async fn watch(
     core: mpsc::UnboundedSender<Internal>,
 ) {
     let mut full = Full::default();
+    let (mut maps, mut walked_at, mut turns) = (Vec::new(), 0, 0);
     let mut every = tokio::time::interval(EVERY);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while !core.is_closed() {
         every.tick().await;
-        let maps = Arc::clone(&kernel);
-        let Ok(fills) = tokio::task::spawn_blocking(move || maps.fills()).await else { return };
-        let mut stores = match fills {
-            Ok(fills) => fills
-                .into_iter()
-                .map(|f| StoreNumbers { store: f.name, entries: f.entries, max: f.max, evictions: 0 })
-                .collect(),
-            Err(e) => {
+        let forks = kernel.totals().map_or(u64::MAX, |t| t[usize::from(monitor_abi::KIND_FORK)].hits);
+        let many = forks.saturating_sub(walked_at) >= u64::from(kernel.lineage_max()) / LITTLE;
+        if many || turns % SELDOM == 0 {
+            (walked_at, turns) = (forks, 0);
+            let kernel = Arc::clone(&kernel);
+            let Ok(fills) = tokio::task::spawn_blocking(move || kernel.fills()).await else { return };
+            maps = fills.unwrap_or_else(|e| {
                 tracing::error!(error = %e, "how full the kernel's maps are cannot be read");
                 Vec::new()
-            }
-        };
+            });
+        }
+        turns += 1;
+        let store = |f: &Fill| StoreNumbers { store: f.name, entries: f.entries, max: f.max, evictions: 0 };
+        let mut stores: Vec<StoreNumbers> = maps.iter().map(store).collect();
         stores.push(center.store());
         if let Some(health) = full.look(&stores) {
             // The core has ended, and this ends with it.

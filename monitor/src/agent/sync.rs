@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use monitor_abi::{Counter, KINDS};
 use tokio::time::Instant;
 
 use super::AgentError;
@@ -60,7 +61,9 @@ impl Core {
         self.catch_up(ring);
         self.carry_over(ring);
         self.sync.lost = if self.kernel.from_pins() { lost } else { 0 };
-        self.count_lost();
+        if let Some(totals) = self.totals() {
+            self.count_lost(&totals);
+        }
         self.snapshot("start", ring).map_err(AgentError::Snapshot)
     }
 
@@ -88,8 +91,10 @@ impl Core {
         self.engine.set_clock(host::boot_to_wall().cast_signed());
         self.engine.flush();
         // A doom that nobody renewed has run out in the kernel; its probe costs each system call until it is detached.
-        if let Err(e) = self.kernel.attach_while_doomed() {
-            tracing::error!(error = %e, "sys_enter could not be attached or detached");
+        if self.kernel.doom_attached()
+            && let Err(e) = self.kernel.attach_while_doomed()
+        {
+            tracing::error!(error = %e, "sys_enter could not be detached");
         }
         if !self.sync.carried {
             self.carry_over(ring);
@@ -101,24 +106,28 @@ impl Core {
         }
         self.tell_reaps(host::boot_now());
         self.enter_waiting();
-        self.sweep();
         self.check_storage();
         super::cause::renew(self);
-        if self.count_lost() {
-            self.sync.resync_at.get_or_insert_with(Instant::now);
+        if let Some(totals) = self.totals() {
+            self.sweep(&totals);
+            if self.count_lost(&totals) {
+                self.sync.resync_at.get_or_insert_with(Instant::now);
+            }
         }
     }
 
+    /// The probes' counters.
+    fn totals(&self) -> Option<[Counter; KINDS]> {
+        let read = self.kernel.totals();
+        read.map_err(|e| tracing::error!(error = %e, "the probes' counters cannot be read")).ok()
+    }
+
     /// Whether records were lost since the last time.
-    fn count_lost(&mut self) -> bool {
-        let lost = match self.kernel.lost() {
-            Ok(n) if n > self.sync.lost => n,
-            Ok(_) => return false,
-            Err(e) => {
-                tracing::error!(error = %e, "the loss counters cannot be read");
-                return false;
-            }
-        };
+    fn count_lost(&mut self, totals: &[Counter; KINDS]) -> bool {
+        let lost = totals.iter().map(|c| c.lost).sum();
+        if lost <= self.sync.lost {
+            return false;
+        }
         let n = lost - self.sync.lost;
         self.sync.lost = lost;
         tracing::warn!(records = n, "records were lost: the forest is taken anew from the kernel");
@@ -213,8 +222,7 @@ impl Core {
 
     /// Each fork makes an entry in the kernel's lineage map and each reap takes one away; where a reap is missed it stays. So
     /// the map is swept, beside the core, when a quarter of it has been filled since the last time.
-    fn sweep(&mut self) {
-        let Ok(totals) = self.kernel.totals() else { return };
+    fn sweep(&mut self, totals: &[Counter; KINDS]) {
         let records =
             |kind: u16| (totals[usize::from(kind)].sent + totals[usize::from(kind)].lost).cast_signed();
         let entries = records(monitor_abi::KIND_FORK) - records(monitor_abi::KIND_REAP);

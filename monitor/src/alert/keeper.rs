@@ -19,7 +19,7 @@ const TOGETHER: usize = 256;
 const MAX_UNSAVED: usize = 2_000;
 /// Of history, at most.
 const MAX_LISTED: usize = 5_000;
-const EXPIRE_EVERY: Millis = 60_000;
+pub(super) const EXPIRE_EVERY: Millis = 60_000;
 
 pub(super) enum Command {
     Submit {
@@ -90,8 +90,6 @@ pub(super) struct Board {
     pub(super) held: usize,
     /// Deliveries given up, by receiver.
     pub(super) dropped: BTreeMap<String, u64>,
-    /// What the disk said last, until it takes something again.
-    pub(super) error: Option<String>,
 }
 
 pub(super) struct Keeper {
@@ -104,6 +102,8 @@ pub(super) struct Keeper {
     clock: Clock,
     board: Arc<Mutex<Board>>,
     changed: watch::Sender<u64>,
+    /// What the disk said last, until it takes something again.
+    error: watch::Sender<Option<String>>,
 }
 
 impl Keeper {
@@ -114,6 +114,7 @@ impl Keeper {
         clock: Clock,
         board: Arc<Mutex<Board>>,
         changed: watch::Sender<u64>,
+        error: watch::Sender<Option<String>>,
     ) -> Result<Self, StoreError> {
         let (mut store, moved) = Store::open(state_dir)?;
         if let Some(text) = moved {
@@ -140,7 +141,7 @@ impl Keeper {
         queue.init_filters(filters);
         store.set_receivers(queue.filters())?;
         let (dirty, gone) = (BTreeMap::new(), BTreeSet::new());
-        let mut keeper = Self { queue, store, dirty, gone, expired_at: 0, clock, board, changed };
+        let mut keeper = Self { queue, store, dirty, gone, expired_at: 0, clock, board, changed, error };
         keeper.publish();
         Ok(keeper)
     }
@@ -247,7 +248,7 @@ impl Keeper {
     }
 
     fn submit(&mut self, s: &Submission, now: Millis) -> Result<(), SubmitError> {
-        let failing = self.lock().error.is_some();
+        let failing = self.error.borrow().is_some();
         let unsaved = if failing { self.dirty.values().filter(|b| b.is_some()).count() } else { 0 };
         if unsaved >= MAX_UNSAVED {
             return Err(self.refuse(unsaved));
@@ -404,7 +405,8 @@ impl Keeper {
             Ok(()) => {
                 self.dirty.clear();
                 self.gone.clear();
-                if self.lock().error.take().is_some() {
+                if self.error.borrow().is_some() {
+                    self.error.send_replace(None);
                     tracing::info!("the alerts' store takes alerts again");
                 }
             }
@@ -416,21 +418,20 @@ impl Keeper {
     /// What failed may have left nothing to be written: whether the disk takes something is found out with the names of
     /// the receivers, which are also what a reload could not write.
     fn probe(&mut self) {
-        if self.lock().error.is_none() || !self.dirty.is_empty() || !self.gone.is_empty() {
+        if self.error.borrow().is_none() || !self.dirty.is_empty() || !self.gone.is_empty() {
             return;
         }
         match self.store.set_receivers(self.queue.filters()) {
-            Ok(()) => self.lock().error = None,
+            Ok(()) => drop(self.error.send_replace(None)),
             Err(e) => self.failed(&e),
         }
     }
 
     fn failed(&self, e: &StoreError) {
         let text = e.to_string();
-        let mut board = self.lock();
-        if board.error.as_ref() != Some(&text) {
+        if self.error.borrow().as_ref() != Some(&text) {
             tracing::error!("{text}");
-            board.error = Some(text);
+            self.error.send_replace(Some(text));
         }
     }
 

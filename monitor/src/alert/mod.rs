@@ -28,7 +28,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 pub use self::clock::{Clock, Millis};
-use self::keeper::{Board, Command, Keeper};
+use self::keeper::{Board, Command, EXPIRE_EVERY, Keeper};
 use self::queue::{Filter, MAX_EPISODES};
 use self::send::Target;
 pub use self::send::{Fate, Reason, TargetError};
@@ -40,8 +40,8 @@ use crate::metrics::{Notifications, StoreNumbers};
 
 /// Commands that may wait for the thread; who has more to say waits.
 const MAX_COMMANDS: usize = 1024;
-/// The disk is tried again and old alerts are looked for this often.
-const TICK: Millis = 1_000;
+/// A disk that takes nothing is tried again this often.
+const RETRY_EVERY: Millis = 1_000;
 
 /// Delivery could not be started, or its new config not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +111,7 @@ struct Inner {
     commands: mpsc::Sender<Command>,
     board: Arc<Mutex<Board>>,
     changed: watch::Receiver<u64>,
+    error: watch::Receiver<Option<String>>,
     clock: Clock,
     running: Mutex<BTreeMap<String, Running>>,
     thread: Mutex<Option<thread::JoinHandle<()>>>,
@@ -142,8 +143,9 @@ impl Center {
         let targets = targets(cfg)?;
         let (commands, inbox) = mpsc::channel(MAX_COMMANDS);
         let (news, changed) = watch::channel(0);
+        let (storage, error) = watch::channel(None);
         let board = Arc::new(Mutex::new(Board::default()));
-        let keeper = Keeper::open(state_dir, filters(cfg), clock.clone(), Arc::clone(&board), news)?;
+        let keeper = Keeper::open(state_dir, filters(cfg), clock.clone(), Arc::clone(&board), news, storage)?;
         let thread = thread::Builder::new()
             .name("alerts".into())
             .spawn(move || keeper.run(inbox))
@@ -152,6 +154,7 @@ impl Center {
             commands,
             board,
             changed,
+            error,
             clock,
             running: Mutex::default(),
             thread: Mutex::new(Some(thread)),
@@ -183,11 +186,23 @@ impl Center {
     }
 
     fn start_ticks(&self) {
-        let (commands, clock) = (self.inner.commands.clone(), self.inner.clock.clone());
-        let weak = Arc::downgrade(&self.inner);
+        // Of the center it holds nothing, so that the thread ends with it.
+        let commands = self.inner.commands.downgrade();
+        let (mut error, clock) = (self.inner.error.clone(), self.inner.clock.clone());
         tokio::spawn(async move {
-            while weak.strong_count() > 0 && commands.send(Command::Tick).await.is_ok() {
-                clock.sleep(TICK).await;
+            while let Some(c) = commands.upgrade()
+                && c.send(Command::Tick).await.is_ok()
+            {
+                drop(c);
+                let next = if error.borrow_and_update().is_some() { RETRY_EVERY } else { EXPIRE_EVERY };
+                tokio::select! {
+                    () = clock.sleep(next) => {}
+                    // At once would be as often as the disk refuses.
+                    r = error.changed() => match r {
+                        Ok(()) => clock.sleep(RETRY_EVERY).await,
+                        Err(_) => return,
+                    }
+                }
             }
         });
     }
@@ -237,8 +252,8 @@ impl Center {
 
     /// What the disk said when it last refused to take something; None once it takes it again.
     #[must_use]
-    pub fn storage_error(&self) -> Option<String> {
-        lock(&self.inner.board).error.clone()
+    pub fn storage_error(&self) -> watch::Receiver<Option<String>> {
+        self.inner.error.clone()
     }
 
     /// How many deliveries are still tried, over all receivers.

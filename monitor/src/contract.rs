@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::key::Key;
+use crate::key::{Key, Name};
 
 /// `"j-" ID "-" ordinal`: the job's root and the ordinal of its rule (1 = the first of the file; 0 = `exec`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -16,9 +16,15 @@ pub struct JobId {
     pub ordinal: u32,
 }
 
+impl JobId {
+    fn name(self) -> Name {
+        Name::default().text("j-").key(self.root).text("-").number(self.ordinal)
+    }
+}
+
 impl fmt::Display for JobId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "j-{}-{}", self.root, self.ordinal)
+        f.write_str(self.name().as_str())
     }
 }
 
@@ -38,14 +44,13 @@ impl std::str::FromStr for JobId {
 
 impl Serialize for JobId {
     fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(self)
+        s.serialize_str(self.name().as_str())
     }
 }
 
 impl<'de> Deserialize<'de> for JobId {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let s = std::borrow::Cow::<'de, str>::deserialize(d)?;
-        s.parse().map_err(serde::de::Error::custom)
+        crate::key::parsed(d)
     }
 }
 
@@ -558,6 +563,11 @@ mod tests {
         assert_eq!(id.to_string(), "j-7:8-3");
         assert_eq!("j-7:8-3".parse(), Ok(id));
         assert!("j-7-3".parse::<JobId>().is_err());
+        let longest = JobId { root: Key::new(u32::MAX, u64::MAX), ordinal: u32::MAX };
+        assert_eq!(longest.to_string(), "j-4294967295:18446744073709551615-4294967295");
+        let json = serde_json::to_string(&longest).unwrap();
+        assert_eq!(serde_json::from_str::<JobId>(&json).unwrap(), longest);
+        assert!(serde_json::from_str::<JobId>("\"j-7-3\"").is_err() && serde_json::from_str::<JobId>("7").is_err());
     }
 
     #[test]

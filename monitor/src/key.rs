@@ -1,8 +1,10 @@
 //! The identity of a process: pid and start. A bare pid is never a key.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::str::FromStr;
 
+use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A process: thread group id and the group leader's `start_boottime` in nanoseconds since boot.
@@ -35,7 +37,7 @@ impl From<Key> for monitor_abi::ProcKey {
 
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.pid, self.start)
+        f.write_str(Name::default().key(*self).as_str())
     }
 }
 
@@ -55,15 +57,66 @@ impl FromStr for Key {
 
 impl Serialize for Key {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(self)
+        s.serialize_str(Name::default().key(*self).as_str())
     }
 }
 
 impl<'de> Deserialize<'de> for Key {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let s = std::borrow::Cow::<'de, str>::deserialize(d)?;
-        s.parse().map_err(serde::de::Error::custom)
+        parsed(d)
     }
+}
+
+/// The text of an ID or a JOB, without the heap and the formatting machinery: a tree has several in each process.
+pub(crate) struct Name {
+    bytes: [u8; NAME_MAX],
+    len: usize,
+}
+
+/// `j-PID:START-N`, each number at its longest.
+const NAME_MAX: usize = 2 + 10 + 1 + 20 + 1 + 10;
+
+impl Default for Name {
+    fn default() -> Self {
+        Self { bytes: [0; NAME_MAX], len: 0 }
+    }
+}
+
+impl Name {
+    pub(crate) fn key(self, k: Key) -> Self {
+        self.number(k.pid).text(":").number(k.start)
+    }
+
+    pub(crate) fn number(self, n: impl itoa::Integer) -> Self {
+        let mut digits = itoa::Buffer::new();
+        self.text(digits.format(n))
+    }
+
+    pub(crate) fn text(mut self, s: &str) -> Self {
+        self.bytes[self.len..][..s.len()].copy_from_slice(s.as_bytes());
+        self.len += s.len();
+        self
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        // Whole texts were put together.
+        std::str::from_utf8(&self.bytes[..self.len]).unwrap_or_default()
+    }
+}
+
+/// What stands as its text in JSON.
+pub(crate) fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: fmt::Display>>(d: D) -> Result<T, D::Error> {
+    struct Text<T>(PhantomData<T>);
+    impl<T: FromStr<Err: fmt::Display>> Visitor<'_> for Text<T> {
+        type Value = T;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string")
+        }
+        fn visit_str<E: serde::de::Error>(self, s: &str) -> Result<T, E> {
+            s.parse().map_err(E::custom)
+        }
+    }
+    d.deserialize_str(Text(PhantomData))
 }
 
 #[cfg(test)]

@@ -130,13 +130,21 @@ fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
         orphans: q.orphans,
         uid: q.uid,
     };
-    let mut tree = core.engine.tree(&query, host::boot_now()).map_err(refused)?;
+    let letters = || core.kernel.letters().unwrap_or_default();
+    // Of all: the kernel is asked while the engine tells what it knows.
+    let (tree, beside) = std::thread::scope(|s| {
+        let spawn = || std::thread::Builder::new().spawn_scoped(s, letters).ok();
+        let beside = if query.of.is_none() { spawn() } else { None };
+        let tree = core.engine.tree(&query, host::boot_now()).map_err(refused);
+        (tree, beside.and_then(|b| b.join().ok()))
+    });
+    let mut tree = tree?;
+    let few = tree.processes.len() < MANY;
+    let all = beside.unwrap_or_else(|| if few { HashMap::new() } else { letters() });
     let host_ns = core.looker.own_pid_ns();
     let mut read = Vec::new();
-    let all =
-        if tree.processes.len() < MANY { HashMap::new() } else { core.kernel.letters().unwrap_or_default() };
     for p in &mut tree.processes {
-        read.extend(core.looker.place(p, host_ns));
+        read.extend(core.looker.place(p, host_ns).into_iter().flatten());
         match all.get(&p.id) {
             Some((letter, comm)) if p.state != State::Gone => {
                 (p.kernel_state, p.comm) = (Some(text(&[*letter])), text(comm.bytes()));

@@ -95,21 +95,22 @@ impl Looker {
 
     /// Fills in, for a view, where a process is: cgroup, container, namespace, pid inside. What the engine may keep of it
     /// is returned.
-    pub(super) fn place(&self, p: &mut Process, host: Option<u64>) -> Option<Observation> {
+    pub(super) fn place(&self, p: &mut Process, host: Option<u64>) -> [Option<Observation>; 2] {
         if p.state == State::Gone || p.kernel_thread {
-            return None;
+            return [None, None];
         }
-        if p.ns_pid.is_none()
-            && let Some((ns, pid)) = self.inside(p.id, host)
-        {
+        let inside = if p.ns_pid.is_none() { self.inside(p.id, host) } else { None };
+        if let Some((ns, pid)) = inside {
             (p.pid_ns, p.ns_pid) = (Some(ns), Some(pid));
         }
-        if p.cgroup.is_some() {
-            return None;
+        let cgroup = if p.cgroup.is_none() { self.cgroups(p.id).and_then(|c| c.kept()) } else { None };
+        if let Some(c) = &cgroup {
+            (p.container, p.cgroup) = (container::named(c), Some(container::shown(c).to_owned()));
         }
-        let cgroup = self.cgroups(p.id)?.kept()?;
-        (p.container, p.cgroup) = (container::named(&cgroup), Some(container::shown(&cgroup).to_owned()));
-        Some(Observation::Cgroup { key: p.id, id: 0, cgroup: Some(cgroup), by_id: false })
+        [
+            inside.map(|(pid_ns, ns_pid)| Observation::Inside { key: p.id, pid_ns, ns_pid }),
+            cgroup.map(|c| Observation::Cgroup { key: p.id, id: 0, cgroup: Some(c), by_id: false }),
+        ]
     }
 
     /// The beginning of /proc/PID/cmdline, which may have megabytes.

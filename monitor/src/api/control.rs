@@ -28,6 +28,9 @@ use super::{
 const ANSWER: Duration = Duration::from_secs(30);
 /// Bytes of a request's body.
 const BODY: usize = 64 << 10;
+/// What the JSON of a tree and of one of its processes mostly has room in, in bytes.
+const TREE_HEAD: usize = 256;
+const TREE_PROCESS: usize = 768;
 /// How long a client may take to send them.
 const BODY_TIME: Duration = Duration::from_secs(10);
 
@@ -135,13 +138,16 @@ async fn ask<T>(
 
 type Answer<T> = Result<Json<T>, ApiError>;
 
-async fn tree(State(core): State<Core>, Args(q): Args<TreeQuery>) -> Answer<crate::contract::Tree> {
+async fn tree(State(core): State<Core>, Args(q): Args<TreeQuery>) -> Result<Response, ApiError> {
     let container = q.container.clone();
     let mut tree = ask(&core, Some(ANSWER), |r| Request::Tree(q, r)).await?;
     if let Some(c) = container {
         super::wire::only_container(&mut tree, &c);
     }
-    Ok(Json(tree))
+    // In one piece of memory: a buffer that grows to megabytes is copied again and again.
+    let mut body = Vec::with_capacity(TREE_HEAD + tree.processes.len() * TREE_PROCESS);
+    serde_json::to_writer(&mut body, &tree).map_err(|e| ApiError::failed(format!("the answer's JSON: {e}")))?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
 }
 
 async fn jobs(State(core): State<Core>) -> Answer<crate::contract::Jobs> {

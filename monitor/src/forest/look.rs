@@ -144,13 +144,25 @@ impl Forest {
             self.node_mut(i).uid = uid;
         }
         if f.pid_ns.is_some() || f.ns_pid.is_some() {
-            if f.ns_pid == Some(1) {
-                self.node_mut(i).flags.set(Flags::ADOPTS);
-            }
-            let (pid_ns, ns_pid) = (f.pid_ns, f.ns_pid);
-            let x = self.extra_mut(i);
-            (x.pid_ns, x.ns_pid) = (pid_ns, ns_pid);
+            self.set_inside(i, f.pid_ns, f.ns_pid);
         }
         Some(i)
+    }
+
+    /// The pid namespace that it is in, and its pid there; None: the host's.
+    pub(crate) fn inside(&mut self, key: Key, ns: Option<(u64, u32)>) {
+        let Some(i) = self.find(key) else { return };
+        match ns {
+            None => self.node_mut(i).flags.set(Flags::OUTSIDE),
+            Some((ns, pid)) => self.set_inside(i, Some(ns), Some(pid)),
+        }
+    }
+
+    fn set_inside(&mut self, i: Idx, pid_ns: Option<u64>, ns_pid: Option<u32>) {
+        if ns_pid == Some(1) {
+            self.node_mut(i).flags.set(Flags::ADOPTS);
+        }
+        let x = self.extra_mut(i);
+        (x.pid_ns, x.ns_pid) = (pid_ns, ns_pid);
     }
 }

@@ -53,6 +53,9 @@ impl Flags {
     /// Records were lost, and its exec's may be among them: what is known of its program may be an older one's.
     pub(crate) const DOUBTED: Self = Self(1 << 18);
 
+    /// In the host's pid namespace: read for a view.
+    pub(crate) const OUTSIDE: Self = Self(1 << 19);
+
     pub(crate) const fn has(self, f: Self) -> bool {
         self.0 & f.0 != 0
     }

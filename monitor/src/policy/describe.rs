@@ -68,7 +68,7 @@ impl Engine {
         let adopter = parent.filter(|p| n.flags.has(Flags::ADOPTED) && p.alive() && n.state != State::Gone);
         let jobs = self.job_ids(i);
         let extra = self.forest.extra(i);
-        let read = n.flags.has(Flags::READ) || n.flags.has(Flags::KERNEL);
+        let read = [Flags::READ, Flags::KERNEL, Flags::OUTSIDE].into_iter().any(|f| n.flags.has(f));
         let inside = extra.filter(|x| x.pid_ns.is_some() || x.ns_pid.is_some());
         let (pid_ns, ns_pid) = match inside {
             Some(x) => (x.pid_ns, x.ns_pid),

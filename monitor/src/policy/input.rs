@@ -51,14 +51,16 @@ impl Default for Limits {
     }
 }
 
-/// The answer to `Effect::Look` or `Effect::ReadFacts`.
+/// The answer to an effect, or what a view has read meanwhile.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Observation {
     /// `at`: boot time (ns) just before /proc was read.
     Look { key: Key, at: u64, seen: Seen },
     /// None: it is gone, or cannot be read.
     Facts { key: Key, facts: Option<Facts> },
-    /// The answer to `Effect::ReadCgroup`, or what a view has read meanwhile (then `id` is 0). `by_id`: whoever is in the
+    /// Its pid namespace and its pid there, which stay what they are. Read by views.
+    Inside { key: Key, pid_ns: u64, ns_pid: u32 },
+    /// The answer to `Effect::ReadCgroup`, or what a view has read (then `id` is 0). `by_id`: whoever is in the
     /// cgroup of this id has this path and no other, so it need not be read again.
     Cgroup { key: Key, id: u64, cgroup: Option<String>, by_id: bool },
 }

@@ -206,6 +206,10 @@ impl Engine {
                 self.forest.facts(key, facts.as_ref());
                 self.facts_came(key, now, fx);
             }
+            Observation::Inside { key, pid_ns, ns_pid } => {
+                let host = Some(pid_ns) == self.settings.pid_ns;
+                self.forest.inside(key, (!host).then_some((pid_ns, ns_pid)));
+            }
             Observation::Cgroup { key, id, cgroup, by_id } => {
                 self.cgroup_came(key, id, cgroup.as_deref(), by_id, now, fx);
             }

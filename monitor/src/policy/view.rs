@@ -23,23 +23,29 @@ impl Engine {
                 && (!q.orphans || n.orphan())
                 && q.uid.is_none_or(|u| n.uid == u)
         };
+        if !shown.iter().all(|&i| wanted(self.forest.node(i))) {
+            self.keep_ways(&mut shown, wanted);
+        }
+        shown.sort_unstable_by_key(|&i| self.forest.node(i).key.start);
+        Ok(Tree {
+            at: self.wall(now),
+            host: self.settings.host.clone(),
+            processes: shown.into_iter().filter_map(|i| self.describe(i, now)).collect(),
+        })
+    }
+
+    /// Of `shown`, who is wanted and the way to them.
+    fn keep_ways(&self, shown: &mut Vec<Idx>, wanted: impl Fn(&Node) -> bool) {
         let whole = shown.iter().copied().collect::<HashSet<Idx>>();
         let mut keep: HashSet<Idx> = HashSet::new();
         for &i in shown.iter().filter(|&&i| wanted(self.forest.node(i))) {
-            // It and the way to it: as soon as one of the way is kept, so is the rest.
+            // As soon as one of the way is kept, so is the rest.
             let mut way = std::iter::once(i).chain(self.forest.ancestors(i));
             while let Some(a) = way.next().filter(|a| whole.contains(a))
                 && keep.insert(a)
             {}
         }
         shown.retain(|i| keep.contains(i));
-        shown.sort_unstable_by_key(|&i| self.forest.node(i).key.start);
-        shown.dedup();
-        Ok(Tree {
-            at: self.wall(now),
-            host: self.settings.host.clone(),
-            processes: shown.into_iter().filter_map(|i| self.describe(i, now)).collect(),
-        })
     }
 
     /// Its ancestors, it, its descendants.

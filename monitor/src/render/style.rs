@@ -54,7 +54,7 @@ impl Style {
 /// (Unicode's EastAsianWidth, in its large blocks only; a rare one that is missed costs alignment, no more).
 #[must_use]
 pub(super) fn width(text: &str) -> usize {
-    text.chars().map(char_width).sum()
+    if text.is_ascii() { text.len() } else { text.chars().map(char_width).sum() }
 }
 
 const fn char_width(c: char) -> usize {

@@ -1,6 +1,6 @@
 //! `tree`: as `ps axf` draws it, by lineage, with the dead and with what `ps` cannot know.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::time::SystemTime;
 
 use super::style::{Paint, Style, cut, width};
@@ -52,80 +52,84 @@ pub fn tree(view: &TreeView<'_>, style: Style) -> String {
     out.push('\n');
     // Not recursive: a chain may be longer than a stack. With each: what its line begins with, whether a sibling follows,
     // how deep it is.
-    let mut stack: Vec<(&Process, String, bool, usize)> =
-        forest.roots.iter().rev().map(|p| (*p, String::new(), false, 0)).collect();
-    while let Some((p, bars, sibling, depth)) = stack.pop() {
-        lines.line(&mut out, p, &bars, depth, style);
+    let mut stack: Vec<(usize, String, bool, usize)> =
+        forest.roots.iter().rev().map(|&i| (i, String::new(), false, 0)).collect();
+    while let Some((i, bars, sibling, depth)) = stack.pop() {
+        lines.line(&mut out, i, &bars, depth, style);
+        let children = &forest.children[i];
+        if children.is_empty() {
+            continue;
+        }
         let below = match (depth, sibling) {
             (0, _) => String::new(),
             (d, _) if d >= levels => bars,
             (_, true) => bars + " |  ",
             (_, false) => bars + "    ",
         };
-        let children = forest.children.get(&p.id).map_or(&[][..], Vec::as_slice);
-        for (i, c) in children.iter().enumerate().rev() {
-            stack.push((c, below.clone(), i + 1 < children.len(), depth + 1));
+        for (n, &c) in children.iter().enumerate().rev() {
+            stack.push((c, below.clone(), n + 1 < children.len(), depth + 1));
         }
     }
     out
 }
 
-/// Who is drawn below whom: below its lineage parent; where that is not known, below the process that would reap it.
+/// Who is drawn below whom: below its lineage parent; where that is not known, below the process that would reap it. A
+/// process is its place in `shown`.
 struct Forest<'a> {
-    roots: Vec<&'a Process>,
-    children: HashMap<Key, Vec<&'a Process>>,
-    by_key: HashMap<Key, &'a Process>,
-    by_pid: HashMap<u32, &'a Process>,
-    drawn_below: HashMap<Key, Key>,
+    shown: &'a [&'a Process],
+    by_pid: HashMap<u32, usize>,
+    above: Vec<Option<usize>>,
+    children: Vec<Vec<usize>>,
+    roots: Vec<usize>,
 }
 
 impl<'a> Forest<'a> {
-    fn new(shown: &[&'a Process]) -> Self {
-        let by_key: HashMap<Key, &Process> = shown.iter().map(|p| (p.id, *p)).collect();
-        let alive = shown.iter().filter(|p| p.state != State::Gone);
-        let by_pid: HashMap<u32, &Process> = alive.map(|p| (p.pid, *p)).collect();
-        let above = |p: &Process| {
+    fn new(shown: &'a [&'a Process]) -> Self {
+        let by_key: HashMap<Key, usize> = shown.iter().enumerate().map(|(i, p)| (p.id, i)).collect();
+        let alive = shown.iter().enumerate().filter(|(_, p)| p.state != State::Gone);
+        let by_pid: HashMap<u32, usize> = alive.map(|(i, p)| (p.pid, i)).collect();
+        let over = |(i, p): (usize, &&Process)| {
             let reaper = p.ppid.and_then(|pid| by_pid.get(&pid));
             let lineage = p.lineage_parent.and_then(|k| by_key.get(&k));
-            lineage.or(reaper).map(|q| q.id).filter(|k| *k != p.id)
+            lineage.or(reaper).copied().filter(|&above| above != i)
         };
-        let mut drawn_below: HashMap<Key, Key> =
-            shown.iter().filter_map(|p| above(p).map(|k| (p.id, k))).collect();
-        break_loops(&mut drawn_below, shown);
-        let mut children: HashMap<Key, Vec<&Process>> = HashMap::new();
+        let mut above: Vec<Option<usize>> = shown.iter().enumerate().map(over).collect();
+        break_loops(&mut above);
+        let mut children = vec![Vec::new(); shown.len()];
         let mut roots = Vec::new();
-        for p in shown {
-            match drawn_below.get(&p.id) {
-                Some(k) => children.entry(*k).or_default().push(p),
-                None => roots.push(*p),
-            }
+        for (i, above) in above.iter().enumerate() {
+            above.map_or(&mut roots, |a| &mut children[a]).push(i);
         }
-        for list in children.values_mut().chain([&mut roots]) {
-            list.sort_by_key(|p| (p.id.start, p.id.pid));
+        for list in children.iter_mut().chain([&mut roots]) {
+            list.sort_by_key(|&i| (shown[i].id.start, shown[i].id.pid));
         }
-        Self { roots, children, by_key, by_pid, drawn_below }
+        Self { shown, by_pid, above, children, roots }
     }
 
-    fn above(&self, p: &Process) -> Option<&'a Process> {
-        self.by_key.get(self.drawn_below.get(&p.id)?).copied()
+    fn above(&self, i: usize) -> Option<&'a Process> {
+        self.above[i].map(|a| self.shown[a])
+    }
+
+    fn of_pid(&self, pid: u32) -> Option<&'a Process> {
+        self.by_pid.get(&pid).map(|&i| self.shown[i])
     }
 }
 
 /// What is read from outside may hold a loop; each process must be drawn once all the same.
-fn break_loops(above: &mut HashMap<Key, Key>, shown: &[&Process]) {
-    let mut safe = HashSet::new();
-    for p in shown {
-        let mut path = HashSet::new();
-        let mut at = p.id;
-        while !safe.contains(&at) {
-            if !path.insert(at) {
-                above.remove(&at);
-                break;
+fn break_loops(above: &mut [Option<usize>]) {
+    // The walk that has been here; 0: none.
+    let mut walked = vec![0; above.len()];
+    for first in 0..above.len() {
+        let walk = first + 1;
+        let mut at = first;
+        while walked[at] == 0 {
+            walked[at] = walk;
+            let Some(next) = above[at] else { break };
+            if walked[next] == walk {
+                above[next] = None;
             }
-            let Some(next) = above.get(&at) else { break };
-            at = *next;
+            at = next;
         }
-        safe.extend(path);
     }
 }
 
@@ -133,13 +137,22 @@ fn break_loops(above: &mut HashMap<Key, Key>, shown: &[&Process]) {
 struct Columns {
     pid: usize,
     user: usize,
+    /// By uid: the name, padded.
+    users: HashMap<Option<u32>, String>,
 }
 
 impl Columns {
     fn new(view: &TreeView<'_>, shown: &[&Process]) -> Self {
-        let pid = shown.iter().map(|p| p.pid.to_string().len()).max().unwrap_or(0).max(5);
-        let user = shown.iter().map(|p| width(&user(view, p))).max().unwrap_or(0).max(4);
-        Self { pid, user }
+        let pid = shown.iter().map(|p| p.pid).max().unwrap_or(0).to_string().len().max(5);
+        let mut users = HashMap::new();
+        for p in shown {
+            users.entry(p.uid).or_insert_with(|| user(view, p.uid));
+        }
+        let user = users.values().map(|u| width(u)).max().unwrap_or(0).max(4);
+        for name in users.values_mut() {
+            name.extend(std::iter::repeat_n(' ', user - width(name)));
+        }
+        Self { pid, user, users }
     }
 
     fn head(&self) -> String {
@@ -147,8 +160,8 @@ impl Columns {
     }
 }
 
-fn user(view: &TreeView<'_>, p: &Process) -> String {
-    p.uid.map_or_else(|| "?".into(), |u| (view.users)(u).map_or_else(|| u.to_string(), |n| escape(&n)))
+fn user(view: &TreeView<'_>, uid: Option<u32>) -> String {
+    uid.map_or_else(|| "?".into(), |u| (view.users)(u).map_or_else(|| u.to_string(), |n| escape(&n)))
 }
 
 struct Lines<'a> {
@@ -161,12 +174,10 @@ struct Lines<'a> {
 }
 
 impl Lines<'_> {
-    fn line(&self, out: &mut String, p: &Process, bars: &str, depth: usize, style: Style) {
-        let c = &self.columns;
+    fn line(&self, out: &mut String, i: usize, bars: &str, depth: usize, style: Style) {
+        let (p, c) = (self.forest.shown[i], &self.columns);
         let old = self.now.and_then(|n| between(&p.started, n)).map_or_else(|| "?".into(), age);
-        let owner = user(self.view, p);
-        let pad = " ".repeat(c.user.saturating_sub(width(&owner)));
-        let front = format!("{:>pid$} {} {old:>6} {owner}{pad} ", p.pid, letter(p), pid = c.pid);
+        let front = format!("{:>pid$} {} {old:>6} {} ", p.pid, letter(p), c.users[&p.uid], pid = c.pid);
         let edge = match (depth, p.lineage) {
             (0, _) => "",
             (_, LineageKnown::Known) => " \\_ ",
@@ -175,7 +186,7 @@ impl Lines<'_> {
         };
         let edge = if depth > self.levels { format!(" ({depth}){edge}") } else { edge.to_owned() };
         let mut command = command(p);
-        let notes = self.notes(p);
+        let notes = self.notes(i);
         if let Some(columns) = style.width {
             let notes_width: usize = notes.iter().map(|(_, n)| width(n) + 1).sum();
             let room = columns.saturating_sub(width(&front) + width(bars) + width(&edge));
@@ -198,8 +209,8 @@ impl Lines<'_> {
         out.push('\n');
     }
 
-    fn notes(&self, p: &Process) -> Vec<(Paint, String)> {
-        let above = self.forest.above(p);
+    fn notes(&self, i: usize) -> Vec<(Paint, String)> {
+        let (p, above) = (self.forest.shown[i], self.forest.above(i));
         let mut notes = Vec::new();
         if p.job.is_some() && p.job != above.and_then(|a| a.job) {
             // A job that begins here; of one that is only passed through (the root is not shown) the id says whose it is.
@@ -224,7 +235,7 @@ impl Lines<'_> {
             let dead = count(p.elided as usize, "dead ancestor", "dead ancestors");
             notes.push((Paint::Dim, format!("<{dead} more above it>")));
         }
-        let for_ = age(p.state_s);
+        let for_ = if p.state == State::Running { String::new() } else { age(p.state_s) };
         let how = |before: &str| p.exit.as_ref().map_or_else(String::new, |e| format!("{before}{}", exit(e)));
         match p.state {
             State::Running => {}
@@ -234,7 +245,7 @@ impl Lines<'_> {
             State::Exiting => notes.push((Paint::Odd, format!("<exiting for {for_}{}>", how(": ")))),
             State::Zombie => {
                 let reaper = p.ppid.map_or_else(String::new, |pid| {
-                    let known = self.forest.by_pid.get(&pid);
+                    let known = self.forest.of_pid(pid);
                     let who = known
                         .map_or_else(|| pid.to_string(), |q| format!("{}{}", process(&q.to_ref()), init(q)));
                     format!("; not reaped by {who}")
@@ -245,12 +256,8 @@ impl Lines<'_> {
         }
         if p.orphan {
             let by = p.adopter.as_ref().map_or_else(String::new, |a| {
-                let init = self
-                    .forest
-                    .by_pid
-                    .get(&a.pid)
-                    .filter(|q| q.id == a.id)
-                    .map_or_else(String::new, |q| init(q));
+                let known = self.forest.of_pid(a.pid).filter(|q| q.id == a.id);
+                let init = known.map_or_else(String::new, init);
                 format!(", adopted by {}{init}", process(a))
             });
             notes.push((Paint::Odd, format!("<orphan{by}>")));

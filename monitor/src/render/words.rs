@@ -9,6 +9,9 @@ use crate::contract::{Exit, Ref};
 /// invisible, as escapes. (Bytes that are not UTF-8 are `\xNN` already, see [`crate::contract::text`].)
 #[must_use]
 pub fn escape(text: &str) -> String {
+    if text.bytes().all(|b| matches!(b, b' '..=b'~')) {
+        return text.to_owned();
+    }
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

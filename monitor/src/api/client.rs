@@ -7,7 +7,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -89,6 +89,17 @@ impl Client {
     /// `query` is a struct of scalars: those that are null or false are left out.
     pub fn get<T: DeserializeOwned>(&self, path: &str, query: &impl Serialize) -> Result<T, ClientError> {
         self.runtime.block_on(self.ask(Method::GET, &format!("{path}{}", self.query(query)?), Vec::new()))
+    }
+
+    /// The answer as it came, and its headers.
+    pub fn get_text(&self, path: &str, query: &impl Serialize) -> Result<(HeaderMap, String), ClientError> {
+        let path = format!("{path}{}", self.query(query)?);
+        self.runtime.block_on(async {
+            let mut response = self.open(Method::GET, &path, Vec::new()).await?;
+            let headers = std::mem::take(response.headers_mut());
+            let text = String::from_utf8(self.whole(response).await?.into());
+            Ok((headers, text.map_err(|e| self.broken(&e))?))
+        })
     }
 
     pub fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {

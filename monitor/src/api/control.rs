@@ -1,5 +1,6 @@
 //! The control socket's routes: JSON in, a [`Request`] to the core, JSON out. Who may do what is decided here.
 
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -20,9 +21,12 @@ use tokio::sync::{mpsc, oneshot};
 use super::server::Backend;
 use super::wire::{AuditQuery, Causes, EnforcementBody, ExtendBody, NotifyBody, Resolved, seconds};
 use super::{
-    AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, ExecSignal, KillRequest, Peer, Reply,
-    Request, Subscription, Target, TreeQuery, WhyQuery,
+    AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, ExecSignal, KillRequest, NAMELESS, Peer,
+    Reply, Request, Subscription, Target, TreeQuery, WhyQuery,
 };
+use crate::contract::Tree;
+use crate::host;
+use crate::render::{self, Style};
 
 /// How long the core may take for an answer that needs no waiting for processes.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -139,15 +143,36 @@ async fn ask<T>(
 type Answer<T> = Result<Json<T>, ApiError>;
 
 async fn tree(State(core): State<Core>, Args(q): Args<TreeQuery>) -> Result<Response, ApiError> {
-    let container = q.container.clone();
-    let mut tree = ask(&core, Some(ANSWER), |r| Request::Tree(q, r)).await?;
-    if let Some(c) = container {
-        super::wire::only_container(&mut tree, &c);
+    let mut tree = ask(&core, Some(ANSWER), |r| Request::Tree(q.clone(), r)).await?;
+    if let Some(c) = &q.container {
+        super::wire::only_container(&mut tree, c);
+    }
+    if q.text {
+        return tree_text(&core, q, tree).await;
     }
     // In one piece of memory: a buffer that grows to megabytes is copied again and again.
     let mut body = Vec::with_capacity(TREE_HEAD + tree.processes.len() * TREE_PROCESS);
     serde_json::to_writer(&mut body, &tree).map_err(|e| ApiError::failed(format!("the answer's JSON: {e}")))?;
     Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
+}
+
+/// Where the tree is: its JSON is five times as long, and to read it costs more than all else.
+async fn tree_text(core: &Core, q: TreeQuery, tree: Tree) -> Result<Response, ApiError> {
+    let jobs = ask(core, Some(ANSWER), Request::Jobs).await.ok();
+    let alerts = ask(core, Some(ANSWER), |r| Request::Alerts(AlertQuery::default(), r)).await.ok();
+    let made = tokio::task::spawn_blocking(move || {
+        let users = host::users();
+        let name = |uid| users.get(&uid).cloned();
+        let style = Style { color: q.color, width: q.width };
+        let text = render::tree_with(&tree, jobs, alerts, &name, q.kernel_threads, style);
+        let uids: BTreeSet<u32> = tree.processes.iter().filter_map(|p| p.uid).collect();
+        let nameless: Vec<String> =
+            uids.iter().filter(|u| !users.contains_key(u)).map(ToString::to_string).collect();
+        (text, nameless.join(" "))
+    });
+    let (text, nameless) = made.await.map_err(|e| ApiError::failed(format!("the tree's text: {e}")))?;
+    let content = (header::CONTENT_TYPE, "text/plain; charset=utf-8");
+    Ok(([content], [(NAMELESS, nameless)], text).into_response())
 }
 
 async fn jobs(State(core): State<Core>) -> Answer<crate::contract::Jobs> {

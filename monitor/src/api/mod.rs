@@ -25,7 +25,7 @@ pub(crate) use feed::innermost;
 pub use feed::{Chain, Feed, Subscription, Teller};
 pub use request::{
     AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecEnded, ExecRegistered, ExecRequest,
-    ExecSignal, ExtendReply, KillRequest, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery,
+    ExecSignal, ExtendReply, KillRequest, NAMELESS, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery,
     WhyQuery,
 };
 pub use server::{Backend, Listeners, Metrics, MetricsPage, Options, Readiness, Server};

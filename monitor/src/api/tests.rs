@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
 use super::*;
-use crate::contract::{Jobs, KillReport};
+use crate::contract::{Jobs, KillReport, Tree};
 
 struct Running {
     server: Option<Server>,
@@ -21,11 +21,29 @@ struct Running {
     _dir: tempfile::TempDir,
 }
 
-/// Answers `jobs` with none, `kill` with an empty report, and gives every `events` reader one line that it keeps open.
+/// Two processes, of root and of a user whom nobody names.
+fn two() -> Tree {
+    let process = |pid: u32, above: Option<&str>, uid: u32| {
+        serde_json::json!({
+            "id": format!("{pid}:5"), "pid": pid, "ppid": 1, "lineage_parent": above, "lineage": "known", "adopter": null,
+            "state": "running", "kernel_state": "S", "orphan": false, "state_s": 3.0, "started": "2026-01-01T00:00:00.000Z",
+            "comm": "x", "exe": "/x", "argv": ["x", "y z"], "uid": uid, "job": null, "jobs": [], "container": null,
+            "cgroup": null, "pid_ns": null, "ns_pid": null, "kernel_thread": pid == 9, "exit": null, "children": [],
+        })
+    };
+    let all = [process(7, None, 0), process(8, Some("7:5"), 4_000_000_000), process(9, None, 0)];
+    serde_json::from_value(
+        serde_json::json!({"at": "2026-01-01T00:01:00.000Z", "host": "h", "processes": all}),
+    )
+    .unwrap()
+}
+
+/// Answers `tree` with [`two`], `jobs` with none, `kill` with an empty report, and gives every `events` reader one line that it keeps open.
 async fn core(mut requests: mpsc::Receiver<Request>) {
     let mut feed = Feed::default();
     while let Some(r) = requests.recv().await {
         match r {
+            Request::Tree(_, reply) => drop(reply.send(Ok(two()))),
             Request::Jobs(reply) => drop(reply.send(Ok(Jobs { jobs: vec![] }))),
             Request::Kill { kill, peer, reply } => {
                 assert!(peer.privileged);
@@ -203,6 +221,33 @@ async fn garbage_is_refused_and_the_server_lives() {
         assert!(status(&dropped) == "503" && dropped.contains("stopping"), "{dropped}");
         let fine = raw(unix(&socket), b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
         assert!(fine.contains(r#"{"jobs":[]}"#), "{fine}");
+    })
+    .await
+    .unwrap();
+}
+
+/// The text is the one that a client would make of the JSON; of whom no name is known it says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tree_comes_as_json_or_as_its_text() {
+    let r = start("");
+    let socket = r.socket.clone();
+    tokio::task::spawn_blocking(move || {
+        let client = Client::new(&socket).unwrap();
+        let (headers, json) = client.get_text("/v1/tree", &TreeQuery::default()).unwrap();
+        assert_eq!(headers["content-type"], "application/json");
+        assert_eq!(json, serde_json::to_string(&two()).unwrap());
+        for (kernel_threads, color, width) in [(false, false, None), (true, true, Some(40))] {
+            let q = TreeQuery { text: true, kernel_threads, color, width, ..TreeQuery::default() };
+            let (headers, text) = client.get_text("/v1/tree", &q).unwrap();
+            assert_eq!(headers["content-type"], "text/plain; charset=utf-8");
+            assert_eq!(headers[NAMELESS], "4000000000");
+            let style = crate::render::Style { color, width };
+            let root = |uid| (uid == 0).then(|| "root".to_owned());
+            let here = crate::render::tree_with(&two(), None, None, &root, kernel_threads, style);
+            assert_eq!(text, here);
+            assert!(text.contains("4000000000") && text.contains("x 'y z'"), "{text}");
+            assert_eq!(text.lines().count(), 3 + usize::from(kernel_threads), "{text}");
+        }
     })
     .await
     .unwrap();

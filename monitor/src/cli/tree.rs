@@ -1,16 +1,15 @@
 //! `jobwarden tree`.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::process::ExitCode;
 
-use jobwarden::api::{AlertQuery, Target, TreeQuery};
+use axum::http::HeaderMap;
+use jobwarden::api::{AlertQuery, Client, NAMELESS, Target, TreeQuery};
 use jobwarden::config::user_name;
-use jobwarden::contract::{Alerts, Jobs, Tree};
-use jobwarden::render::{self, TreeView};
+use jobwarden::contract::Tree;
+use jobwarden::render::{self, Style};
 
-use super::output::Context;
-use super::{Outcome, values};
+use super::output::{Context, print};
+use super::{Failure, Outcome, values};
 
 /// The forest by who started whom: ancestors, it, descendants; the dead and the zombies included
 #[derive(Debug, clap::Args)]
@@ -45,28 +44,39 @@ pub(crate) struct Args {
 impl Args {
     pub(super) fn run(self, context: &Context) -> Outcome {
         let client = context.client()?;
+        let style = context.style();
         let query = TreeQuery {
             target: self.target,
             zombies: self.zombies,
             orphans: self.orphans,
             uid: self.user,
             container: self.container,
+            text: !context.json,
+            kernel_threads: self.all,
+            color: style.color,
+            width: style.width,
         };
-        let tree: Tree = client.get("/v1/tree", &query)?;
-        // Names are a help only: a tree without them is better than none.
-        let names = if context.json { None } else { client.get::<Jobs>("/v1/jobs", &()).ok() };
-        let jobs: HashMap<_, _> = names.into_iter().flat_map(|j| j.jobs).map(|j| (j.id, j.name)).collect();
-        let alerts =
-            if context.json { None } else { client.get::<Alerts>("/v1/alerts", &AlertQuery::default()).ok() };
-        let causes = render::causes(&alerts.map(|a| a.alerts).unwrap_or_default());
-        context.show(&tree, |style| {
-            // Each name is asked for once: the name service reads a file, or asks a server.
-            let known = RefCell::new(HashMap::new());
-            let users = &|uid| known.borrow_mut().entry(uid).or_insert_with(|| user_name(uid)).clone();
-            let kernel_threads = self.all;
-            let view = TreeView { tree: &tree, jobs: &jobs, users, causes: &causes, kernel_threads };
-            render::tree(&view, style)
-        })?;
+        let (headers, mut answer) = client.get_text("/v1/tree", &query)?;
+        if context.json {
+            answer.push('\n');
+        } else if named_here(&headers) {
+            answer = drawn_here(&client, TreeQuery { text: false, ..query }, style)?;
+        }
+        print(&answer)?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Whether a name is known here, of a directory service, for a user whom the agent has no name of.
+fn named_here(headers: &HeaderMap) -> bool {
+    let uids = headers.get(NAMELESS).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    uids.split(' ').filter_map(|u| u.parse().ok()).any(|u| user_name(u).is_some())
+}
+
+/// The text, with the names of users as they are known here.
+fn drawn_here(client: &Client, query: TreeQuery, style: Style) -> Result<String, Failure> {
+    let tree: Tree = client.get("/v1/tree", &query)?;
+    let jobs = client.get("/v1/jobs", &()).ok();
+    let alerts = client.get("/v1/alerts", &AlertQuery::default()).ok();
+    Ok(render::tree_with(&tree, jobs, alerts, &user_name, query.kernel_threads, style))
 }

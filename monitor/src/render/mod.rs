@@ -25,6 +25,6 @@ pub use kill::kill;
 pub use status::{enforcement, status};
 pub use style::{Paint, Style};
 pub use table::Table;
-pub use tree::{TreeView, causes, tree};
+pub use tree::{TreeView, tree, tree_with};
 pub use why::why;
 pub use words::{age, argv, escape, exit, process, wall};

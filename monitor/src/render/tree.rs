@@ -6,7 +6,9 @@ use std::time::SystemTime;
 use super::style::{Paint, Style, cut, width};
 use super::why::word;
 use super::words::{age, argv, between, count, escape, exit, process, wall};
-use crate::contract::{Alert, AlertKind, AlertState, JobId, LineageKnown, Process, State, Tree, Verdict};
+use crate::contract::{
+    Alert, AlertKind, AlertState, Alerts, JobId, Jobs, LineageKnown, Process, State, Tree, Verdict,
+};
 use crate::key::Key;
 
 /// What is drawn, and what is needed to know beside it.
@@ -22,11 +24,25 @@ pub struct TreeView<'a> {
 }
 
 /// Of firing alerts that have a cause to be told: about whom, and the verdict.
-#[must_use]
-pub fn causes(alerts: &[Alert]) -> HashMap<Key, Option<Verdict>> {
+fn causes(alerts: &[Alert]) -> HashMap<Key, Option<Verdict>> {
     let firing = alerts.iter().filter(|a| a.state == AlertState::Firing);
     let explained = firing.filter(|a| matches!(a.kind, AlertKind::Zombie | AlertKind::Orphan));
     explained.filter_map(|a| Some((a.subject.as_ref()?.id, a.cause.as_ref().map(|c| c.verdict)))).collect()
+}
+
+/// With what the agent's other answers say; those are a help only, and a tree without them is better than none.
+#[must_use]
+pub fn tree_with(
+    tree: &Tree,
+    jobs: Option<Jobs>,
+    alerts: Option<Alerts>,
+    users: &dyn Fn(u32) -> Option<String>,
+    kernel_threads: bool,
+    style: Style,
+) -> String {
+    let jobs = jobs.into_iter().flat_map(|j| j.jobs).map(|j| (j.id, j.name)).collect();
+    let causes = causes(&alerts.map(|a| a.alerts).unwrap_or_default());
+    self::tree(&TreeView { tree, jobs: &jobs, users, causes: &causes, kernel_threads }, style)
 }
 
 /// The least of a command that is shown before the notes behind it are cut too.

@@ -567,7 +567,10 @@ mod tests {
         assert_eq!(longest.to_string(), "j-4294967295:18446744073709551615-4294967295");
         let json = serde_json::to_string(&longest).unwrap();
         assert_eq!(serde_json::from_str::<JobId>(&json).unwrap(), longest);
-        assert!(serde_json::from_str::<JobId>("\"j-7-3\"").is_err() && serde_json::from_str::<JobId>("7").is_err());
+        assert!(
+            serde_json::from_str::<JobId>("\"j-7-3\"").is_err()
+                && serde_json::from_str::<JobId>("7").is_err()
+        );
     }
 
     #[test]

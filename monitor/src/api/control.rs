@@ -152,7 +152,8 @@ async fn tree(State(core): State<Core>, Args(q): Args<TreeQuery>) -> Result<Resp
     }
     // In one piece of memory: a buffer that grows to megabytes is copied again and again.
     let mut body = Vec::with_capacity(TREE_HEAD + tree.processes.len() * TREE_PROCESS);
-    serde_json::to_writer(&mut body, &tree).map_err(|e| ApiError::failed(format!("the answer's JSON: {e}")))?;
+    serde_json::to_writer(&mut body, &tree)
+        .map_err(|e| ApiError::failed(format!("the answer's JSON: {e}")))?;
     Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
 }
 
@@ -168,6 +169,8 @@ async fn tree_text(core: &Core, q: TreeQuery, tree: Tree) -> Result<Response, Ap
         let uids: BTreeSet<u32> = tree.processes.iter().filter_map(|p| p.uid).collect();
         let nameless: Vec<String> =
             uids.iter().filter(|u| !users.contains_key(u)).map(ToString::to_string).collect();
+        // The answer does not wait until so many small pieces are freed.
+        tokio::task::spawn_blocking(move || drop(tree));
         (text, nameless.join(" "))
     });
     let (text, nameless) = made.await.map_err(|e| ApiError::failed(format!("the tree's text: {e}")))?;

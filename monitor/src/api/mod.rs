@@ -25,8 +25,8 @@ pub(crate) use feed::innermost;
 pub use feed::{Chain, Feed, Subscription, Teller};
 pub use request::{
     AlertQuery, AuditLines, EnforcementStatus, EventFilter, ExecEnd, ExecEnded, ExecRegistered, ExecRequest,
-    ExecSignal, ExtendReply, KillRequest, NAMELESS, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery,
-    WhyQuery,
+    ExecSignal, ExtendReply, KillRequest, NAMELESS, Notified, Peer, Reloaded, Reply, Request, Status,
+    TreeQuery, WhyQuery,
 };
 pub use server::{Backend, Listeners, Metrics, MetricsPage, Options, Readiness, Server};
 pub use target::{Target, TargetError};

@@ -240,11 +240,12 @@ impl Kernel {
     /// The letter of /proc/PID/stat, and the name, of all processes that `iter/task` returns: for many a hundredth of what reading
     /// their files costs.
     pub fn letters(&self) -> io::Result<HashMap<Key, (u8, Comm)>> {
-        Ok(self
-            .rows()?
-            .iter()
-            .map(|r| (r.key.into(), (letter(r.state, r.exit_state), Comm::from_bytes(&r.comm))))
-            .collect())
+        let rows = self.rows()?;
+        let mut letters = HashMap::with_capacity(rows.len());
+        letters.extend(
+            rows.iter().map(|r| (r.key.into(), (letter(r.state, r.exit_state), Comm::from_bytes(&r.comm)))),
+        );
+        Ok(letters)
     }
 
     /// All processes that `iter/task` returns, now.

@@ -194,7 +194,8 @@ pub struct Lineage {
     /// `LINEAGE_*`, and the epoch of sparing. Written at fork and by the `edit` program only.
     pub flags: u32,
     /// `LIFE_*`. A field of its own, so that the fork and exit probes never write the same word as `edit`; and not at the same
-    /// time as each other, since who forks is not its group's last thread.
+    /// time as each other, since who forks is not its group's last thread. (Who enters a child late may: then a death is told twice, or
+    /// a dead one is not kept.)
     pub life: u8,
     /// Where programs are preempted: not 0 = the first of two programs made the record of the exec, or of the leader's exit, that is
     /// under way; the second takes it away. A byte of its own, since other threads may fork meanwhile.
@@ -250,6 +251,9 @@ pub struct KillCounter {
 
 /// How far up the fork probe looks for an ancestor with a job while a family is labelled.
 pub const LABEL_DEPTH: usize = 256;
+
+/// How many children the exit probe looks at for one whose fork was passed over.
+pub const HEIRS_MAX: usize = 256;
 
 /// What may change while the maps are pinned; the one entry of an array map.
 #[repr(C)]
@@ -356,6 +360,8 @@ pub struct Offsets {
     pub task_tgid: u32,
     pub task_group_leader: u32,
     pub task_real_parent: u32,
+    pub task_children: u32,
+    pub task_sibling: u32,
     pub task_start_boottime: u32,
     pub task_flags: u32,
     pub task_state: u32,

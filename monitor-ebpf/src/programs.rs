@@ -54,6 +54,8 @@ static OFFSETS: Offsets = Offsets {
     task_tgid: 0,
     task_group_leader: 0,
     task_real_parent: 0,
+    task_children: 0,
+    task_sibling: 0,
     task_start_boottime: 0,
     task_flags: 0,
     task_state: 0,

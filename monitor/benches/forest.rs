@@ -37,11 +37,25 @@ fn config() -> Config {
     }
 }
 
+/// Records that the agent reads from its ring at a time.
+const BATCH: usize = 64;
+
+/// What happens to a process.
+enum Step {
+    Fork { by: Key },
+    Exec,
+    Exit,
+    Reap,
+}
+
 /// A host with `live` processes, on which processes are started and end.
 struct Host {
     now: u64,
     pid: u32,
     live: Vec<Key>,
+    /// What has happened and is not read, oldest first.
+    ring: Vec<(u64, Key, Step)>,
+    forkers: Vec<Key>,
     engine: Engine,
     fx: Vec<Effect>,
     events: u64,
@@ -51,8 +65,17 @@ struct Host {
 impl Host {
     fn new(live: usize) -> Self {
         let engine = Engine::new(Settings::default(), &config());
-        let mut h =
-            Self { now: 1, pid: 1, live: Vec::new(), engine, fx: Vec::new(), events: 0, argv: Vec::new() };
+        let mut h = Self {
+            now: 1,
+            pid: 1,
+            live: Vec::new(),
+            ring: Vec::new(),
+            forkers: Vec::new(),
+            engine,
+            fx: Vec::new(),
+            events: 0,
+            argv: Vec::new(),
+        };
         h.engine.ready(1, &mut h.fx);
         let init = Key::new(1, 1);
         h.live.push(init);
@@ -60,54 +83,69 @@ impl Host {
             // Families of eight, as services and shells are.
             let by = if h.live.len() % 8 == 1 { init } else { h.live[h.live.len() - 1] };
             let key = h.fork(by);
-            h.exec(key);
+            h.happens(key, Step::Exec);
             h.live.push(key);
         }
+        h.read();
         h
     }
 
-    fn event(&mut self, process: Key, body: Body<'_>) {
+    fn happens(&mut self, process: Key, step: Step) {
         self.now += 5_000;
-        self.events += 1;
-        self.engine.event(&Event { at: self.now, cpu: 0, process, body }, &mut self.fx);
+        self.ring.push((self.now, process, step));
+        if self.ring.len() == BATCH {
+            self.read();
+        }
     }
 
     fn fork(&mut self, by: Key) -> Key {
         self.pid = self.pid % 4_000_000 + 1;
         let key = Key::new(self.pid + 1, self.now + 5_000);
-        let comm = Comm::from_bytes(b"sh");
-        let body = Body::Fork {
-            lineage_parent: by,
-            parent: by,
-            job: 0,
-            uid: 1000,
-            comm,
-            kernel_thread: false,
-            no_entry: false,
-        };
-        self.event(key, body);
+        self.happens(key, Step::Fork { by });
         key
     }
 
-    fn exec(&mut self, key: Key) {
-        let mut buffer = std::mem::take(&mut self.argv);
-        argv(key.pid, &mut buffer);
-        let comm = Comm::from_bytes(b"cc");
-        let body = Body::Exec {
-            old_tid: key.pid,
-            uid: 1000,
-            cgroup: 1,
-            comm,
-            filename: b"/usr/bin/cc",
-            argv: &buffer,
-            argv_cut: false,
-        };
-        self.event(key, body);
-        self.argv = buffer;
+    /// What has happened, handed over as the agent does.
+    fn read(&mut self) {
+        self.forkers.clear();
+        self.forkers.extend(self.ring.iter().filter_map(|(_, _, step)| match step {
+            Step::Fork { by } => Some(*by),
+            _ => None,
+        }));
+        self.engine.expect(&self.forkers);
+        self.events += self.ring.len() as u64;
+        for (at, process, step) in self.ring.drain(..) {
+            let body = match step {
+                Step::Fork { by } => Body::Fork {
+                    lineage_parent: by,
+                    parent: by,
+                    job: 0,
+                    uid: 1000,
+                    comm: Comm::from_bytes(b"sh"),
+                    kernel_thread: false,
+                    no_entry: false,
+                },
+                Step::Exec => {
+                    argv(process.pid, &mut self.argv);
+                    Body::Exec {
+                        old_tid: process.pid,
+                        uid: 1000,
+                        cgroup: 1,
+                        comm: Comm::from_bytes(b"cc"),
+                        filename: b"/usr/bin/cc",
+                        argv: &self.argv,
+                        argv_cut: false,
+                    }
+                }
+                Step::Exit => Body::Exit { status: WaitStatus(0), comm: Comm::from_bytes(b"cc") },
+                Step::Reap => Body::Reap { status: WaitStatus(0) },
+            };
+            self.engine.event(&Event { at, cpu: 0, process, body }, &mut self.fx);
+        }
     }
 
     /// Who forks, chosen before anything is measured: in truth it stands in the record.
-    fn forkers(&self, n: u64) -> Vec<Key> {
+    fn chosen(&self, n: u64) -> Vec<Key> {
         let mut dice = 12_345_usize;
         let throw = |_| {
             dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -121,23 +159,25 @@ impl Host {
         let mut open = std::collections::VecDeque::new();
         for (i, by) in forkers.into_iter().enumerate() {
             let key = self.fork(by);
-            self.exec(key);
+            self.happens(key, Step::Exec);
             open.push_back(key);
             if open.len() > 16
                 && let Some(k) = open.pop_front()
             {
-                self.event(k, Body::Exit { status: WaitStatus(0), comm: Comm::from_bytes(b"cc") });
-                self.event(k, Body::Reap { status: WaitStatus(0) });
+                self.happens(k, Step::Exit);
+                self.happens(k, Step::Reap);
             }
             if i % 256 == 0 {
+                self.read();
                 self.engine.tick(self.now, &mut self.fx);
                 self.answer();
             }
         }
         for k in open {
-            self.event(k, Body::Exit { status: WaitStatus(0), comm: Comm::from_bytes(b"cc") });
-            self.event(k, Body::Reap { status: WaitStatus(0) });
+            self.happens(k, Step::Exit);
+            self.happens(k, Step::Reap);
         }
+        self.read();
     }
 
     /// The edge is no part of what is measured: it says that all have gone.
@@ -175,7 +215,7 @@ fn main() {
     for (name, live) in [("few", 10_000), ("many", 1_000_000 / scale as usize)] {
         let mut host = Host::new(live);
         host.events = 0;
-        let forkers = host.forkers(2_000_000 / scale);
+        let forkers = host.chosen(2_000_000 / scale);
         let begin = cpu();
         host.lives(forkers);
         let took = (cpu() - begin) as f64 / 1e9;
@@ -184,7 +224,8 @@ fn main() {
         let mut ns = Vec::new();
         for _ in 0..1_000 {
             let key = host.fork(host.live[0]);
-            host.event(key, Body::Exit { status: WaitStatus(0), comm: Comm::from_bytes(b"x") });
+            host.happens(key, Step::Exit);
+            host.read();
             host.now += 2_000_000;
             let begin = cpu();
             host.engine.tick(host.now, &mut host.fx);

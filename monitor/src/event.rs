@@ -182,6 +182,15 @@ impl Reader<'_> {
     }
 }
 
+/// Who forked, if it is a fork's record. Of one that [`decode`] refuses it means nothing.
+#[must_use]
+pub fn forker(b: &[u8]) -> Option<Key> {
+    let r = Reader(b);
+    let is_fork = b.len() >= size_of::<abi::Fork>()
+        && r.u16(core::mem::offset_of!(abi::Header, kind)) == abi::KIND_FORK;
+    is_fork.then(|| r.key(core::mem::offset_of!(abi::Fork, lineage_parent)))
+}
+
 /// Decodes one ring record.
 pub fn decode(b: &[u8]) -> Result<Event<'_>, DecodeError> {
     use core::mem::offset_of;

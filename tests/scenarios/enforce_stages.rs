@@ -1,9 +1,9 @@
 //! The stages of a job's end on the running kernel, by the library: whom a signal reaches, and whom it must not. Each test
 //! acts on processes of its own only.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -75,6 +75,16 @@ fn find(ground: &Ground, tail: &str) -> Result<u32> {
 
 fn lives(pid: u32) -> bool {
     letter(pid).is_ok_and(|l| l != 'Z')
+}
+
+/// `cat` has started and waits for its input: one that still makes system calls is ended by the doom, before any signal.
+fn asleep(cat: &mut Child) -> Result<()> {
+    let mut stdin = cat.stdin.as_ref().context("no pipe to it")?;
+    stdin.write_all(b"\n")?;
+    eventually("cat has read, and waits for more", ms(3000), || {
+        ensure!(rustix::io::ioctl_fionread(stdin)? == 0 && letter(cat.id())? == 'S');
+        Ok(())
+    })
 }
 
 /// The kernel's answers, but at the `at`th reading the victim dies behind the reader's back and a stranger gets its pid.
@@ -151,7 +161,8 @@ fn a_stranger_that_gets_the_pid_between_reading_and_signalling_lives() -> Result
     let mut gone = 0;
     // Whatever the reading after which the pid changes hands.
     for at in 1..=10 {
-        let victim = ground.command("sleep").arg("100").spawn()?;
+        let mut victim = ground.command("/bin/cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
+        asleep(&mut victim)?;
         let order = Order { grace: Duration::ZERO, ..job(&kernel, victim.id(), 0)? };
         let reused = Arc::new(Reused {
             kernel: kernel.clone(),

@@ -7,9 +7,9 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::programs::RawTracePointContext;
 use core::ffi::c_void;
 use monitor_abi as abi;
-use monitor_abi::{Lineage, ProcKey};
+use monitor_abi::{Lineage, ProcKey, handed_down};
 
-use super::{LINEAGE, member};
+use super::{LINEAGE, life, member};
 
 const EEXIST: i32 = -17;
 
@@ -31,8 +31,12 @@ pub(crate) extern "C" fn edit(ctx: *mut c_void) -> i32 {
         if what & abi::EDIT_CREATE == 0 {
             return abi::EDIT_MISSING;
         }
-        let job = if what & abi::EDIT_SET_JOB != 0 { job } else { 0 };
-        let new = Lineage { parent, job, flags: flags | abi::LINEAGE_MENDED, life: 0, told: 0, pad: 0 };
+        // One whose fork no probe saw inherits now.
+        // SAFETY: map values stay mapped; what they hold is checked there.
+        let (above, inherited, _) = life::checked(|| unsafe { LINEAGE.get(parent) }).unwrap_or_default();
+        let job = if what & abi::EDIT_SET_JOB != 0 { job } else { above };
+        let flags = flags | handed_down(inherited) | abi::LINEAGE_MENDED;
+        let new = Lineage { parent, job, flags, life: 0, told: 0, pad: 0 };
         match LINEAGE.insert(key, new, u64::from(BPF_NOEXIST)) {
             Ok(()) => {
                 if job != 0 {

@@ -2,15 +2,17 @@
 //!
 //! Where programs are preempted (Linux 7, real-time kernels) the kernel skips one that another process on the same CPU is in the
 //! middle of. There each has a second program behind it, `_again`, that does its work for whom it passed over: a chain that lost
-//! its lineage so would escape its job, and an exit that nobody tells is an event lost.
+//! its lineage so would escape its job, and an exit that nobody tells is an event lost. Two of whom one is preempted in the first
+//! and one in the second let a third's fork pass both. Its child is entered when it forks itself, or when its parent ends, before
+//! somebody adopts it: whatever comes first, so that lineage has no gap where it is handed on.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use monitor_abi::{
-    EXIT_GROUP, Exit, FORK_NO_ENTRY, Fork, KERNEL_THREAD, KIND_EXIT, KIND_FORK, KIND_LEADER_EXIT, KIND_REAP,
-    LABEL_DEPTH, LIFE_ENDED, LIFE_FORKED, LINEAGE_HEIRS, LINEAGE_MENDED, LINEAGE_SPARED, Lineage, ProcKey,
-    Reap, SPARES_SHIFT, handed_down, is_spared,
+    EXIT_GROUP, Exit, FORK_NO_ENTRY, Fork, HEIRS_MAX, KERNEL_THREAD, KIND_EXIT, KIND_FORK, KIND_LEADER_EXIT,
+    KIND_REAP, LABEL_DEPTH, LIFE_ENDED, LIFE_FORKED, LINEAGE_HEIRS, LINEAGE_MENDED, LINEAGE_SPARED, Lineage,
+    ProcKey, Reap, SPARES_SHIFT, handed_down, is_spared,
 };
 
 use super::task::{self, Ptr};
@@ -57,7 +59,10 @@ unsafe fn born(forker: Ptr, child: Ptr, key: ProcKey) {
     // SAFETY: the caller's.
     unsafe {
         let lineage_parent = task::key(forker);
-        let (job, spared, entered) = enter(&key, &lineage_parent);
+        if frozen!(FEATURES.preempted) != 0 && LINEAGE.get(lineage_parent).is_none() {
+            late(lineage_parent, task::parent_key(forker));
+        }
+        let (job, spared, entered) = enter(&key, &lineage_parent, 0);
         let mut flags = if entered { 0 } else { FORK_NO_ENTRY };
         if task::is_kernel_thread(child) {
             flags |= KERNEL_THREAD;
@@ -146,17 +151,40 @@ extern "C" fn above(tgid: u32, start: u64) -> u64 {
 /// What an entry says. A slot is used again as soon as it is free, for anybody; no key comes back. So what still has the key had it
 /// while it was read; else it may have moved from the living to the dead.
 #[inline(always)]
-fn checked(get: impl Fn() -> Option<&'static Lineage>) -> Option<(u64, u32, ProcKey)> {
+pub(crate) fn checked(get: impl Fn() -> Option<&'static Lineage>) -> Option<(u64, u32, ProcKey)> {
     let l = get()?;
     let (job, flags) = word(l);
     let up = l.parent;
     get().is_some_and(|now| core::ptr::eq(now, l)).then_some((job, flags, up))
 }
 
-/// Enters the child with what it inherits: its innermost job, whether its forker is spared, and whether there was room.
+/// Enters one whose fork was passed over, from who would reap it now.
 #[inline(always)]
-fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
-    // The forker is `current`: its entry is deleted only when it is freed, and is edited in place.
+fn late(key: ProcKey, parent: ProcKey) {
+    enter_late(key.tgid, key.start, parent.tgid, parent.start);
+}
+
+/// With a symbol of its own, as [`above`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn enter_late(tgid: u32, start: u64, parent_tgid: u32, parent_start: u64) -> u32 {
+    let key = ProcKey { start, tgid, pad: 0 };
+    // SAFETY: only whether there is an entry is asked.
+    if unsafe { LINEAGE.get(key) }.is_some() {
+        return 0;
+    }
+    // Who adopted it may be its parent by now, so the fork probe's own word this is not.
+    let (_, _, entered) =
+        enter(&key, &ProcKey { start: parent_start, tgid: parent_tgid, pad: 0 }, LINEAGE_MENDED);
+    entered.into()
+}
+
+/// Enters the child with what it inherits, and with `own` flags: its innermost job, whether its forker is spared, and whether there
+/// was room.
+#[inline(always)]
+fn enter(key: &ProcKey, forker: &ProcKey, own: u32) -> (u64, bool, bool) {
+    // The forker is `current`, or `current`'s parent at the time that this program, an RCU reader, began: its entry is deleted
+    // only when it is freed, and is edited in place.
     let above = LINEAGE.get_ptr_mut(forker);
     // SAFETY: as said.
     let (job, flags) = above.map_or((0, 0), |l| unsafe {
@@ -168,7 +196,7 @@ fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
         word(&*l)
     });
     member::mark(key.tgid, false);
-    let new = Lineage { parent: *forker, job, flags: handed_down(flags), life: 0, told: 0, pad: 0 };
+    let new = Lineage { parent: *forker, job, flags: handed_down(flags) | own, life: 0, told: 0, pad: 0 };
     let made = LINEAGE.insert(key, new, u64::from(BPF_NOEXIST));
     if let Err(e) = made
         && e != EEXIST
@@ -180,13 +208,13 @@ fn enter(key: &ProcKey, forker: &ProcKey) -> (u64, bool, bool) {
     // SAFETY: as said.
     let (now_job, now_flags) =
         above.or_else(|| LINEAGE.get_ptr_mut(forker)).map_or((0, 0), |l| unsafe { inherited(&*l) });
-    if now_job != job || handed_down(now_flags) != new.flags || made.is_err() {
+    if now_job != job || handed_down(now_flags) != handed_down(flags) || made.is_err() {
         if let Some(entry) = LINEAGE.get_ptr_mut(key) {
-            // SAFETY: the child does not run yet, so its entry stays.
+            // SAFETY: the child is not freed yet, so its entry stays.
             unsafe {
                 (&raw mut (*entry).parent).write_volatile(*forker);
                 (&raw mut (*entry).job).write_volatile(now_job);
-                (&raw mut (*entry).flags).write_volatile(handed_down(now_flags));
+                (&raw mut (*entry).flags).write_volatile(handed_down(now_flags) | own);
             }
         }
     }
@@ -224,6 +252,9 @@ unsafe fn died(ctx: &BtfTracePointContext, again: bool) -> i32 {
         let dead =
             if frozen!(FEATURES.exit_group_dead) != 0 { ctx.arg::<u64>(1) & 1 != 0 } else { live == 0 };
         let key = task::key(task);
+        if frozen!(FEATURES.preempted) != 0 {
+            heirs(task, leader, key);
+        }
         let news = if dead { first_death(&key, again) } else { pid == tgid && is_news(&key, again) };
         if !news {
             if !again {
@@ -242,6 +273,46 @@ unsafe fn died(ctx: &BtfTracePointContext, again: bool) -> i32 {
         });
     }
     0
+}
+
+/// Children of this thread whose forks were passed over are entered before they are given away. Each thread has children of its own,
+/// who go to another thread of the group first if one lives.
+///
+/// The list is read without its lock: one that is reaped meanwhile by another thread ends the walk, or leads round in it until the
+/// bound. No child is freed while this RCU reader runs.
+///
+/// # Safety
+/// As [`task::load`]; `leader` is the task's.
+#[inline(always)]
+unsafe fn heirs(task: Ptr, leader: Ptr, key: ProcKey) {
+    let head = task.wrapping_add(frozen!(OFFSETS.task_children) as usize);
+    // SAFETY: the caller's.
+    let mut at: Ptr = unsafe { task::load(task, frozen!(OFFSETS.task_children)) };
+    if at == head {
+        return;
+    }
+    // Its own fork may have been passed over too.
+    // SAFETY: the caller's; only whether there is an entry is asked.
+    unsafe {
+        if LINEAGE.get(key).is_none() {
+            late(key, task::parent_key(leader));
+        }
+    }
+    for _ in 0..HEIRS_MAX {
+        if at == head {
+            return;
+        }
+        let child = at.wrapping_sub(frozen!(OFFSETS.task_sibling) as usize);
+        let (Some(start), Some(tgid), Some(next)) = (
+            task::probe::<u64>(child, frozen!(OFFSETS.task_start_boottime)),
+            task::probe::<u32>(child, frozen!(OFFSETS.task_tgid)),
+            task::probe::<Ptr>(at, 0),
+        ) else {
+            return;
+        };
+        late(ProcKey { start, tgid, pad: 0 }, key);
+        at = next;
+    }
 }
 
 /// Marks the group dead; false if it was already. Not atomic, and the entry may be missing: two last threads can both

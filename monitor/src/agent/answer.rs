@@ -60,7 +60,7 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::Notify { receiver, peer, reply } => {
             audited(core, &peer, &format!("notify {receiver}"), &Ok(()));
             let center = core.center.clone();
-            tokio::spawn(async move {
+            core.beside.spawn(async move {
                 let done = center.notify(&receiver).await.map(|r| Notified {
                     receiver: r.receiver,
                     delivered: r.delivered,
@@ -175,7 +175,7 @@ fn extend(core: &mut Core, job: &Asked, by: Duration) -> Result<ExtendReply, Api
 fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     if q.history || q.undelivered {
         let (center, q) = (core.center.clone(), q.clone());
-        tokio::spawn(async move {
+        core.beside.spawn(async move {
             let mut undelivered: BTreeMap<_, Vec<_>> = BTreeMap::new();
             let alerts = if q.undelivered {
                 let owed = center.undelivered().await.into_iter();
@@ -308,7 +308,7 @@ fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<A
         Asked::Name(n) => n.clone(),
         other => other.to_string(),
     });
-    tokio::task::spawn_blocking(move || {
+    core.beside.spawn_blocking(move || {
         let read = audit::read(&dir, since, job.as_deref(), AUDIT_MAX);
         let _ = reply.send(
             read.map(|entries| AuditLines { entries })

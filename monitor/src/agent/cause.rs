@@ -160,7 +160,7 @@ pub(super) fn of_alert(core: &mut Core, alert: String, wait: Duration) {
         let _ = tx.send(Internal::Cause { alert, cause: None });
         return;
     };
-    tokio::spawn(async move {
+    core.beside.spawn(async move {
         let soon = timeout(wait, &mut job).await;
         let late = soon.is_err();
         let cause = soon.ok().and_then(Result::ok).flatten().map(Box::new);
@@ -192,7 +192,7 @@ pub(super) fn renew(core: &mut Core) {
     for (_, alert, key) in due.into_iter().take(RENEWALS) {
         let Some(job) = seek(core, &alert, key, RECENT) else { continue };
         let tx = core.internal.clone();
-        tokio::spawn(async move {
+        core.beside.spawn(async move {
             // On its way to be resolved: what was told of it is not to be unsaid.
             let over = [Verdict::BeingReaped, Verdict::NotAZombie];
             if let Ok(Some(cause)) = job.await
@@ -214,7 +214,7 @@ fn seek(
     let mut question = core.engine.question(key, host::boot_now())?;
     question.alert = Some(alert.to_owned());
     let (finder, redact) = (Arc::clone(&core.causes.finder), Arc::clone(&core.redact));
-    Some(tokio::spawn(async move {
+    Some(core.beside.spawn(async move {
         let mut cause = finder.find(question, fresh, &finder.for_alerts).await?;
         redact.cause(&mut cause);
         Some(cause)
@@ -299,7 +299,7 @@ fn ask(core: &Core, known: Vec<Cause>, keys: Vec<(Key, Option<String>)>, reply: 
     let questions: Vec<Question> = keys.into_iter().take(ASKED_MAX).filter_map(question).collect();
     let (finder, redact) = (Arc::clone(&core.causes.finder), Arc::clone(&core.redact));
     let end = Instant::now() + ASKED_TIME;
-    tokio::spawn(async move {
+    core.beside.spawn(async move {
         let mut all = Causes { causes: known, more };
         for q in questions {
             let finder = Arc::clone(&finder);

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
@@ -26,7 +27,7 @@ use crate::enforce::{Audit, Enforcer, Reason};
 use crate::event::{self, Body, Event};
 use crate::forest::Facts;
 use crate::host;
-use crate::kernel::{DRAIN_MAX, Kernel, Ring};
+use crate::kernel::{Kernel, Ring};
 use crate::key::Key;
 use crate::metrics::Counts;
 use crate::policy::{AlertChange, Effect, Gauges, Moment, Observation};
@@ -35,6 +36,10 @@ use crate::state::{Kill, Store};
 
 /// How often the loss counters are read, and programs that the kernel skipped counted.
 const CHECK: Duration = Duration::from_secs(1);
+/// Records that are expected together, and handled with one reading of the clock.
+const BATCH: usize = 64;
+/// Most records that one drain handles, so that a flood cannot keep the core from everything else.
+const DRAIN_MAX: usize = 128 * BATCH;
 /// How long a new alert waits for its cause before it is sent without.
 const CAUSE_WAIT: Duration = Duration::from_millis(700);
 /// It is on the disk meanwhile, held back for a little longer than that: the core says when the wait is over.
@@ -98,6 +103,8 @@ pub(super) struct Core {
     pub boot_id: String,
     pub ready: watch::Sender<Readiness>,
     pub internal: mpsc::UnboundedSender<Internal>,
+    /// Where all that takes time runs.
+    pub beside: Handle,
     pub causes: super::cause::Seeker,
     /// New alerts that wait for their cause, as they are to be sent.
     waiting: HashMap<String, Alert>,
@@ -140,6 +147,8 @@ pub(super) struct Parts {
     pub boot_id: String,
     pub ready: watch::Sender<Readiness>,
     pub internal: mpsc::UnboundedSender<Internal>,
+    /// Where all that takes time runs.
+    pub beside: Handle,
     pub store: Store,
     /// Lost records that an earlier agent has told of.
     pub told: u64,
@@ -170,6 +179,7 @@ impl Core {
             boot_id: p.boot_id,
             ready: p.ready,
             internal: p.internal,
+            beside: p.beside,
             waiting: HashMap::new(),
             label_error: None,
             cgroups: HashMap::new(),
@@ -262,20 +272,23 @@ impl Core {
     /// Reads what is in the ring, up to a bound of its own. A job's registration is saved and labelled before its exec
     /// record is let go: after a SIGKILL in between, the record comes again.
     pub(super) fn drain(&mut self, ring: &mut Ring) -> usize {
-        let mut fx = Vec::new();
-        let mut now = host::boot_now();
-        let mut n = 0_u32;
-        let read = ring.drain(&mut |bytes| {
+        let (mut fx, mut forkers) = (Vec::new(), Vec::new());
+        let mut read = 0;
+        while read < DRAIN_MAX {
             // Reading the clock costs more than handling a record.
-            n += 1;
-            if n.is_multiple_of(64) {
-                now = host::boot_now();
-            }
-            match event::decode(bytes) {
+            let now = host::boot_now();
+            forkers.clear();
+            forkers.extend(ring.unread().take(BATCH).filter_map(event::forker));
+            self.engine.expect(&forkers);
+            let batch = ring.drain(BATCH, &mut |bytes| match event::decode(bytes) {
                 Ok(e) => self.event(&e, bytes, now, &mut fx),
                 Err(e) => tracing::error!(error = %e, "a record of the ring is unreadable"),
+            });
+            read += batch;
+            if batch < BATCH {
+                break;
             }
-        });
+        }
         self.apply(fx);
         read
     }
@@ -489,7 +502,7 @@ impl Core {
         let wanted = std::mem::take(&mut self.cgroups_wanted);
         if !wanted.is_empty() {
             let (looker, tx) = (self.looker.clone(), self.internal.clone());
-            tokio::task::spawn_blocking(move || {
+            self.beside.spawn_blocking(move || {
                 let all = wanted.into_iter().map(|(k, id)| looker.cgroup(k, id)).collect();
                 let _ = tx.send(Internal::Cgroups(all));
             });
@@ -502,7 +515,7 @@ impl Core {
         for keys in wanted.chunks(FACTS_BATCH) {
             let (keys, looker, tx) = (keys.to_vec(), self.looker.clone(), self.internal.clone());
             let turns = self.facts_turns.clone();
-            tokio::spawn(async move {
+            self.beside.spawn(async move {
                 // As many at a time as there are processors, so that the core keeps its own; readers that are held up keep the
                 // others waiting no longer than this.
                 let turn = tokio::time::timeout(FACTS_WAIT, turns.acquire_owned()).await;

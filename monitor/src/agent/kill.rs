@@ -105,7 +105,7 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
         place
     });
     let (enforcer, tx) = (core.enforcer.clone(), core.internal.clone());
-    tokio::spawn(async move {
+    core.beside.spawn(async move {
         let result = enforcer.run(&order, &rails).await;
         if let Some(reply) = reply {
             let answer = match &result {
@@ -209,7 +209,7 @@ fn several(core: &mut Core, jobs: Vec<Job>, target: String, reply: Reply<KillRep
         start(core, job, Some(tx));
         waiting.push(rx);
     }
-    tokio::spawn(async move {
+    core.beside.spawn(async move {
         let mut sum = KillReport { target, ..KillReport::default() };
         for rx in waiting {
             match rx.await.unwrap_or_else(|_| Err(ApiError::stopping())) {
@@ -384,7 +384,7 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<E
     let (tx, rx) = tokio::sync::oneshot::channel();
     let job = Job { order, id: Some(e.job), whole: true, client: Some(peer.pid), kept: Vec::new() };
     start(core, job, Some(tx));
-    tokio::spawn(async move {
+    core.beside.spawn(async move {
         let report = rx.await.unwrap_or_else(|_| Err(ApiError::stopping()));
         let _ = reply.send(report.map(|r| ExecEnded { report: Some(r), left_s: None }));
     });

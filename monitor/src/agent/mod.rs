@@ -21,8 +21,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
 use self::core::{Core, Internal, Parts};
 use self::driver::Driver;
@@ -91,18 +93,29 @@ pub enum AgentError {
 }
 
 /// Runs the agent in the foreground until SIGTERM or SIGINT.
+///
+/// The core has this thread and a runtime of its own, which waits for the ring and for the clock right here. A runtime of several
+/// threads has one of them wait for all, and wake the others: two switches more at each turn of the core.
 pub fn run(options: Options) -> Result<(), AgentError> {
     let begun = Begun::new(&options)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    let others = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(16)
         .thread_name("jobwarden")
         .enable_all()
         .build()
         .map_err(AgentError::Runtime)?;
-    let done = runtime.block_on(serve(options, begun));
+    let own =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AgentError::Runtime)?;
+    let done = others.block_on(serve(options, begun)).and_then(|(core, beside)| {
+        own.block_on(async {
+            let done = core.run().await;
+            beside.end().await;
+            done
+        })
+    });
     // Facts of a process that blocks its readers may never come: nobody waits for them.
-    runtime.shutdown_timeout(Duration::from_millis(200));
+    others.shutdown_timeout(Duration::from_millis(200));
     done
 }
 
@@ -152,8 +165,45 @@ impl Begun {
     }
 }
 
-async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
-    let Begun { held: _held, boot_id, store, saved, audit, recorder, listeners, kernel, tracer } = begun;
+/// The core before its first turn, and what it hears from.
+struct Waiting {
+    parts: Parts,
+    requests: mpsc::Receiver<api::Request>,
+    internal: mpsc::UnboundedReceiver<Internal>,
+    stop: watch::Receiver<bool>,
+    reload: mpsc::Receiver<()>,
+}
+
+impl Waiting {
+    async fn run(self) -> Result<(), AgentError> {
+        // It wakes the runtime that it is made in.
+        let ring = self.parts.kernel.take_ring().map_err(AgentError::Ring)?;
+        Core::new(self.parts).run(ring, self.requests, self.internal, self.stop, self.reload).await
+    }
+}
+
+/// What runs beside the core, and ends after it.
+struct Beside {
+    _held: Held,
+    stores: JoinHandle<()>,
+    server: Server,
+    delivery: JoinHandle<()>,
+    center: Center,
+}
+
+impl Beside {
+    async fn end(self) {
+        self.stores.abort();
+        self.server.stop().await;
+        // All that the core has said is on the disk before the delivery stops.
+        let _ = self.delivery.await;
+        self.center.stop(DRAIN).await;
+        tracing::info!("stopped");
+    }
+}
+
+async fn serve(mut options: Options, begun: Begun) -> Result<(Waiting, Beside), AgentError> {
+    let Begun { held, boot_id, store, saved, audit, recorder, listeners, kernel, tracer } = begun;
     let config = options.config.clone();
     let dir = &config.agent.state_dir;
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
@@ -165,7 +215,6 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
     let server = Server::serve(listeners, &api::Options::new(&config.agent, crate::VERSION), &backend)?;
     options.listening = server.tcp_address();
 
-    let ring = kernel.take_ring().map_err(AgentError::Ring)?;
     page.set_kernel(Arc::clone(&kernel));
     if let Some(tracer) = tracer {
         tokio::spawn(async move {
@@ -208,6 +257,7 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
         boot_id,
         ready,
         internal: internal_tx,
+        beside: Handle::current(),
         store,
     };
     let (stop_tx, stop) = watch::channel(false);
@@ -215,14 +265,8 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(), AgentError> {
     signals(stop_tx, reload_tx)?;
     let listening = server.tcp_address().map(|a| a.to_string());
     tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
-    let done = Core::new(parts).run(ring, requests, internal, stop, reload).await;
-    stores.abort();
-    server.stop().await;
-    // All that the core has said is on the disk before the delivery stops.
-    let _ = delivery.await;
-    center.stop(DRAIN).await;
-    tracing::info!("stopped");
-    done
+    let core = Waiting { parts, requests, internal, stop, reload };
+    Ok((core, Beside { _held: held, stores, server, delivery, center }))
 }
 
 /// How many alerts are written in one transaction when they come faster than the disk.

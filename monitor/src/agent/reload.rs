@@ -38,7 +38,7 @@ impl Core {
             Err(e) => return self.reloaded(Err(e.to_string()), peer, reply),
         };
         let (center, tx) = (self.center.clone(), self.internal.clone());
-        tokio::spawn(async move {
+        self.beside.spawn(async move {
             let result = center.reload(&config).await.map(|()| config).map_err(|e| e.to_string());
             let _ = tx.send(Internal::Reloaded { result, peer, reply });
         });

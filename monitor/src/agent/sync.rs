@@ -232,7 +232,7 @@ impl Core {
         }
         self.sync.swept_at = entries;
         let kernel = Arc::clone(&self.kernel);
-        self.sync.sweep = Some(tokio::task::spawn_blocking(move || match kernel.bury_missed() {
+        self.sync.sweep = Some(self.beside.spawn_blocking(move || match kernel.bury_missed() {
             Ok(n) => tracing::debug!(entries = n, "the lineage map was swept"),
             Err(e) => tracing::warn!(error = %e, "the lineage map could not be swept"),
         }));

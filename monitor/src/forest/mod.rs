@@ -140,6 +140,18 @@ impl Forest {
         None
     }
 
+    /// Fetches what the forks of these are going to need, for all of them beside each other: handled one by one, each waits for memory
+    /// three times, for the pid's place, for the node, and for the string that the child shares.
+    pub(crate) fn expect(&self, forkers: &[Key]) {
+        let places = || forkers.iter().filter_map(|k| self.pids.get(k.pid));
+        let nodes = || places().filter_map(|i| self.get(i));
+        let found = places().fold(0, |all, i| all ^ i);
+        // The node's two lines.
+        let lines = nodes().fold(0, |all, n| all ^ n.lchild ^ n.lnext);
+        let strings = nodes().fold(0, |all, n| all ^ self.strings.holders(n.argv));
+        std::hint::black_box((found, lines, strings));
+    }
+
     /// The newest process with this pid.
     pub(crate) fn current(&self, pid: u32) -> Option<Idx> {
         self.pids.get(pid)

@@ -89,6 +89,11 @@ impl Strings {
         }
     }
 
+    /// How many hold it.
+    pub(crate) fn holders(&self, s: Str) -> u32 {
+        self.slots.get(s.0 as usize).map_or(0, |s| s.holders)
+    }
+
     pub(crate) fn get(&self, s: Str) -> Option<&[u8]> {
         if s.is_known() { self.slots.get(s.0 as usize).map(|s| &*s.bytes) } else { None }
     }

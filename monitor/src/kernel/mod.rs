@@ -42,7 +42,7 @@ pub use self::offer::{Finding, Grade, Offer, bpffs, is_bpffs};
 use self::offsets::{FILES, Kind, Layout, PROBES, SYS_ENTER};
 pub use self::pin::unpin;
 use self::pin::{Pins, Set};
-pub use self::ring::{DRAIN_MAX, Ring};
+pub use self::ring::Ring;
 pub use self::snapshot::Taken;
 pub use self::stats::{Fill, ProbeStat};
 pub use self::trace::Tracer;
@@ -135,17 +135,20 @@ impl Kernel {
     pub fn start(options: &Options) -> Result<Self, KernelError> {
         recent_enough(&rustix::system::uname().release().to_string_lossy())?;
         in_initial_pid_namespace()?;
-        let layout = Layout::read()?;
+        Self::of(options, &Layout::read()?)
+    }
+
+    fn of(options: &Options, layout: &Layout) -> Result<Self, KernelError> {
         let sizes = load::sizes(options);
         let pins = options.bpffs.as_deref();
-        let pins = pins.map(|root| Pins::lock(root, options, &layout, sizes)).transpose()?;
+        let pins = pins.map(|root| Pins::lock(root, options, layout, sizes)).transpose()?;
         let found = pins.as_ref().map(Pins::open).transpose()?.flatten();
         let pinned = found.is_some();
         let (mut set, off) = if let Some(set) = found {
-            let off = left_out(&set, &layout);
+            let off = left_out(&set, layout);
             (set, off)
         } else {
-            let Loaded { maps, programs, off } = load::load(options, &layout, sizes)?;
+            let Loaded { maps, programs, off } = load::load(options, layout, sizes)?;
             (Set { maps, programs, links: Vec::new() }, off)
         };
         // Opened once more for the reader; the pins want every map.

@@ -27,6 +27,8 @@ fields! {
     task_tgid = "task_struct.tgid";
     task_group_leader = "task_struct.group_leader";
     task_real_parent = "task_struct.real_parent";
+    task_children = "task_struct.children";
+    task_sibling = "task_struct.sibling";
     task_start_boottime = "task_struct.start_boottime";
     task_flags = "task_struct.flags";
     task_state = "task_struct.__state" | "task_struct.state"; // renamed in 5.14

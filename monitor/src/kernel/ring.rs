@@ -18,8 +18,6 @@ const RECORD_HEAD: usize = 8;
 /// `BPF_RINGBUF_BUSY_BIT`: it is being written. `BPF_RINGBUF_DISCARD_BIT`: its writer gave it back.
 const BUSY: u32 = 1 << 31;
 const DISCARDED: u32 = 1 << 30;
-/// Most records that one [`Ring::drain`] gives, so that a flood cannot keep its caller from everything else.
-pub const DRAIN_MAX: usize = 8192;
 
 /// The ring. There is one reader.
 ///
@@ -31,7 +29,7 @@ pub struct Ring {
     records: AsyncFd<Records>,
     /// The last drain stopped at its bound.
     more: bool,
-    /// Bytes that the last record takes in the ring, if the last drain gave any.
+    /// Where the last record that was given begins, until it is held.
     last: Option<u64>,
     /// The last record stands as unread until then.
     held: Option<Held>,
@@ -74,29 +72,33 @@ impl Ring {
         Ok(())
     }
 
-    /// Gives each record there is to `handle`, oldest first and each exactly once, up to [`DRAIN_MAX`]; how many. A
+    /// The records that [`Ring::drain`] would give now, oldest first. Those that their writers gave back are among them, empty.
+    pub fn unread(&self) -> impl Iterator<Item = &[u8]> {
+        self.records.get_ref().unread()
+    }
+
+    /// Gives each record there is to `handle`, oldest first and each exactly once, up to `most`; how many. A
     /// record's space is let go when `handle` has returned.
-    pub fn drain(&mut self, handle: &mut dyn FnMut(&[u8])) -> usize {
+    pub fn drain(&mut self, most: usize, handle: &mut dyn FnMut(&[u8])) -> usize {
         self.release();
-        self.last = None;
         let records = self.records.get_mut();
-        for n in 0..DRAIN_MAX {
-            let Some(room) = records.take(handle) else {
+        for n in 0..most {
+            let Some(begin) = records.take(handle) else {
                 self.more = false;
                 return n;
             };
-            self.last = Some(room);
+            self.last = Some(begin);
         }
         self.more = true;
-        DRAIN_MAX
+        most
     }
 
-    /// Lets the last record of the last drain stand as unread.
+    /// Lets the last record stand as unread, and what was given back behind it.
     fn hold(&mut self) {
-        if let Some(bytes) = self.last.take() {
+        if let Some(begin) = self.last.take() {
             let records = self.records.get_ref();
             self.held = Some(Held { until: Instant::now() + GATHER, position: records.position });
-            records.consumer.set(records.position.wrapping_sub(bytes));
+            records.consumer.set(begin);
         }
     }
 
@@ -146,42 +148,61 @@ impl Records {
         self.shared.position()
     }
 
-    /// Gives the oldest record to `handle` and then lets go of it; its room in the ring, or None if there is none yet.
+    /// Gives the oldest record to `handle` and then lets go of it; where it began, or None if there is none yet.
     fn take(&mut self, handle: &mut dyn FnMut(&[u8])) -> Option<u64> {
         loop {
-            let head = if let Some(h) = self.head() {
-                h
+            let record = if let Some(r) = self.record(self.position) {
+                r
             } else {
                 // A writer sees how far it has been read, and wakes us; or we see its record here.
                 fence(Ordering::SeqCst);
-                self.head()?
+                self.record(self.position)?
             };
-            let length = (head & !DISCARDED) as usize;
-            let room = (RECORD_HEAD + length).next_multiple_of(RECORD_HEAD) as u64;
-            if head & DISCARDED == 0 {
-                handle(self.shared.bytes(self.at() + RECORD_HEAD, length));
+            let (begin, room, given) = (self.position, record.room, record.bytes.is_some());
+            if let Some(bytes) = record.bytes {
+                handle(bytes);
             }
-            self.position = self.position.wrapping_add(room);
+            self.position = begin.wrapping_add(room);
             self.consumer.set(self.position);
-            if head & DISCARDED == 0 {
-                return Some(room);
+            if given {
+                return Some(begin);
             }
         }
     }
 
-    /// Where the oldest record stands in the mapping.
-    fn at(&self) -> usize {
-        rustix::param::page_size() + (self.position & (self.size - 1)) as usize
+    fn unread(&self) -> impl Iterator<Item = &[u8]> {
+        let mut position = self.position;
+        std::iter::from_fn(move || {
+            let record = self.record(position)?;
+            position = position.wrapping_add(record.room);
+            Some(record.bytes.unwrap_or_default())
+        })
     }
 
-    /// The first word of the oldest record, if it is whole.
-    fn head(&self) -> Option<u32> {
-        if self.position == self.written() {
+    /// The record that stands there, if it is whole.
+    fn record(&self, position: u64) -> Option<Record<'_>> {
+        if position == self.written() {
             return None;
         }
-        let head = self.shared.word32(self.at()).load(Ordering::Acquire);
-        (head & BUSY == 0).then_some(head)
+        let at = rustix::param::page_size() + (position & (self.size - 1)) as usize;
+        let head = self.shared.word32(at).load(Ordering::Acquire);
+        if head & BUSY != 0 {
+            return None;
+        }
+        let length = (head & !DISCARDED) as usize;
+        Some(Record {
+            bytes: (head & DISCARDED == 0).then(|| self.shared.bytes(at + RECORD_HEAD, length)),
+            room: (RECORD_HEAD + length).next_multiple_of(RECORD_HEAD) as u64,
+        })
     }
+}
+
+/// One that is whole.
+struct Record<'a> {
+    /// None: its writer gave it back.
+    bytes: Option<&'a [u8]>,
+    /// What it takes in the ring, its head included.
+    room: u64,
 }
 
 impl AsRawFd for Records {

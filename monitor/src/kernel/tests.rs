@@ -14,11 +14,24 @@ use crate::key::Key;
 
 /// The probes, or None (loudly) where this user or kernel cannot have them.
 fn start(name: &str, options: &Options) -> Option<Kernel> {
+    start_by(name, || Kernel::start(options))
+}
+
+/// As on a kernel that preempts programs.
+fn start_preempted(name: &str) -> Option<Kernel> {
+    start_by(name, || {
+        let mut layout = Layout::read()?;
+        layout.features.preempted = 1;
+        Kernel::of(&Options::default(), &layout)
+    })
+}
+
+fn start_by(name: &str, start: impl FnOnce() -> Result<Kernel, KernelError>) -> Option<Kernel> {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED {name}: not root");
         return None;
     }
-    match Kernel::start(options) {
+    match start() {
         Ok(k) => Some(k),
         Err(KernelError::Permission { what, source }) => {
             eprintln!("SKIPPED {name}: {what}: {source}");
@@ -48,13 +61,17 @@ impl Drop for Child {
     }
 }
 
+/// Some microVMs' kernels run no BPF program while a thread of their PID 1 is on the CPU, and RCU may let go of a process right then
+/// (one in 300 where that was counted). So a life may lack its reap, but nothing else, and not each of so many.
+const LIVES: usize = 3;
+
 /// The kinds of the records of one process, in order.
 async fn watch(ring: &mut Ring, pid: u32, until: &str) -> Vec<String> {
     let mut seen = Vec::new();
     let end = Instant::now() + Duration::from_secs(20);
     while Instant::now() < end && seen.last().is_none_or(|s| s != until) {
         let _ = tokio::time::timeout(Duration::from_millis(500), ring.readable()).await;
-        ring.drain(&mut |b| {
+        ring.drain(usize::MAX, &mut |b| {
             let e = decode(b).unwrap();
             if e.process.pid != pid {
                 return;
@@ -88,9 +105,7 @@ async fn one_life_in_order() {
     let mut ring = kernel.take_ring().unwrap();
     assert!(kernel.take_ring().is_err());
     let whole = ["fork", "exec /bin/sh /bin/sh\0-c\0exit 3\0a b\0\0", "exit 0x300", "reap 0x300"];
-    // Linux 6.18 now and then runs no BPF program at sched_process_free (recursion_misses 0): a life may lack its reap, and
-    // nothing else, and not each of them.
-    for _ in 0..3 {
+    for _ in 0..LIVES {
         let mut child = Command::new("/bin/sh").args(["-c", "exit 3", "a b", ""]).spawn().unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(3));
         let seen = watch(&mut ring, child.id(), "reap 0x300").await;
@@ -99,20 +114,48 @@ async fn one_life_in_order() {
         }
         assert_eq!(seen, whole[..3]);
     }
-    panic!("three lives without a reap");
+    panic!("{LIVES} lives without a reap");
+}
+
+#[tokio::test]
+async fn what_is_unread_is_what_comes_next() {
+    let Some(kernel) = start("what_is_unread_is_what_comes_next", &Options::default()) else { return };
+    let mut ring = kernel.take_ring().unwrap();
+    let mut child = Command::new("/bin/true").spawn().unwrap();
+    let pid = child.id();
+    child.wait().unwrap();
+    let unread: Vec<Vec<u8>> = ring.unread().filter(|b| !b.is_empty()).map(<[u8]>::to_vec).collect();
+    assert!(unread.len() >= 3, "a fork, an exec and an exit: {unread:?}");
+    let me = std::process::id();
+    let fork = unread.iter().find(|b| decode(b).unwrap().process.pid == pid).unwrap();
+    assert_eq!(crate::event::forker(fork).map(|k| k.pid), Some(me));
+    assert_eq!(crate::event::forker(&fork[..40]), None);
+    let forks = |b: &&Vec<u8>| matches!(decode(b).unwrap().body, Body::Fork { .. });
+    assert!(unread.iter().all(|b| crate::event::forker(b).is_some() == forks(&b)));
+    let mut given = Vec::new();
+    assert_eq!(ring.drain(1, &mut |b| given.push(b.to_vec())), 1);
+    assert_eq!(ring.drain(unread.len() - 1, &mut |b| given.push(b.to_vec())), unread.len() - 1);
+    assert_eq!(given, unread);
 }
 
 #[tokio::test]
 async fn a_killed_child_and_who_killed_it() {
     let Some(kernel) = start("a_killed_child_and_who_killed_it", &Options::default()) else { return };
     let mut ring = kernel.take_ring().unwrap();
-    let mut child = Child::spawn(Command::new("/bin/sleep").arg("1000"));
-    child.end();
-    let seen = watch(&mut ring, child.0.id(), "reap 0x9").await;
     let me = kernel.start_of(std::process::id()).unwrap().unwrap();
     let signal = format!("signal 9 Process({:?}) Delivered", Key::new(std::process::id(), me));
-    assert!(seen.contains(&signal), "{signal} not in {seen:?}");
-    assert!(seen.ends_with(&["exit 0x9".into(), "reap 0x9".into()]), "{seen:?}");
+    for _ in 0..LIVES {
+        let mut child = Child::spawn(Command::new("/bin/sleep").arg("1000"));
+        child.end();
+        let mut seen = watch(&mut ring, child.0.id(), "reap 0x9").await;
+        assert!(seen.contains(&signal), "{signal} not in {seen:?}");
+        let reaped = seen.pop_if(|s| s == "reap 0x9").is_some();
+        assert_eq!(seen.last().map(String::as_str), Some("exit 0x9"), "{seen:?}");
+        if reaped {
+            return;
+        }
+    }
+    panic!("{LIVES} lives without a reap");
 }
 
 #[tokio::test]
@@ -194,12 +237,12 @@ async fn accounts_to_the_last_event() {
                 }
             }
         }
-        ring.drain(&mut |b| seen.count(b));
+        ring.drain(usize::MAX, &mut |b| seen.count(b));
     }
     // The machine does other things too, so the two sides are compared until they stand still together.
     let end = Instant::now() + Duration::from_secs(20);
     loop {
-        ring.drain(&mut |b| seen.count(b));
+        ring.drain(usize::MAX, &mut |b| seen.count(b));
         let totals = kernel.totals().unwrap();
         let sent: u64 = totals.iter().map(|c| c.sent).sum();
         let balanced = totals.iter().all(|c| c.hits == c.sent + c.lost + c.filtered);
@@ -278,7 +321,7 @@ async fn lives_beside_each_other_are_told_once() {
     };
     // Reaps come when RCU lets go.
     while told.is_empty() || unreaped(&told) > 0 && Instant::now() < end {
-        ring.drain(&mut |b| {
+        ring.drain(usize::MAX, &mut |b| {
             let e = decode(b).unwrap();
             let what = match e.body {
                 Body::Fork { lineage_parent, .. } if lineage_parent == me => 0,
@@ -347,7 +390,7 @@ async fn whom_the_full_map_lacks_is_entered_when_there_is_room() {
         (0..100).map(|_| Child::spawn(Command::new("/bin/sleep").arg("1000"))).collect();
     let mut missed = Vec::new();
     let mut drain = |missed: &mut Vec<(Key, Key)>| {
-        ring.drain(&mut |b| {
+        ring.drain(usize::MAX, &mut |b| {
             let e = decode(b).unwrap();
             if let Body::Fork { lineage_parent, no_entry: true, .. } = e.body
                 && lineage_parent.pid == std::process::id()

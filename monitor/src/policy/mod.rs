@@ -151,6 +151,12 @@ impl Engine {
         }
     }
 
+    /// Who forks in the records that come next ([`event::forker`](crate::event::forker)). Changes nothing: they are fetched from memory
+    /// beside each other. Among a million processes handling a fork is waiting for its forker, mostly; all others are young, and near.
+    pub fn expect(&self, forkers: &[Key]) {
+        self.forest.expect(forkers);
+    }
+
     /// One record of the ring. Idempotent: records may come twice, and late ones never touch a pid's successor.
     pub fn event(&mut self, e: &Event<'_>, fx: &mut Vec<Effect>) {
         self.apply(e, fx);

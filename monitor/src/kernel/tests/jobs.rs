@@ -5,6 +5,8 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::process::Stdio;
 
+use monitor_abi::LINEAGE_MENDED;
+
 use super::*;
 use crate::enforce::OrderId;
 use crate::kernel::lineage::Edited;
@@ -68,6 +70,68 @@ pub(super) fn expect_members(kernel: &Kernel, job: u64, expected: &HashSet<u32>)
 
 pub(super) fn pids(kernel: &Kernel, job: u64) -> HashSet<u32> {
     kernel.members(job).unwrap().into_iter().filter(|m| !m.dead).map(|m| m.key.pid).collect()
+}
+
+/// A shell, the root of a job, and the job. The programs at a fork are taken away: each fork from here on is one that the kernel
+/// skipped them for.
+fn passed_over(kernel: &mut Kernel) -> (Shell, Key, u64) {
+    let shell = Shell::new();
+    let (root, job) = (shell.key(kernel), kernel.now());
+    kernel.label(job, 0, root).unwrap();
+    kernel.links.retain(|name, _| !name.starts_with("fork"));
+    (shell, root, job)
+}
+
+#[tokio::test]
+async fn one_whose_fork_was_passed_over_is_entered_before_it_is_given_away() {
+    let name = "one_whose_fork_was_passed_over_is_entered_before_it_is_given_away";
+    let Some(mut kernel) = start_preempted(name) else { return };
+    let (mut shell, root, job) = passed_over(&mut kernel);
+    // Neither the shell between nor any of those that it leaves is known.
+    let many = shell.ask("sh -c 'for i in 1 2 3 4 5; do sleep 60 >/dev/null & p=\"$p $!\"; done; echo $p'");
+    let orphans: HashSet<u32> = many.split(' ').map(|p| p.parse().unwrap()).collect();
+    assert_eq!(orphans.len(), 5);
+    let all = orphans.iter().copied().chain([root.pid]).collect();
+    expect_members(&kernel, job, &all);
+    for pid in orphans {
+        let key = Key::new(pid, kernel.start_of(pid).unwrap().unwrap());
+        let l = kernel.lineage_of(key).unwrap().unwrap();
+        let between = kernel.lineage_of(l.parent.into()).unwrap().unwrap();
+        assert_eq!((Key::from(between.parent), between.job, l.flags), (root, job, LINEAGE_MENDED));
+    }
+    shell.ask(&format!("kill -9 {many}; echo"));
+}
+
+#[tokio::test]
+async fn one_whose_fork_was_passed_over_is_entered_when_it_forks() {
+    let name = "one_whose_fork_was_passed_over_is_entered_when_it_forks";
+    let Some(mut kernel) = start_preempted(name) else { return };
+    let (mut shell, root, job) = passed_over(&mut kernel);
+    let unseen = shell.background("sh -c 'kill -STOP $$; sleep 60 & wait'");
+    let stopped = || crate::proc::Proc::default().stat(unseen).is_ok_and(|s| s.state == b'T');
+    wait_for("it stops", Duration::from_secs(20), stopped);
+    assert_eq!(pids(&kernel, job), HashSet::from([root.pid]));
+    let _fork = sys::attach_tp_btf(kernel.program("fork").unwrap()).unwrap();
+    shell.ask(&format!("kill -CONT {unseen}; echo"));
+    let mut members = HashSet::new();
+    wait_for("it and its child", Duration::from_secs(20), || {
+        members = pids(&kernel, job);
+        members.len() == 3
+    });
+    assert!(members.contains(&unseen), "{members:?}");
+    let child = *members.iter().find(|&&p| p != unseen && p != root.pid).unwrap();
+    shell.ask(&format!("kill -9 {unseen} {child}; echo"));
+}
+
+#[tokio::test]
+async fn one_that_a_snapshot_finds_is_in_the_job_of_its_parent() {
+    let name = "one_that_a_snapshot_finds_is_in_the_job_of_its_parent";
+    let Some(mut kernel) = start(name, &Options::default()) else { return };
+    let (mut shell, root, job) = passed_over(&mut kernel);
+    let unseen = shell.background("sleep 60");
+    assert_eq!(pids(&kernel, job), HashSet::from([root.pid]));
+    kernel.snapshot().unwrap();
+    expect_members(&kernel, job, &HashSet::from([root.pid, unseen]));
 }
 
 #[tokio::test]
@@ -362,7 +426,7 @@ async fn pins_go_on_while_the_agent_is_down() {
     expect_members(&second, job, &HashSet::from([root.pid, child]));
     let mut ring = second.take_ring().unwrap();
     let mut forked = false;
-    ring.drain(&mut |b| {
+    ring.drain(usize::MAX, &mut |b| {
         let e = decode(b).unwrap();
         forked |= e.process.pid == child && matches!(e.body, Body::Fork { job: j, .. } if j == job);
     });

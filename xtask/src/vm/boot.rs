@@ -21,6 +21,8 @@ pub(crate) enum End {
     Status(i32),
     /// The time limit passed.
     Hang,
+    /// So did the time for all guests, or it was too short to start.
+    Late,
     /// QEMU ended without a status from the script: the kernel or its init died.
     Died,
     /// QEMU itself was ended by this signal, so nothing is known of the guest.

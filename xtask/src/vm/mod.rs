@@ -29,6 +29,9 @@ pub(crate) struct Args {
     /// Seconds after which a guest counts as hung
     #[arg(long, default_value_t = 1200)]
     timeout: u64,
+    /// Minutes for all guests together; a kernel that finds no time is skipped, by name
+    #[arg(long, value_name = "MINUTES")]
+    within: Option<u64>,
     /// Memory of the guest in MiB; by default what the files need
     #[arg(long)]
     memory: Option<u64>,
@@ -60,6 +63,9 @@ const SLOW: u32 = 20;
 /// How many processes are spawned as fast as possible there, where one takes tens of milliseconds; 5,000 on the host.
 const SPAWN: u32 = 500;
 
+/// A guest is not started with less time left than this: none was seen to need less.
+const AT_LEAST: Duration = Duration::from_mins(5);
+
 /// One kernel's outcome.
 struct Verdict {
     kernel: Kernel,
@@ -82,15 +88,18 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     if args.fetch {
         return Ok(true);
     }
-    let verdicts = boot_all(args, &kernels)?;
     let mut total = Tally::default();
     println!();
+    sum(boot_all(args, &kernels)?, &mut total);
+    total.print();
+    Ok(total.failed == 0)
+}
+
+fn sum(verdicts: Vec<Verdict>, total: &mut Tally) {
     for verdict in verdicts {
         println!("{}", line(&verdict));
         total.add(settled(verdict.tally, verdict.end), &format!("{}: ", verdict.kernel.series));
     }
-    total.print();
-    Ok(total.failed == 0)
 }
 
 /// The tests on all kernels, added to `total`; a guest that hangs or dies is a failure.
@@ -98,6 +107,7 @@ pub(crate) fn run_tests(total: &mut Tally) -> Result<()> {
     let args = Args {
         kernels: Vec::new(),
         timeout: 1200,
+        within: None,
         memory: None,
         files: Vec::new(),
         append: String::new(),
@@ -107,38 +117,53 @@ pub(crate) fn run_tests(total: &mut Tally) -> Result<()> {
     };
     needs::check(&needs::for_vm())?;
     let series: Vec<String> = SERIES.iter().map(|&s| s.to_owned()).collect();
-    for verdict in boot_all(&args, &kernels::get(&series)?)? {
-        println!("{}", line(&verdict));
-        total.add(settled(verdict.tally, verdict.end), &format!("{}: ", verdict.kernel.series));
-    }
+    sum(boot_all(&args, &kernels::get(&series)?)?, total);
     Ok(())
 }
 
 fn boot_all(args: &Args, kernels: &[Kernel]) -> Result<Vec<Verdict>> {
+    let deadline = args.within.map(|m| Instant::now() + Duration::from_mins(m));
     let image = root::target().join("vm").join(format!("initramfs-{}.cpio", std::process::id()));
     let size = pack(args, &image)?;
     // Unpacking holds the archive and the files at once; the rest is for the kernel and the tests.
     let memory_mib = args.memory.unwrap_or(320 + 2 * (size as u64 >> 20));
     println!("{} MiB of files, {memory_mib} MiB of memory a guest", size >> 20);
     let queue: Mutex<VecDeque<&Kernel>> = Mutex::new(kernels.iter().collect());
-    let next = || queue.lock().ok().and_then(|mut q| q.pop_front());
-    let work = || -> Result<Vec<Verdict>> {
-        let mut verdicts = Vec::new();
-        while let Some(kernel) = next() {
+    // From both ends, oldest and newest first: where time is short those tell most.
+    let next = |newest: bool| {
+        let mut queue = queue.lock().ok()?;
+        if newest { queue.pop_back() } else { queue.pop_front() }
+    };
+    let work = &|newest: bool| -> Result<Vec<Verdict>> {
+        let mut verdicts: Vec<Verdict> = Vec::new();
+        while let Some(kernel) = next(newest) {
+            let needs = verdicts.iter().map(|v| v.took).max().unwrap_or(AT_LEAST);
+            let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left < needs) {
+                let (tally, took) = (Tally::default(), Duration::ZERO);
+                verdicts.push(Verdict { kernel: kernel.clone(), end: End::Late, tally, took });
+                continue;
+            }
+            let own = Duration::from_secs(args.timeout);
             let boot = Boot {
                 kernel,
                 initramfs: &image,
                 memory_mib,
-                limit: Duration::from_secs(args.timeout),
+                limit: left.map_or(own, |left| left.min(own)),
                 append: &args.append,
                 logs: root::target().join("vm/logs"),
             };
-            verdicts.push(boot_one(&boot)?);
+            let mut verdict = boot_one(&boot)?;
+            if verdict.end == End::Hang && boot.limit < own {
+                verdict.end = End::Late;
+            }
+            verdicts.push(verdict);
         }
         Ok(verdicts)
     };
     let outcomes: Vec<Result<Vec<Verdict>>> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..args.parallel.clamp(1, 8)).map(|_| scope.spawn(work)).collect();
+        let threads: Vec<_> =
+            (0..args.parallel.clamp(1, 8)).map(|i| scope.spawn(move || work(i % 2 == 1))).collect();
         threads.into_iter().filter_map(|t| t.join().ok()).collect()
     });
     fs::remove_file(&image)?;
@@ -176,6 +201,11 @@ fn settled(mut tally: Tally, end: End) -> Tally {
         End::Status(_) if tally.failed > 0 => {}
         End::Status(status) => tally.fail(format!("the program ended with status {status}")),
         End::Hang => tally.fail("the guest hung".to_owned()),
+        End::Late => {
+            // Its closing line may not have come.
+            tally.failed = tally.failed.max(tally.failures.len() as u32);
+            tally.skip("the rest", "there was no time left for it");
+        }
         End::Died => tally.fail("the guest's kernel died or never came up".to_owned()),
         End::Killed(signal) => tally.fail(format!("QEMU was ended by signal {signal}")),
     }
@@ -189,6 +219,7 @@ fn line(verdict: &Verdict) -> String {
         End::Status(0) => "ok".to_owned(),
         End::Status(status) => format!("FAILED (status {status})"),
         End::Hang => "HUNG".to_owned(),
+        End::Late => "NO TIME".to_owned(),
         End::Died => "DIED".to_owned(),
         End::Killed(signal) => format!("QEMU KILLED (signal {signal})"),
     };
@@ -322,6 +353,7 @@ mod tests {
         let mut tally = Tally::default();
         tally.line("test result: ok. 3 passed; 0 failed; 0 ignored");
         assert_eq!(settled(tally.clone(), End::Hang).closing(), "3 passed, 1 failed, 0 skipped");
+        assert_eq!(settled(tally.clone(), End::Late).closing(), "3 passed, 0 failed, 1 skipped");
         assert_eq!(settled(tally, End::Status(0)).closing(), "3 passed, 0 failed, 0 skipped");
     }
 }

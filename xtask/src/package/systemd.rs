@@ -14,7 +14,7 @@ use crate::{needs, root};
 
 /// Debian's own for its current stable release; cgroup v2 alone, as systemd mounts it.
 const KERNEL: &str = "6.12";
-const LIMIT: Duration = Duration::from_mins(6);
+const SILENCE: Duration = Duration::from_mins(6);
 /// What nobody reads there.
 const BARE: [&str; 10] = [
     "usr/share/doc",
@@ -60,7 +60,8 @@ pub(super) fn run([deb, next]: [&Path; 2], folder: &Path) -> Result<()> {
         initramfs: &image,
         // Unpacking holds the archive and the files at once.
         memory_mib: 320 + 2 * (size as u64 >> 20),
-        limit: LIMIT,
+        silence: SILENCE,
+        deadline: None,
         append: "systemd.getty_auto=no",
         logs: folder.join("systemd-logs"),
     };

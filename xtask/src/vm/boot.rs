@@ -1,4 +1,4 @@
-//! One boot: starts QEMU, reads the guest's serial line, ends it at the time limit. The guest says `VM-UP` when
+//! One boot: starts QEMU, reads the guest's serial line, ends it when nothing comes or its time is up. The guest says `VM-UP` when
 //! its root is ready and `VM-RC n` when its script has ended; without the latter the kernel died.
 
 use std::fs::{self, File};
@@ -19,9 +19,9 @@ use crate::report::CONSOLE;
 pub(crate) enum End {
     /// The script's own exit status.
     Status(i32),
-    /// The time limit passed.
+    /// It said nothing for too long.
     Hang,
-    /// So did the time for all guests, or it was too short to start.
+    /// Its time was up, or too short to start.
     Late,
     /// QEMU ended without a status from the script: the kernel or its init died.
     Died,
@@ -33,7 +33,9 @@ pub(crate) struct Boot<'a> {
     pub(crate) kernel: &'a Kernel,
     pub(crate) initramfs: &'a Path,
     pub(crate) memory_mib: u64,
-    pub(crate) limit: Duration,
+    /// How long a guest may say nothing. How fast it is depends on the machine; a line is a test, or a part of one.
+    pub(crate) silence: Duration,
+    pub(crate) deadline: Option<Instant>,
     /// More kernel arguments.
     pub(crate) append: &'a str,
     /// Where the kernel's own messages and the script's output are kept.
@@ -56,10 +58,10 @@ impl Boot<'_> {
                 }
             }
         });
-        let deadline = Instant::now() + self.limit;
         let mut end = End::Died;
         loop {
-            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let left = self.deadline.map(|d| d.saturating_duration_since(Instant::now()));
+            match lines.recv_timeout(left.map_or(self.silence, |left| left.min(self.silence))) {
                 Ok(text) => {
                     writeln!(log, "{text}")?;
                     match text.strip_prefix("VM-RC ").and_then(|rc| rc.trim().parse().ok()) {
@@ -69,7 +71,8 @@ impl Boot<'_> {
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
-                    end = End::Hang;
+                    let late = left.is_some_and(|left| left < self.silence);
+                    end = if late { End::Late } else { End::Hang };
                     break;
                 }
             }
@@ -112,11 +115,11 @@ impl Boot<'_> {
     }
 }
 
-/// How QEMU ended by itself. None: it was ended here, since its guest hung or it did not get out after its last output; so what
+/// How QEMU ended by itself. None: it was ended here, since its guest hung, its time was up or it did not get out after its last output; so what
 /// it is ended by here is never taken for an end of its own.
 fn over(qemu: &mut Child, end: End) -> Result<Option<ExitStatus>> {
     let deadline = Instant::now() + Duration::from_secs(10);
-    while end != End::Hang && Instant::now() < deadline {
+    while !matches!(end, End::Hang | End::Late) && Instant::now() < deadline {
         if let Some(status) = qemu.try_wait()? {
             return Ok(Some(status));
         }

@@ -50,7 +50,8 @@ pub fn loudly(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// How many times longer things may take here (`JWTEST_SLOW`): 20 in a VM under software emulation.
+/// How many times longer things may take here (`JWTEST_SLOW`): what `cargo xtask test` measures, and 20 in a VM
+/// under software emulation.
 #[must_use]
 pub fn slow() -> u32 {
     rounds("JWTEST_SLOW", 1).clamp(1, 100) as u32

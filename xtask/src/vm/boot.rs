@@ -115,8 +115,8 @@ impl Boot<'_> {
     }
 }
 
-/// How QEMU ended by itself. None: it was ended here, since its guest hung, its time was up or it did not get out after its last output; so what
-/// it is ended by here is never taken for an end of its own.
+/// How QEMU ended by itself. None: it was ended here, since its guest hung, its time was up, or it did not get out after its last
+/// output; so what it is ended by here is never taken for an end of its own.
 fn over(qemu: &mut Child, end: End) -> Result<Option<ExitStatus>> {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !matches!(end, End::Hang | End::Late) && Instant::now() < deadline {

@@ -139,7 +139,7 @@ fn boot_all(args: &Args, kernels: &[Kernel]) -> Result<Vec<Verdict>> {
     let work = &|newest: bool| -> Result<Vec<Verdict>> {
         let mut verdicts: Vec<Verdict> = Vec::new();
         while let Some(kernel) = next(newest) {
-            let needs = verdicts.iter().map(|v| v.took).max().unwrap_or(AT_LEAST);
+            let needs = verdicts.iter().map(|v| v.took).fold(AT_LEAST, Duration::max);
             let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left < needs) {
                 let (tally, took) = (Tally::default(), Duration::ZERO);

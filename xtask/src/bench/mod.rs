@@ -47,6 +47,8 @@ struct Row {
     ours: Result<Figure>,
     goals: Vec<Goal>,
     peers: Vec<(String, Result<Figure>)>,
+    /// What the same measure gives where nothing is started, if it was asked.
+    noise: Option<Figure>,
 }
 
 /// How much is done.
@@ -118,7 +120,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 }
 
 /// Each program that a row wants, with Debian's package of it.
-const PACKAGES: [(&str, &str); 8] = [
+const PACKAGES: [(&str, &str); 7] = [
     ("forkstat", "forkstat"),
     ("bpftrace", "bpftrace"),
     ("execsnoop", "libbpf-tools"),
@@ -126,7 +128,6 @@ const PACKAGES: [(&str, &str); 8] = [
     ("lsof", "lsof"),
     ("pkill", "procps"),
     ("ps", "procps"),
-    ("busybox", "busybox-static"),
 ];
 
 /// Where that is possible. Who is missing is named in the table.

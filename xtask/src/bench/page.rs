@@ -47,8 +47,9 @@ impl Row {
     }
 
     pub(super) fn said(&self) -> String {
+        let noise = self.noise.map(|n| format!(" (nobody {})", n.text())).unwrap_or_default();
         match &self.ours {
-            Ok(f) => format!("{} {}", f.text(), self.unit).trim_end().to_owned(),
+            Ok(f) => format!("{} {}", f.text(), self.unit).trim_end().to_owned() + &noise,
             Err(e) => format!("no figure: {e:#}"),
         }
     }
@@ -107,7 +108,7 @@ pub(super) fn as_json(rows: &[Row], scale: Scale, command: &str) -> String {
         });
         let peers: serde_json::Map<_, _> = r.peers.iter().map(|(n, v)| (n.clone(), figure(v))).collect();
         json!({ "what": r.what, "unit": r.unit, "jobwarden": figure(&r.ours),
-                "goals": goals.collect::<Vec<_>>(), "peers": peers })
+                "goals": goals.collect::<Vec<_>>(), "peers": peers, "noise": r.noise.map(Ok).as_ref().map(figure) })
     };
     let rows: Vec<Value> = rows.iter().map(row).collect();
     json!({ "date": date(), "machine": machine(), "command": command, "full": !scale.short, "rows": rows })
@@ -153,8 +154,10 @@ pub(super) fn page(rows: &[Row], scale: Scale, command: &str) -> String {
          A figure is a median with its quartiles, of {} rounds where there are rounds (of the exporter and lsof 5, of the bomb 3: they take seconds for one); {} lives for the probes' time, {} s for \
          floods and for idling, {} processes where many stand by. The agent ran on its defaults, with a bpffs of its own. \
          `peer / jobwarden` says how many times jobwarden's figure the peer's is. \
-         A slow-down below zero is no gain of the program's: with another process awake beside it the loop itself ran faster (forkstat, \
-         which has no probe, shows it too), so where it stands the probes' own time is the figure to go by. \
+         A slow-down below zero is no gain of the program's: a child that the kernel puts on another processor waits for that one \
+         to wake, which takes longer in a virtual machine than a vfork, and who watches keeps it awake (forkstat, which has no probe, shows it too). \
+         Kept to one processor, parent and child do not wait so: that row says what watching costs. \
+         `nobody` is what the same measure gives where nothing is started: the noise of this run. \
          {} of {} rows do not reach their goal and say so.\n\n{}\n{PUBLISHED}\n\
          What each row does stands in `xtask/src/bench/rows/`; `cargo xtask bench --json` prints the same as JSON.\n",
         date(),
@@ -183,7 +186,7 @@ mod tests {
             ("x".to_owned(), Err(anyhow::anyhow!("does not run"))),
         ];
         let goals = vec![Goal::AtMost(10.0), Goal::RatioToPeer(3.0)];
-        Row { what: "a why".into(), unit: "ms", ours: ours.map(Figure::one), goals, peers }
+        Row { what: "a why".into(), unit: "ms", ours: ours.map(Figure::one), goals, peers, noise: None }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The loads seen from the benchmark: run to their end, or standing by until dropped.
 
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -18,20 +19,32 @@ pub(super) fn command(kind: &str, n: u64) -> Result<Command> {
     Ok(command)
 }
 
-/// Runs a load to its end; how long it took, and the CPU time of it and its children.
-pub(super) fn spent(kind: &str, n: u64) -> Result<[Duration; 2]> {
+/// Runs a load to its end; how long it took. `kept`: it and its children stay on one processor.
+pub(super) fn spent(kind: &str, n: u64, kept: bool) -> Result<Duration> {
+    let mut command = command(kind, n)?;
+    if kept {
+        // SAFETY: the child calls nothing but what is async-signal-safe.
+        unsafe { command.pre_exec(keep_to_last_processor) };
+    }
     let begun = Instant::now();
-    let child = command(kind, n)?.stdout(Stdio::null()).spawn()?;
-    let mut status = 0;
-    // SAFETY: of integers only, for which 0 is a value; both are valid for writing, and the child is ours and not reaped.
-    let (reaped, used) = unsafe {
-        let mut used: libc::rusage = std::mem::zeroed();
-        (libc::wait4(child.id().cast_signed(), &raw mut status, 0, &raw mut used), used)
+    let status = command.stdout(Stdio::null()).status()?;
+    ensure!(status.success(), "load {kind} {n} ended with {status}");
+    Ok(begun.elapsed())
+}
+
+/// The last one that it may run on: the first does more of the machine's own work.
+fn keep_to_last_processor() -> std::io::Result<()> {
+    let size = size_of::<libc::cpu_set_t>();
+    // SAFETY: a set is plain bits, and is valid for reading and writing.
+    let done = unsafe {
+        let (mut may, mut one): (libc::cpu_set_t, libc::cpu_set_t) = std::mem::zeroed();
+        libc::sched_getaffinity(0, size, &raw mut may) == 0
+            && (0..libc::CPU_SETSIZE as usize).rfind(|&n| libc::CPU_ISSET(n, &may)).is_some_and(|last| {
+                libc::CPU_SET(last, &mut one);
+                libc::sched_setaffinity(0, size, &raw const one) == 0
+            })
     };
-    let took = begun.elapsed();
-    ensure!(reaped > 0 && status == 0, "load {kind} {n} ended with status {status}");
-    let time = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
-    Ok([took, time(used.ru_utime) + time(used.ru_stime)])
+    if done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// Runs a load to its end; what it says.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -33,16 +33,18 @@ impl Drop for BpfStats {
     }
 }
 
-/// What all probes together take of one life (fork, exec, exit, reap), in the kernel, on every processor at once; and for
-/// each event that is told of it.
+/// What all probes together take of one life (fork, exec, exit, reap), in the kernel, on every processor at once; for each
+/// event that is told of it; and as a part of that life.
 pub(super) fn probes(binary: &Path, scale: Scale) -> Vec<Row> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-    let measure = |lives: u64, ns: &dyn Fn() -> Result<f64>| -> Result<Figure> {
-        let before = ns()?;
+    // Nanoseconds, and per cent of the life.
+    let measure = |lives: u64, ns: &dyn Fn() -> Result<f64>| -> Result<[Figure; 2]> {
+        let (before, begun) = (ns()?, Instant::now());
         let lives = everywhere("execs", lives / processors)?;
+        let all = begun.elapsed().as_nanos() as f64 * processors as f64;
         let took = ns()? - before;
         ensure!(took > 0.0, "the kernel counted no run of a probe");
-        Ok(Figure::one(took / lives as f64))
+        Ok([took / lives as f64, took / all * 100.0].map(Figure::one))
     };
     let ours = || {
         let _stats = BpfStats::on()?;
@@ -55,57 +57,56 @@ pub(super) fn probes(binary: &Path, scale: Scale) -> Vec<Row> {
         measure(scale.lives / 5, &|| Ok(watch.probe_ns() as f64))
     };
     let ours = ours();
-    let peers: Vec<(&Peer, Result<Figure>)> =
+    let peers: Vec<(&Peer, Result<[Figure; 2]>)> =
         PEERS.iter().filter(|p| p.probes()).map(|p| (p, peer(p))).collect();
-    let copy = |f: &Result<Figure>, by| f.as_ref().map(|f| f.per(by)).map_err(again);
-    let table = |each: &dyn Fn(&Peer) -> f64| -> Vec<(String, Result<Figure>)> {
-        peers.iter().map(|(p, f)| (p.name.to_owned(), copy(f, each(p)))).collect()
+    let pick = |f: &Result<[Figure; 2]>, n: usize, by| f.as_ref().map(|f| f[n].per(by)).map_err(again);
+    let rows: [(_, _, _, &[Goal], _); 3] = [
+        ("kernel time of the probes for one life", "ns", 0, &[Goal::AtMost(1200.0)], false),
+        ("kernel time of the probes for each event told of it", "ns", 0, &[Goal::RatioToPeer(2.0)], true),
+        ("the probes' part of that life (fork + exec + wait on every processor)", "%", 1, &[], false),
+    ];
+    let compared = |(what, unit, n, goals, each)| {
+        let by = |events| if each { events } else { 1.0 };
+        let peers = peers.iter().map(|(p, f)| (p.name.to_owned(), pick(f, n, by(p.events)))).collect();
+        Row { peers, ..row(what, unit, goals, pick(&ours, n, by(EVENTS))) }
     };
-    vec![
-        Row {
-            peers: table(&|_| 1.0),
-            ..row("kernel time of the probes for one life", "ns", &[Goal::AtMost(1200.0)], copy(&ours, 1.0))
-        },
-        Row {
-            peers: table(&|p| p.events),
-            ..row(
-                "kernel time of the probes for each event told of it",
-                "ns",
-                &[Goal::RatioToPeer(2.0)],
-                copy(&ours, EVENTS),
-            )
-        },
-    ]
+    rows.into_iter().map(compared).collect()
 }
 
 const SLOWER: [&str; 4] = [
     "slow-down of vfork + exit + wait",
-    "the same in CPU time, which others on the machine do not change",
+    "the same where parent and child are kept to one processor",
     "slow-down of fork + exec of a static program + wait",
-    "the same in CPU time",
+    "the same, kept to one processor",
 ];
 
 /// How much longer spawning takes with a watcher than without, in per cent: nobody, jobwarden, nobody, a peer, nobody, and
-/// so on. The unwatched runs stand on both sides of the watched one, so that a drift of the machine cancels out.
+/// so on. The unwatched runs stand on both sides of the watched one, so that a drift of the machine cancels out. Last, nobody
+/// is held against nobody: what that gives is the noise of this run.
 pub(super) fn spawning(binary: &Path, scale: Scale) -> Vec<Row> {
     let run = || -> Result<[Duration; 4]> {
         // A watcher was waited for, and whoever has slept runs faster for a while on a busy machine: so all have slept.
         std::thread::sleep(Duration::from_millis(200));
-        let ([a, b], [c, d]) = (spent("vforks", 3_000)?, spent("execs", 800)?);
-        Ok([a, b, c, d])
+        Ok([
+            spent("vforks", 8_000, false)?,
+            spent("vforks", 24_000, true)?,
+            spent("execs", 3_000, false)?,
+            spent("execs", 4_000, true)?,
+        ])
     };
-    // Of each watcher, for each row. The first is jobwarden.
+    // Of each watcher, for each row. The first is jobwarden, the last nobody.
     let mut all: Vec<[Series; 4]> =
-        (0..=PEERS.len()).map(|_| std::array::from_fn(|_| Series::new())).collect();
+        (0..PEERS.len() + 2).map(|_| std::array::from_fn(|_| Series::new())).collect();
     for _ in 0..scale.rounds {
         let mut before = run();
         for (n, series) in all.iter_mut().enumerate() {
             if !series[0].going() {
                 continue;
             }
-            let with = match n.checked_sub(1).map(|n| &PEERS[n]) {
+            let with = match n.checked_sub(1).map(|n| PEERS.get(n)) {
                 None => Agent::start(binary).and_then(|_agent| run()),
-                Some(peer) => Watch::peer(peer).and_then(|_watch| run()),
+                Some(Some(peer)) => Watch::peer(peer).and_then(|_watch| run()),
+                Some(None) => run(),
             };
             let after = run();
             for (row, to) in series.iter_mut().enumerate() {
@@ -129,8 +130,9 @@ pub(super) fn spawning(binary: &Path, scale: Scale) -> Vec<Row> {
     let rows = SLOWER.iter().zip(by_row).map(|(what, figures)| {
         let mut figures = figures.into_iter();
         let ours = figures.next().unwrap_or_else(|| Figure::of(Vec::new()));
-        let peers = PEERS.iter().map(|p| p.name.to_owned()).zip(figures).collect();
-        Row { peers, ..row(*what, "%", &[Goal::AtMost(3.0), Goal::RatioToPeer(1.0)], ours) }
+        let peers = PEERS.iter().map(|p| p.name.to_owned()).zip(figures.by_ref()).collect();
+        let noise = figures.next().and_then(Result::ok);
+        Row { peers, noise, ..row(*what, "%", &[Goal::AtMost(3.0), Goal::RatioToPeer(1.0)], ours) }
     });
     rows.collect()
 }

@@ -57,7 +57,7 @@ pub(super) fn all(binary: &Path, scale: Scale, only: &[String]) -> Vec<Row> {
 }
 
 fn row(what: impl Into<String>, unit: &'static str, goals: &[Goal], ours: Result<Figure>) -> Row {
-    Row { what: what.into(), unit, ours, goals: goals.to_vec(), peers: Vec::new() }
+    Row { what: what.into(), unit, ours, goals: goals.to_vec(), peers: Vec::new(), noise: None }
 }
 
 /// Measurements of one thing; the first error ends them.

@@ -88,10 +88,10 @@ pub(super) fn spawning(binary: &Path, scale: Scale) -> Vec<Row> {
         // A watcher was waited for, and whoever has slept runs faster for a while on a busy machine: so all have slept.
         std::thread::sleep(Duration::from_millis(200));
         Ok([
-            spent("vforks", 8_000, false)?,
-            spent("vforks", 24_000, true)?,
-            spent("execs", 3_000, false)?,
-            spent("execs", 4_000, true)?,
+            spent("vforks", 4_000, false)?,
+            spent("vforks", 12_000, true)?,
+            spent("execs", 2_000, false)?,
+            spent("execs", 2_000, true)?,
         ])
     };
     // Of each watcher, for each row. The first is jobwarden, the last nobody.

@@ -47,7 +47,7 @@ pub fn config(bytes: &[u8]) {
 pub fn proc(bytes: &[u8]) {
     let _ = proc::parse_stat(bytes);
     let _ = proc::parse_status(bytes);
-    let _ = proc::split_argv(bytes);
+    let _ = proc::split_argv(bytes).count();
     let _ = proc::fd::parse_fdinfo(bytes);
     let _ = Cgroups::parse(bytes).container();
 }

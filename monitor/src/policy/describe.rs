@@ -21,7 +21,7 @@ impl Engine {
 
     pub(super) fn argv_of(&self, n: &Node) -> Vec<String> {
         let bytes = self.forest.strings.get(n.argv).unwrap_or_default();
-        split_argv(bytes).iter().map(|a| text(a)).collect()
+        split_argv(bytes).map(text).collect()
     }
 
     pub(super) fn ref_of(&self, i: Idx) -> Ref {

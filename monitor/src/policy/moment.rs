@@ -32,7 +32,7 @@ struct Named {
 
 impl Named {
     fn reference(&self, key: Key) -> Ref {
-        let argv = split_argv(self.argv.as_deref().unwrap_or_default()).iter().map(|a| text(a)).collect();
+        let argv = split_argv(self.argv.as_deref().unwrap_or_default()).map(text).collect();
         Ref { id: key, pid: key.pid, comm: text(self.comm.bytes()), argv }
     }
 }
@@ -88,7 +88,7 @@ impl Moment {
                 "fork"
             }
             Body::Exec { filename, argv, argv_cut, uid, .. } => {
-                process.argv = split_argv(argv).iter().map(|a| text(a)).collect();
+                process.argv = split_argv(argv).map(text).collect();
                 put("filename", json!(text(filename)));
                 put("argv", json!(process.argv));
                 put("argv_cut", json!(argv_cut));

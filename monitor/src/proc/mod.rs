@@ -161,7 +161,7 @@ impl Proc {
 
     /// Empty for kernel threads and zombies.
     pub fn argv(&self, pid: u32) -> io::Result<Vec<Vec<u8>>> {
-        Ok(split_argv(&read(&self.path(pid, "cmdline"))?))
+        Ok(split_argv(&read(&self.path(pid, "cmdline"))?).map(<[u8]>::to_vec).collect())
     }
 
     /// The resolved path; ` (deleted)` is left as the kernel gives it.
@@ -203,10 +203,10 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// argv as /proc and the exec record have it: each argument ends with a NUL.
-#[must_use]
-pub fn split_argv(b: &[u8]) -> Vec<Vec<u8>> {
+pub fn split_argv(b: &[u8]) -> impl Iterator<Item = &[u8]> {
     let b = b.strip_suffix(&[0]).unwrap_or(b);
-    if b.is_empty() { Vec::new() } else { b.split(|&c| c == 0).map(<[u8]>::to_vec).collect() }
+    // Nothing is no word, and not an empty one.
+    (!b.is_empty()).then(|| b.split(|&c| c == 0)).into_iter().flatten()
 }
 
 fn numbers(dir: &Path) -> io::Result<Vec<u32>> {

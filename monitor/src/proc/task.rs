@@ -210,7 +210,7 @@ mod tests {
         #[test]
         fn no_bytes_panic(b in proptest::collection::vec(proptest::num::u8::ANY, 0..200), s in ".{0,80}") {
             let _ = (parse_syscall(&b), super::super::parse_stat(&b), super::super::parse_status(&b));
-            let _ = (super::super::fd::parse_fdinfo(&b), parse_mount(&s), super::super::split_argv(&b));
+            let _ = (super::super::fd::parse_fdinfo(&b), parse_mount(&s), super::super::split_argv(&b).count());
             let _ = super::super::fd::parse_fdinfo(format!("tfd: {s}").as_bytes());
         }
     }

@@ -43,10 +43,18 @@ impl Style {
     /// `text` must be escaped already.
     #[must_use]
     pub fn paint(self, paint: Paint, text: &str) -> String {
+        let mut out = String::with_capacity(text.len());
+        self.paint_to(&mut out, paint, text);
+        out
+    }
+
+    /// The same, behind what `out` has already.
+    pub(super) fn paint_to(self, out: &mut String, paint: Paint, text: &str) {
         if !self.color || paint == Paint::Plain || text.is_empty() {
-            return text.to_owned();
+            out.push_str(text);
+            return;
         }
-        format!("{}{text}{RESET}", paint.code())
+        out.extend([paint.code(), text, RESET]);
     }
 }
 

@@ -1,5 +1,6 @@
 //! `tree`: as `ps axf` draws it, by lineage, with the dead and with what `ps` cannot know.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::time::SystemTime;
 
@@ -200,7 +201,8 @@ impl Lines<'_> {
             // Not the edge of lineage: who forked it was not seen.
             (_, LineageKnown::Unknown) => " \\? ",
         };
-        let edge = if depth > self.levels { format!(" ({depth}){edge}") } else { edge.to_owned() };
+        let edge =
+            if depth > self.levels { Cow::Owned(format!(" ({depth}){edge}")) } else { Cow::Borrowed(edge) };
         let mut command = command(p);
         let notes = self.notes(i);
         if let Some(columns) = style.width {
@@ -209,9 +211,9 @@ impl Lines<'_> {
             command = cut(&command, room.saturating_sub(notes_width).max(COMMAND_MIN.min(room)));
         }
         let (letter_paint, text_paint) = paints(p);
-        out.push_str(&style.paint(letter_paint, &front));
-        out.push_str(&style.paint(Paint::Dim, &format!("{bars}{edge}")));
-        out.push_str(&style.paint(text_paint, &command));
+        style.paint_to(out, letter_paint, &front);
+        style.paint_to(out, Paint::Dim, &format!("{bars}{edge}"));
+        style.paint_to(out, text_paint, &command);
         let mut used = width(&front) + width(bars) + width(&edge) + width(&command);
         for (paint, note) in notes {
             let note = style.width.map_or_else(|| note.clone(), |w| cut(&note, w.saturating_sub(used + 1)));
@@ -220,7 +222,7 @@ impl Lines<'_> {
             }
             used += width(&note) + 1;
             out.push(' ');
-            out.push_str(&style.paint(paint, &note));
+            style.paint_to(out, paint, &note);
         }
         out.push('\n');
     }

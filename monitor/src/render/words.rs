@@ -1,5 +1,6 @@
 //! Small pieces that all the texts are made of.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
@@ -9,7 +10,7 @@ use crate::contract::{Exit, Ref};
 /// invisible, as escapes. (Bytes that are not UTF-8 are `\xNN` already, see [`crate::contract::text`].)
 #[must_use]
 pub fn escape(text: &str) -> String {
-    if text.bytes().all(|b| matches!(b, b' '..=b'~')) {
+    if is_plain(text) {
         return text.to_owned();
     }
     let mut out = String::with_capacity(text.len());
@@ -31,6 +32,11 @@ pub fn escape(text: &str) -> String {
     out
 }
 
+/// Nothing to escape in it, as in most.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|b| matches!(b, b' '..=b'~'))
+}
+
 /// Unicode's format characters that a terminal or an eye is fooled by, and its line separators.
 const fn hidden(c: char) -> bool {
     matches!(c as u32,
@@ -41,15 +47,20 @@ const fn hidden(c: char) -> bool {
 /// argv as one line: joined by a space, what is empty or has a space in it quoted, so that the words can be told apart.
 #[must_use]
 pub fn argv(argv: &[String]) -> String {
-    let word = |a: &String| {
-        let e = escape(a);
-        if e.is_empty() || e.contains([' ', '\'', '"']) {
-            format!("'{}'", e.replace('\'', r"'\''"))
-        } else {
-            e
+    let mut out = String::with_capacity(argv.iter().map(|a| a.len() + 1).sum());
+    for (n, word) in argv.iter().enumerate() {
+        if n > 0 {
+            out.push(' ');
         }
-    };
-    argv.iter().map(word).collect::<Vec<_>>().join(" ")
+        let word = if is_plain(word) { Cow::Borrowed(word.as_str()) } else { Cow::Owned(escape(word)) };
+        if word.is_empty() || word.contains([' ', '\'', '"']) {
+            // Writing to a String cannot fail.
+            let _ = write!(out, "'{}'", word.replace('\'', r"'\''"));
+        } else {
+            out.push_str(&word);
+        }
+    }
+    out
 }
 
 /// `4110 (python3)`.

@@ -190,11 +190,12 @@ mod tests {
     }
 
     #[test]
-    fn a_goal_that_is_missed_and_a_peer_that_does_not_run_are_said() {
-        let text = table(&[row(Ok(15.0)), row(Ok(5.0)), row(Err(anyhow::anyhow!("no|agent")))]);
+    fn a_goal_that_is_missed_noise_and_a_peer_that_does_not_run_are_said() {
+        let noisy = Row { noise: Some(Figure::one(1.5)), ..row(Ok(5.0)) };
+        let text = table(&[row(Ok(15.0)), noisy, row(Err(anyhow::anyhow!("no|agent")))]);
         for part in [
             "| 2.0x lsof | 15.0 ms | <= 10.0: **NOT REACHED**; 3.0 times below every peer: **NOT REACHED** |",
-            "| 6.0x lsof | 5.0 ms | <= 10.0: reached; 3.0 times below every peer: reached |",
+            "| 6.0x lsof | 5.0 ms (nobody 1.5) | <= 10.0: reached; 3.0 times below every peer: reached |",
             "lsof 30.0 ms; x: does not run |",
             "no figure: no\\|agent",
         ] {

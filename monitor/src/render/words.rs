@@ -1,6 +1,5 @@
 //! Small pieces that all the texts are made of.
 
-use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
@@ -10,10 +9,17 @@ use crate::contract::{Exit, Ref};
 /// invisible, as escapes. (Bytes that are not UTF-8 are `\xNN` already, see [`crate::contract::text`].)
 #[must_use]
 pub fn escape(text: &str) -> String {
-    if is_plain(text) {
-        return text.to_owned();
-    }
     let mut out = String::with_capacity(text.len());
+    escape_to(&mut out, text);
+    out
+}
+
+/// The same, behind what `out` has already.
+fn escape_to(out: &mut String, text: &str) {
+    if text.bytes().all(|b| matches!(b, b' '..=b'~')) {
+        out.push_str(text);
+        return;
+    }
     for c in text.chars() {
         match c {
             '\n' => out.push_str("\\n"),
@@ -29,12 +35,6 @@ pub fn escape(text: &str) -> String {
             c => out.push(c),
         }
     }
-    out
-}
-
-/// Nothing to escape in it, as in most.
-fn is_plain(text: &str) -> bool {
-    text.bytes().all(|b| matches!(b, b' '..=b'~'))
 }
 
 /// Unicode's format characters that a terminal or an eye is fooled by, and its line separators.
@@ -52,12 +52,12 @@ pub fn argv(argv: &[String]) -> String {
         if n > 0 {
             out.push(' ');
         }
-        let word = if is_plain(word) { Cow::Borrowed(word.as_str()) } else { Cow::Owned(escape(word)) };
+        // An escape neither has such a character nor takes one away.
         if word.is_empty() || word.contains([' ', '\'', '"']) {
             // Writing to a String cannot fail.
-            let _ = write!(out, "'{}'", word.replace('\'', r"'\''"));
+            let _ = write!(out, "'{}'", escape(word).replace('\'', r"'\''"));
         } else {
-            out.push_str(&word);
+            escape_to(&mut out, word);
         }
     }
     out

@@ -66,8 +66,7 @@ impl Goal {
             Self::AtMost(limit) => Some(ours <= limit),
             Self::AtLeast(limit) => Some(ours >= limit),
             Self::RatioToPeer(_) if peers.is_empty() => None,
-            // Of two that cost nothing, none is below the other.
-            Self::RatioToPeer(times) => Some(peers.iter().all(|&p| p >= ours * times || ours.max(p) <= 0.0)),
+            Self::RatioToPeer(times) => Some(peers.iter().all(|&p| p >= ours * times)),
         }
     }
 
@@ -102,8 +101,9 @@ mod tests {
         assert_eq!(Goal::RatioToPeer(2.0).reached(1.0, &[2.0, f64::INFINITY]), Some(true));
         assert_eq!(Goal::RatioToPeer(2.0).reached(1.0, &[2.0, 1.9]), Some(false));
         // A slow-down may come out below nothing.
-        assert_eq!(Goal::RatioToPeer(1.0).reached(-0.2, &[0.1, -0.3]), Some(true));
-        assert_eq!(Goal::RatioToPeer(1.0).reached(0.2, &[0.3, -0.3]), Some(false));
+        assert_eq!(Goal::RatioToPeer(1.0).reached(-0.2, &[0.1]), Some(true));
+        assert_eq!(Goal::RatioToPeer(1.0).reached(-0.2, &[0.1, -0.3]), Some(false));
+        assert_eq!(Goal::RatioToPeer(1.0).reached(f64::NAN, &[-0.3]), Some(false));
         assert_eq!(Goal::AtMost(1.0).reached(f64::NAN, &[]), Some(false));
     }
 }

@@ -93,6 +93,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 fn static_program() -> Result<PathBuf> {
     let folder = root::target().join("bench");
     let (program, new) = (folder.join("exit"), folder.join(format!("exit.{}", own_pid())));
+    // Made once: a load is measured from its start.
+    if std::fs::read(&program).is_ok_and(|there| there == elf()) {
+        return Ok(program);
+    }
     std::fs::create_dir_all(&folder)?;
     std::fs::write(&new, elf())?;
     std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755))?;
@@ -105,9 +109,9 @@ fn static_program() -> Result<PathBuf> {
 fn elf() -> Vec<u8> {
     const HEADERS: u64 = 64 + 56;
     const BASE: u64 = 0x40_0000;
-    // mov eax, 60; xor edi, edi; syscall
-    let (machine, code) = (62u16, [0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05]);
-    let size = HEADERS + code.len() as u64;
+    // x86-64: mov eax, 60; xor edi, edi; syscall
+    const CODE: [u8; 9] = [0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05];
+    const SIZE: u64 = HEADERS + CODE.len() as u64;
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     let mut words = |words: &[(u64, usize)]| {
         for (value, bytes) in words {
@@ -115,11 +119,11 @@ fn elf() -> Vec<u8> {
         }
     };
     // Executable, machine, version; entry, program headers, no sections; flags, sizes of the headers and how many there are.
-    words(&[(2, 2), (machine.into(), 2), (1, 4), (BASE + HEADERS, 8), (64, 8), (0, 8)]);
+    words(&[(2, 2), (62, 2), (1, 4), (BASE + HEADERS, 8), (64, 8), (0, 8)]);
     words(&[(0, 4), (64, 2), (56, 2), (1, 2), (0, 2), (0, 2), (0, 2)]);
     // Loaded, read and executed; from where to where, twice its size, and its alignment.
-    words(&[(1, 4), (5, 4), (0, 8), (BASE, 8), (BASE, 8), (size, 8), (size, 8), (0x1000, 8)]);
-    file.extend_from_slice(&code);
+    words(&[(1, 4), (5, 4), (0, 8), (BASE, 8), (BASE, 8), (SIZE, 8), (SIZE, 8), (0x1000, 8)]);
+    file.extend_from_slice(&CODE);
     file
 }
 

@@ -32,7 +32,7 @@ pub(super) fn spent(kind: &str, n: u64, kept: bool) -> Result<Duration> {
     Ok(begun.elapsed())
 }
 
-/// The last one that it may run on: the first does more of the machine's own work.
+/// The last one that it may run on.
 fn keep_to_last_processor() -> std::io::Result<()> {
     let size = size_of::<libc::cpu_set_t>();
     // SAFETY: a set is plain bits, and is valid for reading and writing.

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use jobwarden::config::{self, Config, Overrides};
-use jobwarden::event::{Body, Comm, Event, WaitStatus};
-use jobwarden::key::Key;
-use jobwarden::policy::{Effect, Engine, Observation, Settings};
+use jobwarden::engine::{Effect, Engine, Observation, Settings};
+use jobwarden::model::event::{Body, Comm, Event, WaitStatus};
+use jobwarden::model::key::Key;
 use rustix::time::{ClockId, clock_gettime};
 
 /// One rule, as a host that runs jobs has: it is tried at each exec.
@@ -184,7 +184,7 @@ impl Host {
     fn answer(&mut self) {
         for f in std::mem::take(&mut self.fx) {
             if let Effect::Look(key) = f {
-                let seen = jobwarden::forest::Seen::Absent;
+                let seen = jobwarden::engine::forest::Seen::Absent;
                 self.engine.observe(Observation::Look { key, at: self.now, seen }, self.now, &mut self.fx);
             }
         }

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::config::{self, Overrides};
-use crate::container::Cgroups;
+use crate::model::container::Cgroups;
+use crate::model::event;
 use crate::recording::Player;
-use crate::{event, proc};
+use crate::sources::proc;
 
 /// A record of the ring.
 pub fn record(bytes: &[u8]) {
@@ -47,7 +48,7 @@ pub fn config(bytes: &[u8]) {
 pub fn proc(bytes: &[u8]) {
     let _ = proc::parse_stat(bytes);
     let _ = proc::parse_status(bytes);
-    let _ = proc::split_argv(bytes).count();
+    let _ = crate::model::argv::split_argv(bytes).count();
     let _ = proc::fd::parse_fdinfo(bytes);
     let _ = Cgroups::parse(bytes).container();
 }

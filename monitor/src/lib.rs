@@ -1,35 +1,37 @@
-//! jobwarden's library: the live forest of processes, its policy, the cause of what is stuck, and the ending of jobs.
+//! jobwarden's library: the live forest of processes, the decisions over it, the cause of what is stuck, and the ending of jobs.
 //!
-//! `forest` and `policy` are pure; `kernel`, `why`, `enforce`, `alert` and `api` touch the world. See ARCHITECTURE.md.
+//! Reading path for a newcomer, in the order of the data:
+//! 1. [`model`]: the shared words: keys, events, signals, the contract's JSON.
+//! 2. [`sources`]: everything that is read: the kernel's probes, /proc, container records, the host.
+//! 3. [`engine`]: pure: [`engine::Input`] in, [`engine::Output`] out; the forest, jobs, rules, alerts.
+//! 4. [`agent`]: the event loop that feeds the engine and carries out its outputs.
+//! 5. [`enforce`], [`why`], [`notify`]: ending jobs, explaining waits, delivering alerts.
+//! 6. [`api`], [`client`], [`render`]: the sockets, their client, and the contract's values as text.
+//!
+//! `engine` reads no clock and opens no file. See ARCHITECTURE.md.
 
 pub mod agent;
-pub mod alert;
 pub mod api;
+pub mod client;
 pub mod config;
-pub mod container;
-pub mod contract;
 pub mod enforce;
-pub mod event;
+pub mod engine;
 pub mod exec;
-pub mod forest;
 pub mod fuzzing;
-pub mod host;
-mod huge;
-pub mod kernel;
-pub mod key;
+mod huge_pages;
 pub mod matcher;
 pub mod metrics;
-pub mod policy;
+pub mod model;
+pub mod notify;
 pub mod privileges;
-pub mod proc;
 pub mod recording;
-mod records;
 pub mod redact;
 pub mod render;
-pub mod signal;
+pub mod sources;
 pub mod state;
 pub mod why;
 
+/// The version of this program, from its manifest.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The commit that this was built from; `unknown` outside a repository.
 pub const REVISION: &str = env!("JOBWARDEN_REVISION");

@@ -88,7 +88,10 @@ pub fn asked_for(rehearse: &dyn Fn() -> io::Result<()>) -> Result<CapabilitySet,
 }
 
 /// Gives up all that is not kept. `written`: folders that the agent goes on writing to.
-pub fn shed(rehearse: &dyn Fn() -> io::Result<()>, written: &[&Path]) -> Result<Left, PrivilegeError> {
+pub fn drop_capabilities(
+    rehearse: &dyn Fn() -> io::Result<()>,
+    written: &[&Path],
+) -> Result<Left, PrivilegeError> {
     let threads = std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
     if threads != 1 {
         return Err(PrivilegeError::Threads(threads));
@@ -219,7 +222,7 @@ mod tests {
         .join()
         .unwrap();
         // Other threads would keep theirs.
-        assert!(matches!(shed(&|| Ok(()), &[]), Err(PrivilegeError::Threads(2..))));
+        assert!(matches!(drop_capabilities(&|| Ok(()), &[]), Err(PrivilegeError::Threads(2..))));
     }
 
     #[test]

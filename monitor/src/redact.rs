@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use regex::Regex;
 use serde_json::Value;
 
-use crate::contract::{Alert, Cause, EventLine, Evidence, Exit, Process, Ref};
+use crate::model::schema::{Alert, Cause, EventLine, Evidence, Exit, Process, Ref};
 
 /// What stands in a match's place.
 const MASK: &str = "***";
@@ -248,7 +248,7 @@ mod tests {
     fn evidence_is_masked_before_it_is_cut() {
         let secret = "A".repeat(20);
         let argv = vec!["x".repeat(EVIDENCE_ARGV - 10), secret.clone()];
-        let process = Ref { id: crate::key::Key::new(1, 1), pid: 1, comm: "x".into(), argv };
+        let process = Ref { id: crate::model::key::Key::new(1, 1), pid: 1, comm: "x".into(), argv };
         let mut e = Evidence::WaitsFor { process };
         Redactor::new(vec![Regex::new("A{20}").unwrap()]).evidence(&mut e);
         let Evidence::WaitsFor { process } = e else { panic!("another kind") };
@@ -260,8 +260,12 @@ mod tests {
     fn names_and_paths_in_evidence_are_masked_too() {
         let r = Redactor::new(vec![Regex::new("s3cret").unwrap()]);
         let text = || "/run/s3cret/x".to_owned();
-        let process =
-            || Ref { id: crate::key::Key::new(1, 1), pid: 1, comm: "s3cret".into(), argv: vec![text()] };
+        let process = || Ref {
+            id: crate::model::key::Key::new(1, 1),
+            pid: 1,
+            comm: "s3cret".into(),
+            argv: vec![text()],
+        };
         for mut e in [
             Evidence::Blocked {
                 process: Some(process()),

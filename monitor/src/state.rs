@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::contract::JobId;
-use crate::enforce::AskedBy;
-use crate::key::Key;
-use crate::policy::{EnforcementState, JobRecord};
+use crate::engine::{EnforcementState, JobRecord};
+use crate::model::key::Key;
+use crate::model::kill::AskedBy;
+use crate::model::schema::JobId;
 
 /// Raised when the file's meaning changes; a file of another version is refused by name, never guessed at.
 pub const VERSION: u32 = 1;
@@ -158,9 +158,9 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::contract::JobId;
-    use crate::key::Key;
-    use crate::policy::JobPolicy;
+    use crate::engine::JobPolicy;
+    use crate::model::key::Key;
+    use crate::model::schema::JobId;
 
     #[test]
     fn saved_is_loaded_and_foreign_is_refused() {

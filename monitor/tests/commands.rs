@@ -11,8 +11,8 @@ use std::time::Duration;
 use jobwarden::api::{
     ApiError, Backend, Class, Feed, Matched, Metrics, Notified, Options, Readiness, Request, Server,
 };
-use jobwarden::contract::{Alerts, ErrorBody, EventLine, Jobs, KillReport, Ref, Tree};
-use jobwarden::key::Key;
+use jobwarden::model::key::Key;
+use jobwarden::model::schema::{Alerts, ErrorBody, EventLine, Jobs, KillReport, Ref, Tree};
 use tokio::sync::{mpsc, watch};
 
 /// A server that answers in this process until it is dropped.

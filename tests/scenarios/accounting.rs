@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use jobwarden::contract::EventLine;
-use jobwarden::key::Key;
+use jobwarden::model::key::Key;
+use jobwarden::model::schema::EventLine;
 use jobwarden_tests::agent::Options;
 use jobwarden_tests::truth::forest_is_proc;
-use jobwarden_tests::{Agent, Events, Shape, eventually, ground, loudly, ms, rounds};
+use jobwarden_tests::{Agent, Events, Shape, eventually, fixture, loudly, ms, rounds};
 
 /// How long threads of PID 1 have been on a CPU: a kernel that hides PID 1 from tracing runs no probe for what is freed meanwhile.
 fn pid_1_ran() -> Result<Duration> {
@@ -24,12 +24,12 @@ fn pid_1_ran() -> Result<Duration> {
 
 #[test]
 fn five_thousand_as_fast_as_possible() -> Result<()> {
-    let ground = ground!("five_thousand_as_fast_as_possible");
+    let fixture = fixture!("five_thousand_as_fast_as_possible");
     let n = rounds("JWTEST_SPAWN", 5000);
-    let agent = Agent::start(&ground, "")?;
-    let events = Events::start(&ground, &agent)?;
+    let agent = Agent::start(&fixture, "")?;
+    let events = Events::start(&fixture, &agent)?;
     let before = agent.metrics()?;
-    let mut s = Shape::start(&ground, "spawner", &[&n.to_string()])?;
+    let mut s = Shape::start(&fixture, "spawner", &[&n.to_string()])?;
     let (begun, ran) = (Instant::now(), pid_1_ran()?);
     s.step()?;
     let (started, waited): (usize, usize) = (s.fact("spawned")?, s.fact("reaped")?);
@@ -55,7 +55,7 @@ fn five_thousand_as_fast_as_possible() -> Result<()> {
             .iter()
             .filter(|e| e.kind == "exec")
             .filter_map(|e| e.process.as_ref())
-            .filter(|p| p.argv.len() == 3 && p.argv[1] == ground.tag)
+            .filter(|p| p.argv.len() == 3 && p.argv[1] == fixture.tag)
             .filter_map(|p| Some((p.id, p.argv[2].parse().ok()?)))
             .collect();
         let mut indexes: Vec<usize> = mine.values().copied().collect();
@@ -94,11 +94,11 @@ fn five_thousand_as_fast_as_possible() -> Result<()> {
 /// What found no room is in the accounts as well: to the last event.
 #[test]
 fn the_accounts_balance_after_an_overflow() -> Result<()> {
-    let ground = ground!("the_accounts_balance_after_an_overflow");
+    let fixture = fixture!("the_accounts_balance_after_an_overflow");
     let env = [("JOBWARDEN_AGENT_RING_BYTES", "4096")];
-    let agent = Agent::with(&ground, &Options { env: &env, ..Options::default() })?;
+    let agent = Agent::with(&fixture, &Options { env: &env, ..Options::default() })?;
     agent.signal(rustix::process::Signal::STOP)?;
-    let mut flood = Shape::start(&ground, "spawner", &["100"])?;
+    let mut flood = Shape::start(&fixture, "spawner", &["100"])?;
     flood.step()?;
     flood.fact::<u32>("reaped")?;
     flood.finish()?;
@@ -109,7 +109,8 @@ fn the_accounts_balance_after_an_overflow() -> Result<()> {
         ensure!(lost > 300.0 && m.one("jobwarden_resyncs_total", &["reason=\"loss\""])? > 0.5, "{lost} lost");
         m.balanced()
     })?;
-    let told = agent.alerts(&[])?.into_iter().find(|a| a.kind == jobwarden::contract::AlertKind::EventsLost);
+    let told =
+        agent.alerts(&[])?.into_iter().find(|a| a.kind == jobwarden::model::schema::AlertKind::EventsLost);
     let lost = agent.metrics()?.sum("jobwarden_events_lost_total", &[]);
     ensure!(told.as_ref().is_some_and(|a| a.count as f64 <= lost), "{lost} lost, and {told:?}");
     Ok(())
@@ -117,16 +118,16 @@ fn the_accounts_balance_after_an_overflow() -> Result<()> {
 
 #[test]
 fn the_forest_equals_proc() -> Result<()> {
-    let ground = ground!("the_forest_equals_proc");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("the_forest_equals_proc");
+    let agent = Agent::start(&fixture, "")?;
     let n = forest_is_proc(&agent)?;
-    let mut s = Shape::start(&ground, "stubborn", &["100"])?;
+    let mut s = Shape::start(&fixture, "stubborn", &["100"])?;
     s.facts::<u32>("ready", 100)?;
     let more = forest_is_proc(&agent);
     s.kill()?;
-    for pid in ground.alive() {
+    for pid in fixture.alive() {
         if pid.unsigned_abs() != agent.pid() {
-            let _ = ground.signal(pid, rustix::process::Signal::KILL);
+            let _ = fixture.signal(pid, rustix::process::Signal::KILL);
         }
     }
     loudly(&format!("{n} then {} processes compared", more?));
@@ -137,14 +138,14 @@ fn the_forest_equals_proc() -> Result<()> {
 #[test]
 #[ignore = "long: JWTEST_LIVES (100000)"]
 fn memory_stays_flat() -> Result<()> {
-    let ground = ground!("memory_stays_flat");
+    let fixture = fixture!("memory_stays_flat");
     let lives = rounds("JWTEST_LIVES", 100_000);
-    let agent = Agent::start(&ground, "")?;
+    let agent = Agent::start(&fixture, "")?;
     let rss = || agent.metrics()?.one("process_resident_memory_bytes", &[]);
     let mut seen = Vec::new();
     // In tenths, each by a spawner of its own: no helper lives long.
     for _ in 0..10 {
-        let mut s = Shape::start(&ground, "spawner", &[&(lives / 10).to_string(), "bare"])?;
+        let mut s = Shape::start(&fixture, "spawner", &[&(lives / 10).to_string(), "bare"])?;
         s.step()?;
         let begun = std::time::Instant::now();
         while s.fact::<u64>("reaped").is_err() {

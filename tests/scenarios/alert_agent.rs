@@ -5,15 +5,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{Alert, AlertKind, AlertState, Cause};
+use jobwarden::model::schema::{Alert, AlertKind, AlertState, Cause};
 use jobwarden_tests::agent::run;
 use jobwarden_tests::alerts::Hook;
 use jobwarden_tests::disk::Disk;
-use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, rounds};
+use jobwarden_tests::{Agent, Fixture, Shape, eventually, fixture, loudly, ms, rounds};
 use rustix::process::Signal;
 
-fn rule(ground: &Ground) -> String {
-    format!("[[job]]\nname = \"w\"\nmatch = {{ argv = \"{}\" }}\n", ground.tag)
+fn rule(fixture: &Fixture) -> String {
+    format!("[[job]]\nname = \"w\"\nmatch = {{ argv = \"{}\" }}\n", fixture.tag)
 }
 
 fn receiver(name: &str, url: &str) -> String {
@@ -42,25 +42,25 @@ fn storage(hook: &Hook) -> Vec<AlertState> {
 }
 
 /// A parent that does not reap.
-fn sick(ground: &Ground) -> Result<Shape> {
-    let mut s = Shape::start(ground, "zombie", &["1"])?;
+fn sick(fixture: &Fixture) -> Result<Shape> {
+    let mut s = Shape::start(fixture, "zombie", &["1"])?;
     s.fact::<u32>("dead")?;
     Ok(s)
 }
 
 #[test]
 fn a_full_disk_is_an_alert_and_costs_neither_jobs_nor_alerts() -> Result<()> {
-    let ground = ground!("a_full_disk_is_an_alert_and_costs_neither_jobs_nor_alerts");
-    let disk = Disk::mount(&ground.path("agent/state"), 1 << 20)?;
+    let fixture = fixture!("a_full_disk_is_an_alert_and_costs_neither_jobs_nor_alerts");
+    let disk = Disk::mount(&fixture.path("agent/state"), 1 << 20)?;
     let hook = Hook::start()?;
-    let config = format!("[zombies]\nafter = \"300ms\"\n{}{}", receiver("hook", &hook.url), rule(&ground));
-    let agent = Agent::start(&ground, &config)?;
-    let before = Shape::start(&ground, "setsid", &["before"])?;
+    let config = format!("[zombies]\nafter = \"300ms\"\n{}{}", receiver("hook", &hook.url), rule(&fixture));
+    let agent = Agent::start(&fixture, &config)?;
+    let before = Shape::start(&fixture, "setsid", &["before"])?;
     eventually("the first job", ms(5000), || {
         agent.jobs()?.iter().any(|j| j.root.pid == before.pid()).then_some(()).context("no job")
     })?;
     disk.fill()?;
-    let parent = sick(&ground)?;
+    let parent = sick(&fixture)?;
     let alert = eventually("storage-failed", ms(5000), || firing(&agent, AlertKind::StorageFailed))?;
     ensure!(alert.summary.contains("No space left"), "{}", alert.summary);
     // The second store may fail between the two answers.
@@ -97,7 +97,7 @@ fn a_full_disk_is_an_alert_and_costs_neither_jobs_nor_alerts() -> Result<()> {
     let known = jobs(&agent)?;
     ensure!(known.len() == 2, "{known:?}");
     agent.crash()?;
-    let agent = Agent::start(&ground, &config)?;
+    let agent = Agent::start(&fixture, &config)?;
     ensure!(jobs(&agent)? == known, "{:?}", jobs(&agent)?);
     ensure!(unreaped(&agent, &parent)?.id == zombie.id);
     parent.finish()?;
@@ -107,11 +107,11 @@ fn a_full_disk_is_an_alert_and_costs_neither_jobs_nor_alerts() -> Result<()> {
 
 #[test]
 fn sighup_takes_a_new_config_and_keeps_jobs_alerts_and_queue() -> Result<()> {
-    let ground = ground!("sighup_takes_a_new_config_and_keeps_jobs_alerts_and_queue");
+    let fixture = fixture!("sighup_takes_a_new_config_and_keeps_jobs_alerts_and_queue");
     let hook = Hook::start()?;
-    let base = format!("[zombies]\nafter = \"300ms\"\n{}", rule(&ground));
-    let agent = Agent::start(&ground, &(base.clone() + &receiver("hook", "http://127.0.0.1:1/")))?;
-    let parent = sick(&ground)?;
+    let base = format!("[zombies]\nafter = \"300ms\"\n{}", rule(&fixture));
+    let agent = Agent::start(&fixture, &(base.clone() + &receiver("hook", "http://127.0.0.1:1/")))?;
+    let parent = sick(&fixture)?;
     let alert = eventually("zombie", ms(5000), || unreaped(&agent, &parent))?;
     eventually("what waits", ms(5000), || {
         ensure!(agent.metrics()?.one("jobwarden_notifications_pending", &["receiver=\"hook\""])? >= 1.0);
@@ -153,8 +153,8 @@ fn sighup_takes_a_new_config_and_keeps_jobs_alerts_and_queue() -> Result<()> {
 /// However close they follow each other, the config that was written last is the one in force.
 #[test]
 fn reloads_in_quick_succession_end_with_the_last_config() -> Result<()> {
-    let ground = ground!("reloads_in_quick_succession_end_with_the_last_config");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("reloads_in_quick_succession_end_with_the_last_config");
+    let agent = Agent::start(&fixture, "")?;
     let mut children = Vec::new();
     for n in 0..12 {
         // The more receivers, the longer it takes: the first would be overtaken by the later ones.
@@ -178,12 +178,12 @@ fn reloads_in_quick_succession_end_with_the_last_config() -> Result<()> {
 
 #[test]
 fn ten_thousand_zombies_of_one_parent_are_one_alert() -> Result<()> {
-    let ground = ground!("ten_thousand_zombies_of_one_parent_are_one_alert");
+    let fixture = fixture!("ten_thousand_zombies_of_one_parent_are_one_alert");
     let n = rounds("JWTEST_ZOMBIES", 10_000);
     let hook = Hook::start()?;
     let config = format!("[zombies]\nafter = \"500ms\"\n{}", receiver("hook", &hook.url));
-    let agent = Agent::start(&ground, &config)?;
-    let mut parent = Shape::start(&ground, "zombie", &[&n.to_string()])?;
+    let agent = Agent::start(&fixture, &config)?;
+    let mut parent = Shape::start(&fixture, "zombie", &[&n.to_string()])?;
     parent.fact::<u64>("dead")?;
     let pid = parent.pid();
     let mine = |a: &Alert| is_about(a, pid);
@@ -224,9 +224,9 @@ fn ten_thousand_zombies_of_one_parent_are_one_alert() -> Result<()> {
 
 #[test]
 fn no_secret_is_told() -> Result<()> {
-    let ground = ground!("no_secret_is_told");
+    let fixture = fixture!("no_secret_is_told");
     let file = |name: &str| -> Result<String> {
-        let path = ground.path(name);
+        let path = fixture.path(name);
         std::fs::write(&path, format!("S3CRET-{name}\n"))?;
         Ok(path.display().to_string())
     };
@@ -246,8 +246,8 @@ fn no_secret_is_told() -> Result<()> {
         file("routing")?,
         file("am")?
     );
-    let agent = Agent::start(&ground, &config)?;
-    let parent = sick(&ground)?;
+    let agent = Agent::start(&fixture, &config)?;
+    let parent = sick(&fixture)?;
     eventually("failures of all four", ms(20_000), || {
         let m = agent.metrics()?;
         for r in ["down", "pager", "am"] {

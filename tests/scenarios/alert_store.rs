@@ -7,11 +7,11 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use jobwarden::alert::{Center, Clock, SubmitError};
-use jobwarden::contract::{Alert, AlertKind, AlertState};
+use jobwarden::model::schema::{Alert, AlertKind, AlertState};
+use jobwarden::notify::{AlertService, Clock, SubmitError};
 use jobwarden_tests::alerts::{Hook, alert, resolved, webhook};
 use jobwarden_tests::disk::Disk;
-use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, pause, rounds, skip};
+use jobwarden_tests::{Agent, Fixture, Shape, eventually, fixture, loudly, ms, pause, rounds, skip};
 
 /// (id, state) as the notifier said them; a half line at the end is not said.
 fn said(out: &str) -> Vec<(String, AlertState)> {
@@ -26,9 +26,9 @@ fn said(out: &str) -> Vec<(String, AlertState)> {
 
 #[test]
 fn sigkill_at_any_moment_loses_no_accepted_alert() -> Result<()> {
-    let ground = Ground::new("sigkill_at_any_moment_loses_no_accepted_alert")?;
+    let fixture = Fixture::new("sigkill_at_any_moment_loses_no_accepted_alert")?;
     let hook = Hook::start()?;
-    let state = ground.path("state");
+    let state = fixture.path("state");
     std::fs::create_dir(&state)?;
     let mut accepted: BTreeMap<String, AlertState> = BTreeMap::new();
     let all_rounds = rounds("JWTEST_KILL_ROUNDS", 50) as u32;
@@ -37,7 +37,7 @@ fn sigkill_at_any_moment_loses_no_accepted_alert() -> Result<()> {
     for round in 0..=all_rounds {
         let last = round == all_rounds;
         hook.flap.store(round % 2 == 0 && !last, Ordering::SeqCst);
-        let mut c = ground.command(ground::program("shape-notifier")?);
+        let mut c = fixture.command(fixture::program("shape-notifier")?);
         c.arg(&state).arg(&hook.url).arg((u64::from(round) * 1_000_000).to_string());
         c.args(last.then_some("last")).stdout(Stdio::piped());
         let begun = Instant::now();
@@ -98,14 +98,14 @@ fn a_full_disk_is_told_costs_no_crash_and_heals() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         skip!("a_full_disk_is_told_costs_no_crash_and_heals: needs root for a tmpfs");
     }
-    let ground = Ground::new("a_full_disk_is_told_costs_no_crash_and_heals")?;
-    let at = ground.path("disk");
+    let fixture = Fixture::new("a_full_disk_is_told_costs_no_crash_and_heals")?;
+    let at = fixture.path("disk");
     let disk = Disk::mount(&at, 512 << 10)?;
     let hook = Hook::start()?;
     let rt = tokio::runtime::Runtime::new()?;
     let (began, ended) = ("2026-01-01T00:00:00.000Z", "2026-01-01T00:01:00.000Z");
     rt.block_on(async {
-        let center = Center::start(&webhook(&hook.url)?, &at, Clock::fast(20))?;
+        let center = AlertService::start(&webhook(&hook.url)?, &at, Clock::fast(20))?;
         center.submit(&alert(0, began)).await?;
         disk.fill()?;
         // The log has room for a few more before it must grow.
@@ -138,7 +138,7 @@ fn a_full_disk_is_told_costs_no_crash_and_heals() -> Result<()> {
         })?;
         center.submit(&resolved(&alert(7, began), ended)).await?;
         center.stop(Duration::from_secs(5)).await;
-        let center = Center::start(&webhook(&hook.url)?, &at, Clock::system())?;
+        let center = AlertService::start(&webhook(&hook.url)?, &at, Clock::system())?;
         ensure!(center.restore().await.len() == 199, "what was kept in memory was not written");
         ensure!(center.history(None).await.len() == 1);
         eventually("the end", ms(5000), || {
@@ -157,8 +157,8 @@ struct Parent {
 }
 
 impl Parent {
-    fn start(ground: &Ground) -> Result<Self> {
-        let mut shape = Shape::start(ground, "zombie", &["1"])?;
+    fn start(fixture: &Fixture) -> Result<Self> {
+        let mut shape = Shape::start(fixture, "zombie", &["1"])?;
         shape.fact::<u32>("dead")?;
         Ok(Self { pid: shape.pid(), shape })
     }
@@ -178,7 +178,7 @@ fn last_about(taken: &[Alert]) -> BTreeMap<u32, AlertState> {
 
 /// The agent is killed at random moments while its receiver flaps and parents come and are cured, some of them while it is
 /// down. In the end the receiver knows what is so.
-fn agent_killed(ground: &Ground, n: u64) -> Result<()> {
+fn agent_killed(fixture: &Fixture, n: u64) -> Result<()> {
     let hook = Hook::start()?;
     let config = format!(
         "[zombies]\nafter = \"200ms\"\n[[receiver]]\nname = \"hook\"\ntype = \"webhook\"\nurl = \"{}\"\ntimeout = \"1s\"\n",
@@ -187,8 +187,8 @@ fn agent_killed(ground: &Ground, n: u64) -> Result<()> {
     let (mut sick, mut cured): (Vec<Parent>, Vec<u32>) = (Vec::new(), Vec::new());
     for round in 0..n {
         hook.flap.store(round % 3 != 2, Ordering::SeqCst);
-        let agent = Agent::start(ground, &config)?;
-        sick.push(Parent::start(ground)?);
+        let agent = Agent::start(fixture, &config)?;
+        sick.push(Parent::start(fixture)?);
         if sick.len() > 4 {
             cured.push(sick.remove(0).cure()?);
         }
@@ -200,7 +200,7 @@ fn agent_killed(ground: &Ground, n: u64) -> Result<()> {
         }
     }
     hook.flap.store(false, Ordering::SeqCst);
-    let agent = Agent::start(ground, &config)?;
+    let agent = Agent::start(fixture, &config)?;
     eventually("the truth at the receiver", ms(60_000), || {
         let last = last_about(&hook.taken());
         for p in &sick {
@@ -235,15 +235,15 @@ fn agent_killed(ground: &Ground, n: u64) -> Result<()> {
 
 #[test]
 fn a_killed_agent_loses_no_alert() -> Result<()> {
-    let ground = ground!("a_killed_agent_loses_no_alert");
-    agent_killed(&ground, 6)
+    let fixture = fixture!("a_killed_agent_loses_no_alert");
+    agent_killed(&fixture, 6)
 }
 
 #[test]
 #[ignore = "long: JWTEST_ALERT_ROUNDS (50)"]
 fn a_killed_agent_loses_no_alert_in_many_rounds() -> Result<()> {
-    let ground = ground!("a_killed_agent_loses_no_alert_in_many_rounds");
-    agent_killed(&ground, rounds("JWTEST_ALERT_ROUNDS", 50))
+    let fixture = fixture!("a_killed_agent_loses_no_alert_in_many_rounds");
+    agent_killed(&fixture, rounds("JWTEST_ALERT_ROUNDS", 50))
 }
 
 /// Resident bytes of this process.
@@ -259,13 +259,13 @@ fn resident() -> Result<u64> {
 #[test]
 fn ten_thousand_waiting_alerts_cost_little_memory() -> Result<()> {
     const ALERTS: u64 = 10_000;
-    let ground = Ground::new("ten_thousand_waiting_alerts_cost_little_memory")?;
+    let fixture = Fixture::new("ten_thousand_waiting_alerts_cost_little_memory")?;
     let hook = Hook::start()?;
     let began = "2026-01-01T00:00:00.000Z";
     let rt = tokio::runtime::Runtime::new()?;
     rt.block_on(async {
         // Nobody listens there.
-        let center = Center::start(&webhook("http://127.0.0.1:1/")?, &ground.path(""), Clock::fast(100))?;
+        let center = AlertService::start(&webhook("http://127.0.0.1:1/")?, &fixture.path(""), Clock::fast(100))?;
         let before = resident()?;
         let started = std::time::Instant::now();
         for chunk in (0..ALERTS).collect::<Vec<_>>().chunks(250) {

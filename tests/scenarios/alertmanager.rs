@@ -6,11 +6,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::alert::{Center, Clock};
-use jobwarden::contract::Alert;
+use jobwarden::model::schema::Alert;
+use jobwarden::notify::{AlertService, Clock};
 use jobwarden_tests::agent::free_port;
 use jobwarden_tests::alerts::{alert, ask, receivers, resolved};
-use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, ms, skip};
+use jobwarden_tests::{Agent, Fixture, Shape, eventually, fixture, ms, skip};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -33,13 +33,13 @@ fn program() -> Option<PathBuf> {
 
 /// Debian's has its files under /usr/share by a fixed name. One that is only unpacked sees its own there, in a mount
 /// namespace that ends with it.
-fn command(ground: &Ground, program: &Path) -> Command {
+fn command(fixture: &Fixture, program: &Path) -> Command {
     let template = "prometheus/alertmanager/default.tmpl";
     let share = program.parent().and_then(Path::parent).map(|p| p.join("share")).unwrap_or_default();
     if Path::new("/usr/share").join(template).exists() || !share.join(template).exists() {
-        return ground.command(program);
+        return fixture.command(program);
     }
-    let mut c = ground.command("unshare");
+    let mut c = fixture.command("unshare");
     c.args(["--mount", "sh", "-c", "mount --bind \"$1\" /usr/share && shift && exec \"$@\"", "sh"]);
     c.arg(share).arg(program);
     c
@@ -60,14 +60,14 @@ impl Drop for Alertmanager {
 }
 
 impl Alertmanager {
-    fn start(ground: &Ground, program: &Path, name: &str, peer: Option<u16>) -> Result<Self> {
-        let dir = ground.path(name);
+    fn start(fixture: &Fixture, program: &Path, name: &str, peer: Option<u16>) -> Result<Self> {
+        let dir = fixture.path(name);
         std::fs::create_dir(&dir)?;
         let config = dir.join("config.yml");
         std::fs::write(&config, CONFIG)?;
         let (port, cluster) = (free_port()?, free_port()?);
         let log = std::fs::File::create(dir.join("log"))?;
-        let mut c = command(ground, program);
+        let mut c = command(fixture, program);
         c.arg(format!("--config.file={}", config.display()))
             .arg(format!("--storage.path={}", dir.display()))
             .arg(format!("--web.listen-address=127.0.0.1:{port}"))
@@ -106,12 +106,14 @@ impl Alertmanager {
 }
 
 fn now() -> String {
-    jobwarden::host::rfc3339(jobwarden::host::boot_now() + jobwarden::host::boot_to_wall())
+    jobwarden::model::time::rfc3339(
+        jobwarden::sources::host::boot_now() + jobwarden::sources::host::boot_to_wall(),
+    )
 }
 
-fn center(ground: &Ground, urls: &[String]) -> Result<Center> {
+fn center(fixture: &Fixture, urls: &[String]) -> Result<AlertService> {
     let text = format!("[[receiver]]\nname = \"am\"\ntype = \"alertmanager\"\nurls = {urls:?}\n");
-    Ok(Center::start(&receivers(&text)?, &ground.path(""), Clock::system())?)
+    Ok(AlertService::start(&receivers(&text)?, &fixture.path(""), Clock::system())?)
 }
 
 fn stands(am: &Alertmanager, a: &Alert) -> Result<Value> {
@@ -132,11 +134,11 @@ fn an_alert_stands_groups_is_silenced_and_resolves() -> Result<()> {
             "an_alert_stands_groups_is_silenced_and_resolves: no Alertmanager (apt-get install prometheus-alertmanager)"
         );
     };
-    let ground = Ground::new("an_alert_stands_groups_is_silenced_and_resolves")?;
-    let am = Alertmanager::start(&ground, &program, "am", None)?;
+    let fixture = Fixture::new("an_alert_stands_groups_is_silenced_and_resolves")?;
+    let am = Alertmanager::start(&fixture, &program, "am", None)?;
     let rt = tokio::runtime::Runtime::new()?;
     rt.block_on(async {
-        let center = center(&ground, &[am.url()])?;
+        let center = center(&fixture, &[am.url()])?;
         let all: Vec<Alert> = (1..=3).map(|n| alert(n, &now())).collect();
         let submitted = Instant::now();
         center.submit_all(all.clone()).await?;
@@ -156,8 +158,10 @@ fn an_alert_stands_groups_is_silenced_and_resolves() -> Result<()> {
         ensure!(status == 200 && groups.len() == 1, "{groups:?}");
         ensure!(groups[0]["alerts"].as_array().is_some_and(|a| a.len() == 3), "{groups:?}");
 
-        let ends = jobwarden::host::rfc3339(
-            jobwarden::host::boot_now() + jobwarden::host::boot_to_wall() + 3_600_000_000_000,
+        let ends = jobwarden::model::time::rfc3339(
+            jobwarden::sources::host::boot_now()
+                + jobwarden::sources::host::boot_to_wall()
+                + 3_600_000_000_000,
         );
         let silence = serde_json::json!({
             "matchers": [{ "name": "alert_id", "value": all[1].id, "isRegex": false, "isEqual": true }],
@@ -193,12 +197,12 @@ fn both_peers_of_a_cluster_know_and_one_may_be_down() -> Result<()> {
             "both_peers_of_a_cluster_know_and_one_may_be_down: no Alertmanager (apt-get install prometheus-alertmanager)"
         );
     };
-    let ground = Ground::new("both_peers_of_a_cluster_know_and_one_may_be_down")?;
-    let one = Alertmanager::start(&ground, &program, "one", None)?;
-    let two = Alertmanager::start(&ground, &program, "two", Some(one.cluster))?;
+    let fixture = Fixture::new("both_peers_of_a_cluster_know_and_one_may_be_down")?;
+    let one = Alertmanager::start(&fixture, &program, "one", None)?;
+    let two = Alertmanager::start(&fixture, &program, "two", Some(one.cluster))?;
     let rt = tokio::runtime::Runtime::new()?;
     rt.block_on(async {
-        let center = center(&ground, &[one.url(), two.url()])?;
+        let center = center(&fixture, &[one.url(), two.url()])?;
         let first = alert(1, &now());
         center.submit(&first).await?;
         stands(&one, &first)?;
@@ -226,11 +230,11 @@ fn a_batch_that_alertmanager_refuses_costs_only_the_bad_one() -> Result<()> {
             "a_batch_that_alertmanager_refuses_costs_only_the_bad_one: no Alertmanager (apt-get install prometheus-alertmanager)"
         );
     };
-    let ground = Ground::new("a_batch_that_alertmanager_refuses_costs_only_the_bad_one")?;
-    let am = Alertmanager::start(&ground, &program, "am", None)?;
+    let fixture = Fixture::new("a_batch_that_alertmanager_refuses_costs_only_the_bad_one")?;
+    let am = Alertmanager::start(&fixture, &program, "am", None)?;
     let rt = tokio::runtime::Runtime::new()?;
     rt.block_on(async {
-        let center = center(&ground, &[am.url()])?;
+        let center = center(&fixture, &[am.url()])?;
         let mut bad = alert(1, &now());
         bad.labels.insert("no-label-name".into(), "x".into());
         let good = alert(2, &now());
@@ -265,20 +269,20 @@ fn incident(am: &Alertmanager, worker: u32) -> Result<Value> {
 /// second time the agent is killed between the two.
 #[test]
 fn the_incident_pages_with_its_cause_and_ends_when_cured() -> Result<()> {
-    let ground = ground!("the_incident_pages_with_its_cause_and_ends_when_cured");
+    let fixture = fixture!("the_incident_pages_with_its_cause_and_ends_when_cured");
     let Some(program) = program() else {
         skip!(
             "the_incident_pages_with_its_cause_and_ends_when_cured: no Alertmanager (apt-get install prometheus-alertmanager)"
         );
     };
-    let am = Alertmanager::start(&ground, &program, "am", None)?;
+    let am = Alertmanager::start(&fixture, &program, "am", None)?;
     let config = format!(
         "[zombies]\nafter = \"1s\"\n[[receiver]]\nname = \"am\"\ntype = \"alertmanager\"\nurl = \"{}\"\n",
         am.url()
     );
-    let mut agent = Agent::start(&ground, &config)?;
+    let mut agent = Agent::start(&fixture, &config)?;
     for killed in [false, true] {
-        let mut worker = Shape::start(&ground, "incident", &[])?;
+        let mut worker = Shape::start(&fixture, "incident", &[])?;
         let holder: i32 = worker.fact("holder")?;
         worker.fact::<u32>("command")?;
         let dead = Instant::now();
@@ -295,11 +299,11 @@ fn the_incident_pages_with_its_cause_and_ends_when_cured() -> Result<()> {
         }
         if killed {
             agent.crash()?;
-            ground.signal(holder, Signal::KILL)?;
+            fixture.signal(holder, Signal::KILL)?;
             worker.fact::<i32>("status")?;
-            agent = Agent::start(&ground, &config)?;
+            agent = Agent::start(&fixture, &config)?;
         } else {
-            ground.signal(holder, Signal::KILL)?;
+            fixture.signal(holder, Signal::KILL)?;
         }
         let cured = Instant::now();
         eventually("its end", ms(10_000), || {

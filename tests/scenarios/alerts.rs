@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{Alert, AlertKind, AlertState, Cause, Evidence, State, Verdict};
-use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, ms, pause};
+use jobwarden::model::schema::{Alert, AlertKind, AlertState, Cause, Evidence, State, Verdict};
+use jobwarden_tests::{Agent, Fixture, Shape, eventually, fixture, ms, pause};
 
 /// The firing alert of this kind whose subject is this process.
 fn firing(agent: &Agent<'_>, kind: AlertKind, subject: u32) -> Result<Alert> {
@@ -43,15 +43,15 @@ fn resolves(agent: &Agent<'_>, id: &str, cured: Instant) -> Result<()> {
     Ok(())
 }
 
-fn rule(ground: &Ground, name: &str, more: &str) -> String {
-    format!("[[job]]\nname = \"{name}\"\nmatch = {{ argv = \"{}\" }}\n{more}\n", ground.tag)
+fn rule(fixture: &Fixture, name: &str, more: &str) -> String {
+    format!("[[job]]\nname = \"{name}\"\nmatch = {{ argv = \"{}\" }}\n{more}\n", fixture.tag)
 }
 
 #[test]
 fn zombie_alert_names_the_parent() -> Result<()> {
-    let ground = ground!("zombie_alert_names_the_parent");
-    let agent = Agent::start(&ground, "[zombies]\nafter = \"700ms\"\n")?;
-    let mut s = Shape::start(&ground, "zombie", &["3"])?;
+    let fixture = fixture!("zombie_alert_names_the_parent");
+    let agent = Agent::start(&fixture, "[zombies]\nafter = \"700ms\"\n")?;
+    let mut s = Shape::start(&fixture, "zombie", &["3"])?;
     s.fact::<u32>("dead")?;
     let since = Instant::now();
     let alert = fires(&agent, AlertKind::Zombie, s.pid(), since, 700)?;
@@ -74,10 +74,11 @@ fn zombie_alert_names_the_parent() -> Result<()> {
 
 #[test]
 fn the_zombies_innermost_job_decides_the_timeout() -> Result<()> {
-    let ground = ground!("the_zombies_innermost_job_decides_the_timeout");
-    let config = format!("[zombies]\nafter = \"1h\"\n{}", rule(&ground, "quick", "zombie_after = \"400ms\""));
-    let agent = Agent::start(&ground, &config)?;
-    let mut s = Shape::start(&ground, "zombie", &[])?;
+    let fixture = fixture!("the_zombies_innermost_job_decides_the_timeout");
+    let config =
+        format!("[zombies]\nafter = \"1h\"\n{}", rule(&fixture, "quick", "zombie_after = \"400ms\""));
+    let agent = Agent::start(&fixture, &config)?;
+    let mut s = Shape::start(&fixture, "zombie", &[])?;
     s.fact::<u32>("dead")?;
     let alert = fires(&agent, AlertKind::Zombie, s.pid(), Instant::now(), 400)?;
     assert_eq!(alert.job_name, "quick");
@@ -94,9 +95,9 @@ fn the_zombies_innermost_job_decides_the_timeout() -> Result<()> {
 
 #[test]
 fn orphan_alert_names_job_and_adopter() -> Result<()> {
-    let ground = ground!("orphan_alert_names_job_and_adopter");
-    let agent = Agent::start(&ground, &rule(&ground, "left", "orphan_after = \"600ms\""))?;
-    let mut s = Shape::start(&ground, "orphan", &[])?;
+    let fixture = fixture!("orphan_alert_names_job_and_adopter");
+    let agent = Agent::start(&fixture, &rule(&fixture, "left", "orphan_after = \"600ms\""))?;
+    let mut s = Shape::start(&fixture, "orphan", &[])?;
     let child: u32 = s.fact("child")?;
     agent.process_when(child, "in the job", |p| p.job.is_some())?;
     let since = Instant::now();
@@ -110,7 +111,7 @@ fn orphan_alert_names_job_and_adopter() -> Result<()> {
     assert_eq!(alert.job, p.job);
     let jobs = agent.jobs()?;
     let job = jobs.iter().find(|j| Some(j.id) == alert.job).context("no job")?;
-    assert_eq!(job.state, jobwarden::contract::JobState::Lingering);
+    assert_eq!(job.state, jobwarden::model::schema::JobState::Lingering);
     assert_eq!((job.processes, job.orphans), (1, 1));
     s.close();
     resolves(&agent, &alert.id, Instant::now())
@@ -118,9 +119,9 @@ fn orphan_alert_names_job_and_adopter() -> Result<()> {
 
 #[test]
 fn no_alert_for_a_leader_that_exited() -> Result<()> {
-    let ground = ground!("no_alert_for_a_leader_that_exited");
-    let agent = Agent::start(&ground, "[zombies]\nafter = \"200ms\"\n")?;
-    let s = Shape::start(&ground, "leader-exit", &[])?;
+    let fixture = fixture!("no_alert_for_a_leader_that_exited");
+    let agent = Agent::start(&fixture, "[zombies]\nafter = \"200ms\"\n")?;
+    let s = Shape::start(&fixture, "leader-exit", &[])?;
     let pid = s.pid();
     agent.process_when(pid, "leader-exited", |p| p.state == State::LeaderExited)?;
     pause(1200);
@@ -137,9 +138,9 @@ fn no_alert_for_a_leader_that_exited() -> Result<()> {
 
 #[test]
 fn no_alert_for_a_process_stuck_in_its_exit() -> Result<()> {
-    let ground = ground!("no_alert_for_a_process_stuck_in_its_exit");
-    let agent = Agent::start(&ground, "[zombies]\nafter = \"200ms\"\n")?;
-    let mut s = Shape::start(&ground, "stuck-exit", &[])?;
+    let fixture = fixture!("no_alert_for_a_process_stuck_in_its_exit");
+    let agent = Agent::start(&fixture, "[zombies]\nafter = \"200ms\"\n")?;
+    let mut s = Shape::start(&fixture, "stuck-exit", &[])?;
     let (maker, init): (u32, u32) = (s.fact("maker")?, s.fact("init")?);
     s.fact::<u32>("stuck")?;
     agent.process_when(init, "exiting", |p| p.state == State::Exiting)?;
@@ -161,9 +162,9 @@ fn no_alert_for_a_process_stuck_in_its_exit() -> Result<()> {
 
 #[test]
 fn no_zombie_where_sigchld_is_ignored() -> Result<()> {
-    let ground = ground!("no_zombie_where_sigchld_is_ignored");
-    let agent = Agent::start(&ground, "[zombies]\nafter = \"1ms\"\n")?;
-    let mut s = Shape::start(&ground, "autoreap", &[])?;
+    let fixture = fixture!("no_zombie_where_sigchld_is_ignored");
+    let agent = Agent::start(&fixture, "[zombies]\nafter = \"1ms\"\n")?;
+    let mut s = Shape::start(&fixture, "autoreap", &[])?;
     let child: u32 = s.fact("child")?;
     agent.process_when(child, "there", |_| true)?;
     s.step()?;
@@ -180,10 +181,10 @@ fn no_zombie_where_sigchld_is_ignored() -> Result<()> {
 
 #[test]
 fn the_incident_is_told_and_cured() -> Result<()> {
-    let ground = ground!("the_incident_is_told_and_cured");
+    let fixture = fixture!("the_incident_is_told_and_cured");
     let more = "zombie_after = \"300ms\"\norphan_after = \"300ms\"";
-    let agent = Agent::start(&ground, &rule(&ground, "queue", more))?;
-    let mut s = Shape::start(&ground, "incident", &[])?;
+    let agent = Agent::start(&fixture, &rule(&fixture, "queue", more))?;
+    let mut s = Shape::start(&fixture, "incident", &[])?;
     let (command, holder): (u32, u32) = (s.fact("command")?, s.fact("holder")?);
     let alert = eventually("zombie alert", ms(5000), || firing(&agent, AlertKind::Zombie, s.pid()))?;
     eventually("orphan alert", ms(5000), || firing(&agent, AlertKind::Orphan, holder))?;
@@ -201,7 +202,7 @@ fn the_incident_is_told_and_cured() -> Result<()> {
     assert!(held, "the holder of {pipe} is {holder}: {:?}", why.evidence);
     assert!(why.remedy.contains(&format!("{holder}:")), "remedies print IDs: {}", why.remedy);
     // The cure: end the orphan, never the worker.
-    let report: jobwarden::contract::KillReport =
+    let report: jobwarden::model::schema::KillReport =
         agent.json(&["kill", "--grace", "1s", &holder.to_string()])?;
     assert!(report.survivors.is_empty(), "{report:?}");
     let cured = Instant::now();
@@ -214,15 +215,15 @@ fn the_incident_is_told_and_cured() -> Result<()> {
 
 #[test]
 fn job_timeout_alerts_and_kills_only_where_told() -> Result<()> {
-    let ground = ground!("job_timeout_alerts_and_kills_only_where_told");
+    let fixture = fixture!("job_timeout_alerts_and_kills_only_where_told");
     let config = format!(
         "[enforcement]\nenabled = true\n[[job]]\nname = \"spare\"\nmatch = {{ argv = \"setsid spare {0}\" }}\ntimeout = \"500ms\"\n\
          [[job]]\nname = \"end\"\nmatch = {{ argv = \"setsid end {0}\" }}\ntimeout = \"500ms\"\non_timeout = \"kill\"\ngrace = \"500ms\"\n",
-        ground.tag
+        fixture.tag
     );
-    let agent = Agent::start(&ground, &config)?;
-    let mut spare = Shape::start(&ground, "setsid", &["spare"])?;
-    let mut end = Shape::start(&ground, "setsid", &["end"])?;
+    let agent = Agent::start(&fixture, &config)?;
+    let mut spare = Shape::start(&fixture, "setsid", &["spare"])?;
+    let mut end = Shape::start(&fixture, "setsid", &["end"])?;
     let (a, b): (u32, u32) = (spare.fact("grandchild")?, end.fact("grandchild")?);
     eventually("job-timeout alert", ms(3000), || firing(&agent, AlertKind::JobTimeout, spare.pid()))?;
     end.wait(ms(5000))?;

@@ -4,22 +4,22 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden_tests::agent::{Output, free_port, run};
-use jobwarden_tests::ground::program;
-use jobwarden_tests::{Agent, Ground, ground, ms};
+use jobwarden_tests::fixture::program;
+use jobwarden_tests::{Agent, Fixture, fixture, ms};
 use serde_json::Value;
 
-fn jobwarden(ground: &Ground, args: &[&str]) -> Result<Output> {
-    let mut c = ground.command(program("jobwarden")?);
+fn jobwarden(fixture: &Fixture, args: &[&str]) -> Result<Output> {
+    let mut c = fixture.command(program("jobwarden")?);
     c.args(args);
     run(c, ms(20_000))
 }
 
 /// `check` of this text must fail and name this line and this word.
-fn refused(ground: &Ground, text: &str, line: u32, word: &str) -> Result<()> {
-    let file = ground.path("bad.toml");
+fn refused(fixture: &Fixture, text: &str, line: u32, word: &str) -> Result<()> {
+    let file = fixture.path("bad.toml");
     std::fs::write(&file, text)?;
     let file = file.to_string_lossy().into_owned();
-    let out = jobwarden(ground, &["check", "--config", &file])?;
+    let out = jobwarden(fixture, &["check", "--config", &file])?;
     ensure!(out.code() == Some(1), "{text}: {out:?}");
     let said = out.err() + &out.out();
     ensure!(said.contains(&format!("bad.toml:{line}:")), "file, line and column: {said}");
@@ -29,8 +29,8 @@ fn refused(ground: &Ground, text: &str, line: u32, word: &str) -> Result<()> {
         return Ok(());
     }
     // The agent refuses it likewise, before it has touched anything.
-    let (socket, state) = (ground.path("no-sock"), ground.path("no-state"));
-    let mut c = ground.command(program("jobwarden")?);
+    let (socket, state) = (fixture.path("no-sock"), fixture.path("no-state"));
+    let mut c = fixture.command(program("jobwarden")?);
     c.arg("--socket").arg(&socket).args(["agent", "--no-pin", "--config", &file, "--state-dir"]).arg(&state);
     c.args(["--listen", &format!("127.0.0.1:{}", free_port()?)]);
     let out = run(c, ms(10_000))?;
@@ -41,46 +41,46 @@ fn refused(ground: &Ground, text: &str, line: u32, word: &str) -> Result<()> {
 
 #[test]
 fn configs_that_are_wrong() -> Result<()> {
-    let ground = ground!("configs_that_are_wrong");
-    refused(&ground, "[zombies]\nafterwards = \"1s\"\n", 2, "afterwards")?;
-    refused(&ground, "[zombies]\nafter = 30\n", 2, "after")?;
-    refused(&ground, "[zombies]\nafter = \"30\"\n", 2, "after")?;
-    refused(&ground, "[zombies]\nafter = \"5 bananas\"\n", 2, "bananas")?;
-    refused(&ground, "[[job]]\nname = \"a\"\nmatch = { argv = \"(\" }\n", 3, "argv")?;
-    refused(&ground, "[[job]]\nname = \"a b\"\nmatch = { argv = \"x\" }\n", 2, "name")?;
+    let fixture = fixture!("configs_that_are_wrong");
+    refused(&fixture, "[zombies]\nafterwards = \"1s\"\n", 2, "afterwards")?;
+    refused(&fixture, "[zombies]\nafter = 30\n", 2, "after")?;
+    refused(&fixture, "[zombies]\nafter = \"30\"\n", 2, "after")?;
+    refused(&fixture, "[zombies]\nafter = \"5 bananas\"\n", 2, "bananas")?;
+    refused(&fixture, "[[job]]\nname = \"a\"\nmatch = { argv = \"(\" }\n", 3, "argv")?;
+    refused(&fixture, "[[job]]\nname = \"a b\"\nmatch = { argv = \"x\" }\n", 2, "name")?;
     let two =
         "[[job]]\nname = \"a\"\nmatch = { argv = \"x\" }\n[[job]]\nname = \"a\"\nmatch = { argv = \"y\" }\n";
-    refused(&ground, two, 5, "a")?;
-    refused(&ground, "[[job]]\nname = \"a\"\nmatch = {}\n", 3, "match")?;
+    refused(&fixture, two, 5, "a")?;
+    refused(&fixture, "[[job]]\nname = \"a\"\nmatch = {}\n", 3, "match")?;
     refused(
-        &ground,
+        &fixture,
         "[[job]]\nname = \"a\"\nmatch = { user = \"nobody-of-that-name\" }\n",
         3,
         "nobody-of-that-name",
     )?;
-    refused(&ground, "[agent]\nlisten = \"0.0.0.0:19750\"\n", 2, "allow_plain")?;
-    refused(&ground, "[[receiver]]\nname = \"r\"\ntype = \"pigeon\"\n", 3, "pigeon")?;
-    refused(&ground, "[agent\n", 1, "")?;
+    refused(&fixture, "[agent]\nlisten = \"0.0.0.0:19750\"\n", 2, "allow_plain")?;
+    refused(&fixture, "[[receiver]]\nname = \"r\"\ntype = \"pigeon\"\n", 3, "pigeon")?;
+    refused(&fixture, "[agent\n", 1, "")?;
     Ok(())
 }
 
 #[test]
 fn no_privilege() -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
-    let ground = ground!("no_privilege");
+    let fixture = fixture!("no_privilege");
     // Readable and executable for another user.
-    let copy = ground.path("jobwarden");
+    let copy = fixture.path("jobwarden");
     std::fs::copy(program("jobwarden")?, &copy)?;
     std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755))?;
-    std::fs::set_permissions(ground.path("."), std::fs::Permissions::from_mode(0o755))?;
+    std::fs::set_permissions(fixture.path("."), std::fs::Permissions::from_mode(0o755))?;
     let as_nobody = |args: &[&str]| {
-        let mut c = ground.command(&copy);
+        let mut c = fixture.command(&copy);
         std::os::unix::process::CommandExt::uid(&mut c, 65534);
         std::os::unix::process::CommandExt::gid(&mut c, 65534);
         c.args(args);
         run(c, ms(10_000))
     };
-    let state = ground.path("nobody's");
+    let state = fixture.path("nobody's");
     std::fs::create_dir(&state)?;
     std::os::unix::fs::chown(&state, Some(65534), Some(65534))?;
     let state = state.to_string_lossy();
@@ -95,7 +95,7 @@ fn no_privilege() -> Result<()> {
     ensure!(out.code() == Some(125), "{out:?}");
     ensure!(!std::path::Path::new("/tmp/jwt-must-not-be").exists(), "CMD is not started");
     // A live agent's socket is root's.
-    let agent = Agent::start(&ground, "")?;
+    let agent = Agent::start(&fixture, "")?;
     let socket = agent.socket.to_string_lossy().into_owned();
     let out = as_nobody(&["--json", "--socket", &socket, "tree"])?;
     ensure!(out.code() == Some(3), "{out:?}");
@@ -105,19 +105,19 @@ fn no_privilege() -> Result<()> {
 
 #[test]
 fn no_agent() -> Result<()> {
-    let ground = ground!("no_agent");
-    let socket = ground.path("nobody").to_string_lossy().into_owned();
+    let fixture = fixture!("no_agent");
+    let socket = fixture.path("nobody").to_string_lossy().into_owned();
     for command in
         [&["tree"][..], &["jobs"], &["alerts"], &["status"], &["kill", "1234567"], &["why"], &["events"]]
     {
         let mut args = vec!["--json", "--socket", &socket];
         args.extend(command);
-        let out = jobwarden(&ground, &args)?;
+        let out = jobwarden(&fixture, &args)?;
         ensure!(out.code() == Some(3), "{command:?}: {out:?}");
         let e = out.error()?;
         ensure!(e.message.contains(&socket), "it says where it looked: {e:?}");
         ensure!(e.hint.is_some(), "and what to do: {e:?}");
-        let plain = jobwarden(&ground, &args[1..])?;
+        let plain = jobwarden(&fixture, &args[1..])?;
         ensure!(plain.code() == Some(3) && plain.err().contains(&socket), "{plain:?}");
     }
     Ok(())
@@ -125,13 +125,13 @@ fn no_agent() -> Result<()> {
 
 #[test]
 fn socket_in_use_and_stale() -> Result<()> {
-    let ground = ground!("socket_in_use_and_stale");
-    let first = Agent::start(&ground, "")?;
-    let mut c = ground.command(program("jobwarden")?);
+    let fixture = fixture!("socket_in_use_and_stale");
+    let first = Agent::start(&fixture, "")?;
+    let mut c = fixture.command(program("jobwarden")?);
     c.arg("--socket")
         .arg(&first.socket)
         .args(["agent", "--no-pin", "--state-dir"])
-        .arg(ground.path("state2"));
+        .arg(fixture.path("state2"));
     c.args(["--listen", &format!("127.0.0.1:{}", free_port()?)]);
     let out = run(c, ms(10_000))?;
     ensure!(out.code() == Some(1), "{out:?}");
@@ -140,7 +140,7 @@ fn socket_in_use_and_stale() -> Result<()> {
     let socket = first.socket.clone();
     first.crash()?;
     ensure!(socket.exists(), "SIGKILL leaves a stale socket");
-    let second = Agent::start(&ground, "")?;
+    let second = Agent::start(&fixture, "")?;
     assert_eq!(second.socket, socket);
     assert_eq!(second.cli(&["status"])?.code(), Some(0), "it was taken over");
     Ok(())
@@ -148,26 +148,26 @@ fn socket_in_use_and_stale() -> Result<()> {
 
 #[test]
 fn port_in_use() -> Result<()> {
-    let ground = ground!("port_in_use");
+    let fixture = fixture!("port_in_use");
     let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
     let port = taken.local_addr()?.port().to_string();
-    let mut c = ground.command(program("jobwarden")?);
+    let mut c = fixture.command(program("jobwarden")?);
     c.arg("--socket")
-        .arg(ground.path("sock"))
+        .arg(fixture.path("sock"))
         .args(["agent", "--no-pin", "--state-dir"])
-        .arg(ground.path("state"));
+        .arg(fixture.path("state"));
     c.args(["--listen", &format!("127.0.0.1:{port}")]);
     let out = run(c, ms(10_000))?;
     ensure!(out.code() == Some(1), "{out:?}");
     ensure!(out.err().contains(&port), "{}", out.err());
-    ensure!(!ground.path("sock").exists(), "and its socket is gone");
+    ensure!(!fixture.path("sock").exists(), "and its socket is gone");
     Ok(())
 }
 
 #[test]
 fn no_such_process_job_or_alert() -> Result<()> {
-    let ground = ground!("no_such_process_job_or_alert");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("no_such_process_job_or_alert");
+    let agent = Agent::start(&fixture, "")?;
     for args in [
         &["tree", "4194303"][..],
         &["tree", "4194303:1"],
@@ -195,8 +195,8 @@ fn no_such_process_job_or_alert() -> Result<()> {
 
 #[test]
 fn the_agent_and_its_ancestors_are_never_signalled() -> Result<()> {
-    let ground = ground!("the_agent_and_its_ancestors_are_never_signalled");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("the_agent_and_its_ancestors_are_never_signalled");
+    let agent = Agent::start(&fixture, "")?;
     // Dry runs only: these are the ones that must be safe.
     for target in [1, agent.pid(), std::process::id()] {
         let out = agent.cli(&["--json", "kill", "--dry-run", &target.to_string()])?;
@@ -218,8 +218,8 @@ fn the_agent_and_its_ancestors_are_never_signalled() -> Result<()> {
 #[test]
 fn a_request_that_is_nonsense() -> Result<()> {
     use std::io::{Read as _, Write as _};
-    let ground = ground!("a_request_that_is_nonsense");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("a_request_that_is_nonsense");
+    let agent = Agent::start(&fixture, "")?;
     let huge = format!(
         "POST /v1/kill HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n{}",
         "x".repeat(1 << 16)
@@ -238,22 +238,22 @@ fn a_request_that_is_nonsense() -> Result<()> {
 
 #[test]
 fn commands_for_exec_that_cannot_run() -> Result<()> {
-    let ground = ground!("commands_for_exec_that_cannot_run");
-    let script = ground.path("not-executable");
+    let fixture = fixture!("commands_for_exec_that_cannot_run");
+    let script = fixture.path("not-executable");
     std::fs::write(&script, "#!/bin/sh\n")?;
     let script = script.to_string_lossy().into_owned();
-    let agent = Agent::start(&ground, "")?;
+    let agent = Agent::start(&fixture, "")?;
     let socket = agent.socket.to_string_lossy().into_owned();
-    let nowhere = ground.path("nowhere").to_string_lossy().into_owned();
+    let nowhere = fixture.path("nowhere").to_string_lossy().into_owned();
     for socket in [&socket, &nowhere] {
         for (cmd, want) in
             [("/no/such/command", 127), ("no-such-command-anywhere", 127), (script.as_str(), 126)]
         {
-            let out = jobwarden(&ground, &["--socket", socket, "exec", "--", cmd])?;
+            let out = jobwarden(&fixture, &["--socket", socket, "exec", "--", cmd])?;
             ensure!(out.code() == Some(want), "{cmd}: {out:?}");
             ensure!(out.err().contains(cmd), "{}", out.err());
         }
-        let out = jobwarden(&ground, &["--socket", socket, "exec"])?;
+        let out = jobwarden(&fixture, &["--socket", socket, "exec"])?;
         ensure!(out.code() == Some(2) || out.code() == Some(125), "no command: {out:?}");
     }
     Ok(())
@@ -261,14 +261,14 @@ fn commands_for_exec_that_cannot_run() -> Result<()> {
 
 #[test]
 fn shown_in_a_pipe_that_closes() -> Result<()> {
-    let ground = ground!("shown_in_a_pipe_that_closes");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("shown_in_a_pipe_that_closes");
+    let agent = Agent::start(&fixture, "")?;
     let line = format!(
         "{} --socket {} tree --all | head -n 1",
         program("jobwarden")?.display(),
         agent.socket.display()
     );
-    let mut c: Command = ground.command("/bin/sh");
+    let mut c: Command = fixture.command("/bin/sh");
     c.args(["-c", &line]);
     let out = run(c, ms(5000))?;
     ensure!(!out.err().contains("panicked"), "{}", out.err());

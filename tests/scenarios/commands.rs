@@ -2,15 +2,15 @@
 //! contract says.
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{Cause, JobState, Jobs, KillReport, SignalledOutcome, State, Tree};
+use jobwarden::model::schema::{Cause, JobState, Jobs, KillReport, SignalledOutcome, State, Tree};
 use jobwarden_tests::agent::{self, http, run};
-use jobwarden_tests::{Agent, Events, Shape, eventually, ground, ms, pause, skip};
+use jobwarden_tests::{Agent, Events, Shape, eventually, fixture, ms, pause, skip};
 use serde_json::Value;
 
 #[test]
 fn ready_soon_and_a_clean_stop() -> Result<()> {
-    let ground = ground!("ready_soon_and_a_clean_stop");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("ready_soon_and_a_clean_stop");
+    let agent = Agent::start(&fixture, "")?;
     jobwarden_tests::loudly(&format!("ready after {:.3} s", agent.ready_in.as_secs_f64()));
     // 0.5 s on a quiet machine; the tests run beside each other.
     ensure!(agent.ready_in < ms(3000), "{:?}", agent.ready_in);
@@ -21,8 +21,8 @@ fn ready_soon_and_a_clean_stop() -> Result<()> {
 
 #[test]
 fn http_says_what_it_may_and_no_more() -> Result<()> {
-    let ground = ground!("http_says_what_it_may_and_no_more");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("http_says_what_it_may_and_no_more");
+    let agent = Agent::start(&fixture, "")?;
     for path in ["/", "/healthz", "/readyz", "/metrics"] {
         assert_eq!(agent.get(path)?.0, 200, "{path}");
         let (status, body) = http(agent.port, "HEAD", path, "")?;
@@ -69,12 +69,12 @@ fn names(page: &str) -> Vec<String> {
 
 #[test]
 fn the_page_packed_and_as_openmetrics() -> Result<()> {
-    let ground = ground!("the_page_packed_and_as_openmetrics");
+    let fixture = fixture!("the_page_packed_and_as_openmetrics");
     let config = format!(
         "[[job]]\nname = \"w\"\nmatch = {{ argv = \"{}\" }}\n[[receiver]]\nname = \"x\"\ntype = \"exec\"\ncommand = [\"/bin/true\"]\n",
-        ground.tag
+        fixture.tag
     );
-    let agent = Agent::start(&ground, &config)?;
+    let agent = Agent::start(&fixture, &config)?;
     let (head, plain) = page(agent.port, "")?;
     ensure!(head.contains("version=0.0.4") && !head.contains("content-encoding"), "{head}");
     let (head, packed) = page(agent.port, "Accept-Encoding: gzip\r\n")?;
@@ -113,8 +113,8 @@ fn the_page_packed_and_as_openmetrics() -> Result<()> {
 
 #[test]
 fn metrics_are_well_formed() -> Result<()> {
-    let ground = ground!("metrics_are_well_formed");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("metrics_are_well_formed");
+    let agent = Agent::start(&fixture, "")?;
     let metrics = agent.metrics()?;
     // From the start, every series that needs no label value known only later.
     for name in [
@@ -175,9 +175,9 @@ fn metrics_are_well_formed() -> Result<()> {
 
 #[test]
 fn tree_shows_ancestors_it_and_descendants() -> Result<()> {
-    let ground = ground!("tree_shows_ancestors_it_and_descendants");
-    let agent = Agent::start(&ground, "")?;
-    let mut s = Shape::start(&ground, "setsid", &[])?;
+    let fixture = fixture!("tree_shows_ancestors_it_and_descendants");
+    let agent = Agent::start(&fixture, "")?;
+    let mut s = Shape::start(&fixture, "setsid", &[])?;
     let (child, grandchild): (u32, u32) = (s.fact("child")?, s.fact("grandchild")?);
     agent.process_when(grandchild, "there", |_| true)?;
     let one: Tree = agent.json(&["tree", &child.to_string()])?;
@@ -205,8 +205,8 @@ fn tree_shows_ancestors_it_and_descendants() -> Result<()> {
 
 #[test]
 fn kernel_threads_only_when_asked_for() -> Result<()> {
-    let ground = ground!("kernel_threads_only_when_asked_for");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("kernel_threads_only_when_asked_for");
+    let agent = Agent::start(&fixture, "")?;
     let tree: Tree = agent.json(&["tree"])?;
     if !tree.processes.iter().any(|p| p.kernel_thread) {
         skip!("kernel_threads_only_when_asked_for: this host shows no kernel threads");
@@ -220,11 +220,11 @@ fn kernel_threads_only_when_asked_for() -> Result<()> {
 
 #[test]
 fn jobs_and_their_deadlines() -> Result<()> {
-    let ground = ground!("jobs_and_their_deadlines");
+    let fixture = fixture!("jobs_and_their_deadlines");
     let config =
-        format!("[[job]]\nname = \"named\"\nmatch = {{ argv = \"{}\" }}\ntimeout = \"1h\"\n", ground.tag);
-    let agent = Agent::start(&ground, &config)?;
-    let mut s = Shape::start(&ground, "setsid", &[])?;
+        format!("[[job]]\nname = \"named\"\nmatch = {{ argv = \"{}\" }}\ntimeout = \"1h\"\n", fixture.tag);
+    let agent = Agent::start(&fixture, &config)?;
+    let mut s = Shape::start(&fixture, "setsid", &[])?;
     s.fact::<u32>("grandchild")?;
     let job = eventually("the job", ms(3000), || {
         let jobs: Jobs = agent.json(&["jobs"])?;
@@ -255,10 +255,10 @@ fn jobs_and_their_deadlines() -> Result<()> {
 
 #[test]
 fn events_of_one_process_and_of_one_job() -> Result<()> {
-    let ground = ground!("events_of_one_process_and_of_one_job");
-    let agent = Agent::start(&ground, "")?;
-    let events = Events::start(&ground, &agent)?;
-    let mut s = Shape::start(&ground, "signal", &["15"])?;
+    let fixture = fixture!("events_of_one_process_and_of_one_job");
+    let agent = Agent::start(&fixture, "")?;
+    let events = Events::start(&fixture, &agent)?;
+    let mut s = Shape::start(&fixture, "signal", &["15"])?;
     let child: u32 = s.fact("child")?;
     let mut one = agent.command(&["events", "--json", "--since", "10m", "--pid", &child.to_string()])?;
     let mut one = one.stdout(std::process::Stdio::piped()).spawn()?;
@@ -282,11 +282,11 @@ fn events_of_one_process_and_of_one_job() -> Result<()> {
 
 #[test]
 fn kill_ends_the_family_and_nobody_else() -> Result<()> {
-    let ground = ground!("kill_ends_the_family_and_nobody_else");
-    let agent = Agent::start(&ground, "")?;
-    let mut beside = Shape::start(&ground, "setsid", &[])?;
+    let fixture = fixture!("kill_ends_the_family_and_nobody_else");
+    let agent = Agent::start(&fixture, "")?;
+    let mut beside = Shape::start(&fixture, "setsid", &[])?;
     let beside_child: u32 = beside.fact("grandchild")?;
-    let mut s = Shape::start(&ground, "stubborn", &["20"])?;
+    let mut s = Shape::start(&fixture, "stubborn", &["20"])?;
     let grandchildren: Vec<u32> = s.facts("ready", 20)?;
     let pid = s.pid().to_string();
     agent.process_when(grandchildren[19], "there", |_| true)?;
@@ -323,11 +323,11 @@ fn kill_ends_the_family_and_nobody_else() -> Result<()> {
 
 #[test]
 fn kill_by_a_name_that_fits_several_lists_them() -> Result<()> {
-    let ground = ground!("kill_by_a_name_that_fits_several_lists_them");
-    let config = format!("[[job]]\nname = \"pair\"\nmatch = {{ argv = \"{}\" }}\n", ground.tag);
-    let agent = Agent::start(&ground, &config)?;
-    let mut first = Shape::start(&ground, "setsid", &[])?;
-    let mut second = Shape::start(&ground, "setsid", &[])?;
+    let fixture = fixture!("kill_by_a_name_that_fits_several_lists_them");
+    let config = format!("[[job]]\nname = \"pair\"\nmatch = {{ argv = \"{}\" }}\n", fixture.tag);
+    let agent = Agent::start(&fixture, &config)?;
+    let mut first = Shape::start(&fixture, "setsid", &[])?;
+    let mut second = Shape::start(&fixture, "setsid", &[])?;
     for s in [&mut first, &mut second] {
         let pid = s.fact("grandchild")?;
         agent.process_when(pid, "in a job", |p| p.job.is_some())?;
@@ -350,12 +350,12 @@ fn kill_by_a_name_that_fits_several_lists_them() -> Result<()> {
 
 #[test]
 fn why_of_a_process_that_is_neither() -> Result<()> {
-    let ground = ground!("why_of_a_process_that_is_neither");
-    let agent = Agent::start(&ground, "")?;
-    let mut s = Shape::start(&ground, "setsid", &[])?;
+    let fixture = fixture!("why_of_a_process_that_is_neither");
+    let agent = Agent::start(&fixture, "")?;
+    let mut s = Shape::start(&fixture, "setsid", &[])?;
     s.fact::<u32>("grandchild")?;
     let cause: Cause = agent.json(&["why", &s.pid().to_string()])?;
-    assert_eq!(cause.verdict, jobwarden::contract::Verdict::NotAZombie);
+    assert_eq!(cause.verdict, jobwarden::model::schema::Verdict::NotAZombie);
     assert_eq!(agent.cli(&["why"])?.code(), Some(0));
     assert_eq!(agent.cli(&["--json", "why", "4194303"])?.code(), Some(4));
     s.finish()?;
@@ -364,8 +364,8 @@ fn why_of_a_process_that_is_neither() -> Result<()> {
 
 #[test]
 fn status_enforcement_and_reload() -> Result<()> {
-    let ground = ground!("status_enforcement_and_reload");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("status_enforcement_and_reload");
+    let agent = Agent::start(&fixture, "")?;
     let status: Value = agent.json(&["status"])?;
     assert_eq!(status["synced"], true, "{status}");
     assert_eq!(agent.cli(&["status"])?.code(), Some(0));
@@ -387,11 +387,11 @@ fn status_enforcement_and_reload() -> Result<()> {
     assert!(agent.metrics()?.one("jobwarden_config_last_reload_successful", &[])? < 0.5);
     std::fs::write(
         &agent.config,
-        format!("[[job]]\nname = \"later\"\nmatch = {{ argv = \"{}\" }}\n", ground.tag),
+        format!("[[job]]\nname = \"later\"\nmatch = {{ argv = \"{}\" }}\n", fixture.tag),
     )?;
     assert_eq!(agent.cli(&["reload"])?.code(), Some(0));
     assert!(agent.metrics()?.one("jobwarden_config_last_reload_successful", &[])? > 0.5);
-    let mut s = Shape::start(&ground, "setsid", &[])?;
+    let mut s = Shape::start(&fixture, "setsid", &[])?;
     s.fact::<u32>("grandchild")?;
     agent.process_when(s.pid(), "the new rule", |p| p.job.is_some())?;
     s.finish()?;
@@ -400,21 +400,21 @@ fn status_enforcement_and_reload() -> Result<()> {
 
 #[test]
 fn notify_and_a_receiver_that_runs_a_command() -> Result<()> {
-    let ground = ground!("notify_and_a_receiver_that_runs_a_command");
-    let inbox = ground.path("got");
+    let fixture = fixture!("notify_and_a_receiver_that_runs_a_command");
+    let inbox = fixture.path("got");
     let config = format!(
         "[zombies]\nafter = \"200ms\"\n[[receiver]]\nname = \"shell\"\ntype = \"exec\"\nkinds = [\"zombie\"]\ncommand = [\"/bin/sh\", \"-c\", \"cat >>{}\"]\n",
         inbox.display()
     );
-    let agent = Agent::start(&ground, &config)?;
+    let agent = Agent::start(&fixture, &config)?;
     let test = agent.cli(&["notify", "shell"])?;
     assert_eq!(test.code(), Some(0), "{test:?}");
     assert_eq!(agent.cli(&["--json", "notify", "nobody"])?.code(), Some(4));
-    let mut s = Shape::start(&ground, "zombie", &[])?;
+    let mut s = Shape::start(&fixture, "zombie", &[])?;
     s.fact::<u32>("dead")?;
     eventually("delivered", ms(5000), || {
         let got = std::fs::read_to_string(&inbox)?;
-        ensure!(got.contains("\"version\":1") && got.contains(&ground.tag), "{got}");
+        ensure!(got.contains("\"version\":1") && got.contains(&fixture.tag), "{got}");
         Ok(())
     })?;
     s.step()?;
@@ -435,10 +435,10 @@ fn notify_and_a_receiver_that_runs_a_command() -> Result<()> {
 
 #[test]
 fn commands_that_need_no_agent() -> Result<()> {
-    let ground = ground!("commands_that_need_no_agent");
+    let fixture = fixture!("commands_that_need_no_agent");
     let program = agent::run;
     let jobwarden = |args: &[&str]| {
-        let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
+        let mut c = fixture.command(jobwarden_tests::fixture::program("jobwarden")?);
         c.args(args);
         program(c, ms(20_000))
     };
@@ -449,7 +449,7 @@ fn commands_that_need_no_agent() -> Result<()> {
     assert_eq!(doctor.code(), Some(0), "{doctor:?}");
     let json = jobwarden(&["--json", "doctor"])?;
     json.json::<Value>()?;
-    let good = ground.path("good.toml");
+    let good = fixture.path("good.toml");
     std::fs::write(&good, "[zombies]\nafter = \"1m\"\n")?;
     let good = good.to_string_lossy().into_owned();
     let check = jobwarden(&["check", "--config", &good])?;

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{Alert, AlertKind, AlertState, Cause, KillReport, Process, State, Verdict};
+use jobwarden::model::schema::{Alert, AlertKind, AlertState, Cause, KillReport, Process, State, Verdict};
 use jobwarden::privileges::{KEPT, TO_START, WHERE_ASKED};
-use jobwarden_tests::{Agent, Ground, Limit, Output, Shape, agent, eventually, ground, ms, skip};
+use jobwarden_tests::{Agent, Fixture, Limit, Output, Shape, agent, eventually, fixture, ms, skip};
 
 /// Nobody's uid, and a group that the base system has.
 const NOBODY: u32 = 65534;
@@ -25,15 +25,15 @@ fn has(program: &str) -> bool {
 }
 
 /// A root file system with busybox's shell, and these programs with their libraries.
-fn rootfs(ground: &Ground, programs: &[&str]) -> Result<PathBuf> {
-    let root = ground.path("rootfs");
+fn rootfs(fixture: &Fixture, programs: &[&str]) -> Result<PathBuf> {
+    let root = fixture.path("rootfs");
     for dir in ["bin", "proc", "dev", "sys", "tmp", "etc"] {
         std::fs::create_dir_all(root.join(dir))?;
     }
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|p| Path::new(p).exists());
     std::fs::copy(busybox.context("no busybox")?, root.join("bin/sh"))?;
     for name in programs {
-        let program = jobwarden_tests::ground::program(name)?;
+        let program = jobwarden_tests::fixture::program(name)?;
         std::fs::copy(&program, root.join("bin").join(name))?;
         let out = Command::new("ldd").arg(&program).output()?;
         for lib in String::from_utf8_lossy(&out.stdout).split_whitespace().filter(|w| w.starts_with('/')) {
@@ -52,26 +52,26 @@ struct Runc {
 }
 
 impl Runc {
-    fn command(&self, ground: &Ground) -> Command {
-        let mut c = ground.command("runc");
+    fn command(&self, fixture: &Fixture) -> Command {
+        let mut c = fixture.command("runc");
         c.arg("--root").arg(&self.root);
         c
     }
 
     /// Prepares a bundle. `mounts`: host paths that are seen at the same path inside.
-    fn new(ground: &Ground, programs: &[&str], args: &[&str], mounts: &[&Path]) -> Result<Self> {
-        rootfs(ground, programs)?;
+    fn new(fixture: &Fixture, programs: &[&str], args: &[&str], mounts: &[&Path]) -> Result<Self> {
+        rootfs(fixture, programs)?;
         // The folder that the agent looks at.
-        let me = Self { id: ground.tag.clone(), root: "/run/runc".into() };
-        let spec = me.command(ground).arg("spec").current_dir(ground.path("")).output()?;
+        let me = Self { id: fixture.tag.clone(), root: "/run/runc".into() };
+        let spec = me.command(fixture).arg("spec").current_dir(fixture.path("")).output()?;
         ensure!(spec.status.success(), "runc spec: {}", String::from_utf8_lossy(&spec.stderr));
-        let file = ground.path("config.json");
+        let file = fixture.path("config.json");
         let mut c: serde_json::Value = serde_json::from_slice(&std::fs::read(&file)?)?;
         c["process"]["terminal"] = false.into();
         c["process"]["args"] = args.into();
         c["root"]["readonly"] = false.into();
         let env = c["process"]["env"].as_array_mut().context("no env")?;
-        env.push(format!("JWTEST_TOKEN={}", ground.tag).into());
+        env.push(format!("JWTEST_TOKEN={}", fixture.tag).into());
         for m in mounts {
             let all = c["mounts"].as_array_mut().context("no mounts")?;
             all.push(
@@ -82,16 +82,16 @@ impl Runc {
         Ok(me)
     }
 
-    fn run(&self, ground: &Ground) -> Command {
-        let mut c = self.command(ground);
-        c.arg("run").arg("--bundle").arg(ground.path("")).arg(&self.id);
+    fn run(&self, fixture: &Fixture) -> Command {
+        let mut c = self.command(fixture);
+        c.arg("run").arg("--bundle").arg(fixture.path("")).arg(&self.id);
         c
     }
 }
 
 /// The DaemonSet's container: the host's pid namespace and network, a read-only root, and these capabilities alone.
-fn as_in_the_daemonset(ground: &Ground) -> Result<()> {
-    let file = ground.path("config.json");
+fn as_in_the_daemonset(fixture: &Fixture) -> Result<()> {
+    let file = fixture.path("config.json");
     let mut c: serde_json::Value = serde_json::from_slice(&std::fs::read(&file)?)?;
     c["root"]["readonly"] = true.into();
     c["process"]["noNewPrivileges"] = true.into();
@@ -186,14 +186,14 @@ const CONFIG: &str = "[zombies]\nafter = \"1500ms\"\n";
 
 #[test]
 fn the_incident_in_a_container_of_runc() -> Result<()> {
-    let ground = ground!("the_incident_in_a_container_of_runc");
+    let fixture = fixture!("the_incident_in_a_container_of_runc");
     if !has("runc") || !has("ldd") {
         skip!("the_incident_in_a_container_of_runc: no runc (Debian's package runc)");
     }
-    let agent = Agent::start(&ground, CONFIG)?;
-    let script = format!("/bin/shape-incident {}; exit 0", ground.tag);
-    let c = Runc::new(&ground, &["shape-incident"], &["/bin/sh", "-c", &script], &[])?;
-    let mut s = Shape::spawn("incident in runc", c.run(&ground))?;
+    let agent = Agent::start(&fixture, CONFIG)?;
+    let script = format!("/bin/shape-incident {}; exit 0", fixture.tag);
+    let c = Runc::new(&fixture, &["shape-incident"], &["/bin/sh", "-c", &script], &[])?;
+    let mut s = Shape::spawn("incident in runc", c.run(&fixture))?;
     incident(&agent, &mut s, &c.id, "runc")?;
     s.finish()?;
     agent.stop()
@@ -202,18 +202,18 @@ fn the_incident_in_a_container_of_runc() -> Result<()> {
 #[test]
 fn the_incident_in_a_container_that_only_v1_paths_name() -> Result<()> {
     let test = "the_incident_in_a_container_that_only_v1_paths_name";
-    let ground = ground!(test);
+    let fixture = fixture!(test);
     if !has("unshare") {
         skip!("{test}: no unshare (Debian's package util-linux)");
     }
-    let Some((group, id)) = Limit::docker_v1(&ground) else {
+    let Some((group, id)) = Limit::docker_v1(&fixture) else {
         skip!("{test}: no v1 hierarchy of pids at /sys/fs/cgroup/pids");
     };
-    let agent = Agent::start(&ground, CONFIG)?;
-    let mut c = ground.command("unshare");
-    let program = jobwarden_tests::ground::program("shape-incident")?;
+    let agent = Agent::start(&fixture, CONFIG)?;
+    let mut c = fixture.command("unshare");
+    let program = jobwarden_tests::fixture::program("shape-incident")?;
     c.args(["--pid", "--fork", "--mount-proc", "/bin/sh", "-c"]);
-    c.arg(format!("{} {}; exit 0", program.display(), ground.tag));
+    c.arg(format!("{} {}; exit 0", program.display(), fixture.tag));
     group.holds(&mut c);
     let mut s = Shape::spawn("incident in v1", c)?;
     let init = inside(&agent, &id, 1)?;
@@ -227,23 +227,23 @@ fn the_incident_in_a_container_that_only_v1_paths_name() -> Result<()> {
 
 #[test]
 fn the_incident_in_a_container_of_podman() -> Result<()> {
-    let ground = ground!("the_incident_in_a_container_of_podman");
+    let fixture = fixture!("the_incident_in_a_container_of_podman");
     if !has("podman") || !has("runc") {
         skip!("the_incident_in_a_container_of_podman: no podman (Debian's package podman) with runc");
     }
-    let agent = Agent::start(&ground, CONFIG)?;
-    let root = rootfs(&ground, &["shape-incident"])?;
+    let agent = Agent::start(&fixture, CONFIG)?;
+    let root = rootfs(&fixture, &["shape-incident"])?;
     let podman = || {
-        let mut c = ground.command("podman");
-        c.arg("--root").arg(ground.path("storage")).arg("--runroot").arg(ground.path("run"));
+        let mut c = fixture.command("podman");
+        c.arg("--root").arg(fixture.path("storage")).arg("--runroot").arg(fixture.path("run"));
         c.args(["--cgroup-manager=cgroupfs", "--storage-driver=vfs", "--runtime", "runc"]);
         c
     };
     let mut c = podman();
-    c.args(["run", "--rm", "--interactive", "--network=host", "--name", &ground.tag]);
+    c.args(["run", "--rm", "--interactive", "--network=host", "--name", &fixture.tag]);
     c.args(["--ulimit", "nofile=4096:4096", "--ulimit", "nproc=4096:4096"]);
-    c.arg("--env").arg(format!("JWTEST_TOKEN={}", ground.tag)).arg("--rootfs").arg(&root);
-    c.args(["/bin/sh", "-c", &format!("/bin/shape-incident {}; exit 0", ground.tag)]);
+    c.arg("--env").arg(format!("JWTEST_TOKEN={}", fixture.tag)).arg("--rootfs").arg(&root);
+    c.args(["/bin/sh", "-c", &format!("/bin/shape-incident {}; exit 0", fixture.tag)]);
     let mut s = Shape::spawn("incident in podman", c)?;
     s.fact::<u32>("command")?;
     let mut ask = podman();
@@ -257,14 +257,14 @@ fn the_incident_in_a_container_of_podman() -> Result<()> {
 
 #[test]
 fn an_init_that_never_reaps_and_one_inside_it() -> Result<()> {
-    let ground = ground!("an_init_that_never_reaps_and_one_inside_it");
+    let fixture = fixture!("an_init_that_never_reaps_and_one_inside_it");
     if !has("unshare") {
         skip!("an_init_that_never_reaps_and_one_inside_it: no unshare (util-linux)");
     }
-    let agent = Agent::start(&ground, "[zombies]\nafter = \"1200ms\"\n")?;
+    let agent = Agent::start(&fixture, "[zombies]\nafter = \"1200ms\"\n")?;
     // Once in a namespace, and once in a namespace inside another.
     for depth in [1, 2] {
-        let mut c = ground.command("unshare");
+        let mut c = fixture.command("unshare");
         c.args(["--pid", "--fork", "--kill-child"]);
         if depth == 2 {
             c.args(["unshare", "--pid", "--fork", "--kill-child"]);
@@ -295,33 +295,33 @@ fn an_init_that_never_reaps_and_one_inside_it() -> Result<()> {
 }
 
 /// Somebody to be killed.
-fn sleeper(ground: &Ground) -> Result<Shape> {
-    let mut c = ground.command("sleep");
+fn sleeper(fixture: &Fixture) -> Result<Shape> {
+    let mut c = fixture.command("sleep");
     c.arg("600");
     Shape::spawn("sleep", c)
 }
 
 /// A command of the client as somebody else.
-fn as_user(ground: &Ground, agent: &Agent<'_>, uid: u32, gid: u32, args: &[&str]) -> Result<Output> {
-    let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
+fn as_user(fixture: &Fixture, agent: &Agent<'_>, uid: u32, gid: u32, args: &[&str]) -> Result<Output> {
+    let mut c = fixture.command(jobwarden_tests::fixture::program("jobwarden")?);
     c.arg("--json").arg("--socket").arg(&agent.socket).args(args).uid(uid).gid(gid);
     agent::run(c, ms(10_000))
 }
 
 #[test]
 fn who_may_ask_for_what() -> Result<()> {
-    let ground = ground!("who_may_ask_for_what");
+    let fixture = fixture!("who_may_ask_for_what");
     if std::fs::read_to_string("/etc/group")
         .is_ok_and(|g| !g.contains(&format!("{}:x:{}:", GROUP.0, GROUP.1)))
     {
         skip!("who_may_ask_for_what: no group {} with gid {}", GROUP.0, GROUP.1);
     }
-    let agent = Agent::start(&ground, &format!("[agent]\nsocket_group = \"{}\"\n", GROUP.0))?;
-    for dir in [ground.path(""), ground.path("agent")] {
+    let agent = Agent::start(&fixture, &format!("[agent]\nsocket_group = \"{}\"\n", GROUP.0))?;
+    for dir in [fixture.path(""), fixture.path("agent")] {
         std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755))?;
     }
     // The program itself must be within reach of everybody.
-    let s = sleeper(&ground)?;
+    let s = sleeper(&fixture)?;
     let pid = s.pid().to_string();
     let reads: [&[&str]; 5] = [&["tree"], &["jobs"], &["alerts"], &["why", &pid], &["status"]];
     let changes: [&[&str]; 5] = [
@@ -331,19 +331,19 @@ fn who_may_ask_for_what() -> Result<()> {
         &["reload"],
         &["notify", "nobody"],
     ];
-    if as_user(&ground, &agent, NOBODY, NOBODY, &["--version"]).map_or(true, |o| o.code() != Some(0)) {
+    if as_user(&fixture, &agent, NOBODY, NOBODY, &["--version"]).map_or(true, |o| o.code() != Some(0)) {
         skip!("who_may_ask_for_what: another user cannot run the program where it lies");
     }
     for args in reads.iter().chain(&changes) {
-        let out = as_user(&ground, &agent, NOBODY, NOBODY, args)?;
+        let out = as_user(&fixture, &agent, NOBODY, NOBODY, args)?;
         ensure!(out.code() == Some(3), "nobody, {args:?}: {out:?}");
     }
     for args in reads {
-        let out = as_user(&ground, &agent, NOBODY, GROUP.1, args)?;
+        let out = as_user(&fixture, &agent, NOBODY, GROUP.1, args)?;
         ensure!(out.code() == Some(0), "a reader of the group, {args:?}: {out:?}");
     }
     for args in changes {
-        let out = as_user(&ground, &agent, NOBODY, GROUP.1, args)?;
+        let out = as_user(&fixture, &agent, NOBODY, GROUP.1, args)?;
         ensure!(out.code() == Some(3), "a reader of the group, {args:?}: {out:?}");
     }
     ensure!(Path::new(&format!("/proc/{pid}")).exists(), "nobody ended it");
@@ -353,12 +353,12 @@ fn who_may_ask_for_what() -> Result<()> {
 
 #[test]
 fn a_containers_root_with_the_socket_may_not_kill() -> Result<()> {
-    let ground = ground!("a_containers_root_with_the_socket_may_not_kill");
+    let fixture = fixture!("a_containers_root_with_the_socket_may_not_kill");
     if !has("runc") || !has("ldd") {
         skip!("a_containers_root_with_the_socket_may_not_kill: no runc (Debian's package runc)");
     }
-    let agent = Agent::start(&ground, "")?;
-    let s = sleeper(&ground)?;
+    let agent = Agent::start(&fixture, "")?;
+    let s = sleeper(&fixture)?;
     let socket = agent.socket.display().to_string();
     let script = format!(
         "/bin/jobwarden --socket {socket} status >/dev/null; echo status=$?; \
@@ -367,8 +367,8 @@ fn a_containers_root_with_the_socket_may_not_kill() -> Result<()> {
          /bin/jobwarden --socket {socket} reload; echo reload=$?",
         s.pid()
     );
-    let c = Runc::new(&ground, &["jobwarden"], &["/bin/sh", "-c", &script], &[&agent.socket])?;
-    let out = agent::run(c.run(&ground), ms(20_000))?;
+    let c = Runc::new(&fixture, &["jobwarden"], &["/bin/sh", "-c", &script], &[&agent.socket])?;
+    let out = agent::run(c.run(&fixture), ms(20_000))?;
     // Root inside may read what the socket's owner may: that was decided by whoever mounted it.
     for want in ["status=0", "kill=3", "enforcement=3", "reload=3"] {
         ensure!(out.out().lines().any(|l| l == want), "{want}: {out:?}");
@@ -380,11 +380,11 @@ fn a_containers_root_with_the_socket_may_not_kill() -> Result<()> {
 
 #[test]
 fn the_agent_works_in_a_container_with_the_daemonsets_capabilities() -> Result<()> {
-    let ground = ground!("the_agent_works_in_a_container_with_the_daemonsets_capabilities");
+    let fixture = fixture!("the_agent_works_in_a_container_with_the_daemonsets_capabilities");
     if !has("runc") || !has("ldd") {
         skip!("the_agent_works_in_a_container: no runc (Debian's package runc)");
     }
-    let (run, state) = (ground.path("run"), ground.path("state"));
+    let (run, state) = (fixture.path("run"), fixture.path("state"));
     for dir in [&run, &state] {
         std::fs::create_dir_all(dir)?;
     }
@@ -394,12 +394,12 @@ fn the_agent_works_in_a_container_with_the_daemonsets_capabilities() -> Result<(
     let kept = state.display().to_string();
     let args =
         ["/bin/jobwarden", "--socket", &at, "agent", "--no-pin", "--listen", &listen, "--state-dir", &kept];
-    let c = Runc::new(&ground, &["jobwarden"], &args, &[&run, &state])?;
-    as_in_the_daemonset(&ground)?;
+    let c = Runc::new(&fixture, &["jobwarden"], &args, &[&run, &state])?;
+    as_in_the_daemonset(&fixture)?;
     let mut inner =
-        c.run(&ground).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        c.run(&fixture).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     let cli = |args: &[&str]| -> Result<Output> {
-        let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
+        let mut c = fixture.command(jobwarden_tests::fixture::program("jobwarden")?);
         c.arg("--json").arg("--socket").arg(&socket).args(args);
         agent::run(c, ms(10_000))
     };
@@ -415,12 +415,12 @@ fn the_agent_works_in_a_container_with_the_daemonsets_capabilities() -> Result<(
         let must = KEPT.iter().fold(0, |s, k| s | k.0.bits());
         ensure!(eff & must == must, "{eff:x}");
         // Somebody of another user on the host: seen, explained and ended from in there.
-        let mut other = ground.command("sleep");
+        let mut other = fixture.command("sleep");
         other.arg("600").uid(NOBODY).gid(NOBODY);
         let mut other = Shape::spawn("sleep", other)?;
         let pid = other.pid().to_string();
         let p = eventually("in the tree", ms(5000), || {
-            let tree: jobwarden::contract::Tree = cli(&["tree", &pid])?.json()?;
+            let tree: jobwarden::model::schema::Tree = cli(&["tree", &pid])?.json()?;
             let p = tree.processes.into_iter().find(|p| p.pid == other.pid()).context("not there")?;
             ensure!(p.uid == Some(NOBODY) && p.ns_pid == Some(p.pid), "{p:?}");
             Ok(p)

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::AlertKind;
-use jobwarden_tests::{Agent, agent, ground, skip};
+use jobwarden::model::schema::AlertKind;
+use jobwarden_tests::{Agent, agent, fixture, skip};
 
 /// Not exported at every moment, so the agent here may not show them.
 const SOMETIMES: [(&str, &str); 5] = [
@@ -42,8 +42,8 @@ fn exported(metrics: &str) -> BTreeSet<String> {
 
 #[test]
 fn the_dashboard_has_every_metric_and_no_other() -> Result<()> {
-    let ground = ground!("the_dashboard_has_every_metric_and_no_other");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("the_dashboard_has_every_metric_and_no_other");
+    let agent = Agent::start(&fixture, "")?;
     let (status, metrics) = agent::http(agent.port, "GET", "/metrics", "")?;
     ensure!(status == 200, "{status}");
     let exported = exported(&metrics);
@@ -70,8 +70,8 @@ fn the_dashboard_has_every_metric_and_no_other() -> Result<()> {
 /// A rule that fires on every healthy host is turned off soon, and then tells nobody of a sick one.
 #[test]
 fn no_rule_about_probes_or_stores_fires_on_a_healthy_host() -> Result<()> {
-    let ground = ground!("no_rule_about_probes_or_stores_fires_on_a_healthy_host");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("no_rule_about_probes_or_stores_fires_on_a_healthy_host");
+    let agent = Agent::start(&fixture, "")?;
     let (_, metrics) = agent.get("/metrics")?;
     let rules = read("deploy/prometheus/jobwarden.rules.yml")?;
     let excluded = |series: &str, label: &str| -> Result<regex::Regex> {

@@ -10,16 +10,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::config::Match;
-use jobwarden::contract::SignalledOutcome;
-use jobwarden::enforce::{
-    AskedBy, Audit, Enforcer, Lineage, Member, Order, OrderId, Outcome, Rails, Reason, What, audit,
-};
-use jobwarden::host::boot_now;
-use jobwarden::kernel::{Kernel, Options};
-use jobwarden::key::Key;
-use jobwarden::proc::Proc;
+use jobwarden::enforce::{Audit, Enforcer, Guards, Lineage, Member, Order, OrderId, Outcome, audit};
+use jobwarden::model::key::Key;
+use jobwarden::model::kill::{AskedBy, Reason, What};
+use jobwarden::model::schema::SignalledOutcome;
+use jobwarden::sources::host::boot_now;
+use jobwarden::sources::kernel::{Kernel, Options};
+use jobwarden::sources::proc::Proc;
 use jobwarden_tests::truth::letter;
-use jobwarden_tests::{Ground, Limit, eventually, ground, loudly, ms, shape, skip};
+use jobwarden_tests::{Fixture, Limit, eventually, fixture, loudly, ms, shape, skip};
 
 fn kernel() -> Result<Arc<Kernel>> {
     Ok(Arc::new(Kernel::start(&Options { ring_bytes: 4096, signal_mask: 0, ..Options::default() })?))
@@ -52,23 +51,23 @@ fn job(kernel: &Kernel, pid: u32, outer: u64) -> Result<Order> {
     })
 }
 
-fn run(e: &Enforcer, order: &Order, rails: &Rails) -> Result<Outcome> {
+fn run(e: &Enforcer, order: &Order, guards: &Guards) -> Result<Outcome> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // In this thread: what `Reused` forks would die with another.
-    Ok(runtime.block_on(e.run_here(order, rails))?)
+    Ok(runtime.block_on(e.run_here(order, guards))?)
 }
 
-fn sh(ground: &Ground, script: &str) -> Result<Child> {
-    let mut c: Command = ground.command("/bin/sh");
+fn sh(fixture: &Fixture, script: &str) -> Result<Child> {
+    let mut c: Command = fixture.command("/bin/sh");
     Ok(c.args(["-c", script]).spawn()?)
 }
 
 /// The one process of the test whose argv ends with `tail`.
-fn find(ground: &Ground, tail: &str) -> Result<u32> {
+fn find(fixture: &Fixture, tail: &str) -> Result<u32> {
     eventually(tail, ms(3000), || {
         let argv = |p: i32| std::fs::read(format!("/proc/{p}/cmdline")).unwrap_or_default();
         let ends = |p: &i32| argv(*p).ends_with(format!("{tail}\0").as_bytes());
-        let found = ground.alive().into_iter().find(ends).context("not there")?;
+        let found = fixture.alive().into_iter().find(ends).context("not there")?;
         Ok(found.cast_unsigned())
     })
 }
@@ -156,12 +155,12 @@ impl Lineage for Reused {
 
 #[test]
 fn a_stranger_that_gets_the_pid_between_reading_and_signalling_lives() -> Result<()> {
-    let ground = ground!("a_stranger_that_gets_the_pid_between_reading_and_signalling_lives");
+    let fixture = fixture!("a_stranger_that_gets_the_pid_between_reading_and_signalling_lives");
     let kernel = kernel()?;
     let mut gone = 0;
     // Whatever the reading after which the pid changes hands.
     for at in 1..=10 {
-        let mut victim = ground.command("/bin/cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
+        let mut victim = fixture.command("/bin/cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
         asleep(&mut victim)?;
         let order = Order { grace: Duration::ZERO, ..job(&kernel, victim.id(), 0)? };
         let reused = Arc::new(Reused {
@@ -171,7 +170,7 @@ fn a_stranger_that_gets_the_pid_between_reading_and_signalling_lives() -> Result
             victim: Mutex::new(Some(victim)),
             stranger: Mutex::new(None),
         });
-        let out = run(&enforcer(reused.clone(), Audit::log_only()), &order, &Rails::new(Vec::new(), false))?;
+        let out = run(&enforcer(reused.clone(), Audit::log_only()), &order, &Guards::new(Vec::new(), false))?;
         ensure!(out.ended(), "{at}: {:?}", out.report);
         gone += out.report.signalled.iter().filter(|s| s.outcome == SignalledOutcome::AlreadyGone).count();
         let stranger = reused.stranger.lock().ok().and_then(|s| *s);
@@ -193,20 +192,20 @@ fn a_stranger_that_gets_the_pid_between_reading_and_signalling_lives() -> Result
 
 #[test]
 fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Result<()> {
-    let ground = ground!("the_protected_live_with_what_descends_from_them_and_lose_their_flags");
+    let fixture = fixture!("the_protected_live_with_what_descends_from_them_and_lose_their_flags");
     let kernel = kernel()?;
-    let mut root = sh(&ground, "sh -c 'sleep 101 & wait' & sleep 102 & wait")?;
-    let (below, other) = (find(&ground, "101")?, find(&ground, "102")?);
+    let mut root = sh(&fixture, "sh -c 'sleep 101 & wait' & sleep 102 & wait")?;
+    let (below, other) = (find(&fixture, "101")?, find(&fixture, "102")?);
     let order = job(&kernel, root.id(), 0)?;
     let protect = Match { argv: Some(regex("^sh -c sleep 101")?), ..Match::default() };
-    let rails = Rails::new(vec![protect], false);
-    let state = ground.path("audit");
+    let guards = Guards::new(vec![protect], false);
+    let state = fixture.path("audit");
     std::fs::create_dir(&state)?;
     let e = enforcer(kernel.clone(), Audit::open(&state)?);
-    let dry = run(&e, &Order { dry_run: true, ..order.clone() }, &rails)?;
+    let dry = run(&e, &Order { dry_run: true, ..order.clone() }, &guards)?;
     ensure!(dry.report.signalled.iter().all(|s| s.outcome == SignalledOutcome::DryRun), "{dry:?}");
     ensure!(lives(root.id()) && lives(below) && lives(other), "a dry run signals nobody");
-    let out = run(&e, &Order { grace: Duration::ZERO, ..order.clone() }, &rails)?;
+    let out = run(&e, &Order { grace: Duration::ZERO, ..order.clone() }, &guards)?;
     ensure!(out.ended() && out.report.spared.len() == 2, "{:?}", out.report);
     ensure!(
         out.report.spared.iter().any(|s| s.process.pid == below && s.why.contains("descends")),
@@ -222,7 +221,7 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
         ensure!(lines.iter().any(|l| l.what == what), "no {what:?} in {lines:?}");
     }
     // Nobody protects them any more.
-    let out = run(&e, &Order { grace: Duration::ZERO, ..order }, &Rails::default())?;
+    let out = run(&e, &Order { grace: Duration::ZERO, ..order }, &Guards::default())?;
     ensure!(out.ended() && !lives(below), "{:?}", out.report);
     Ok(())
 }
@@ -237,47 +236,47 @@ fn protect(argv: &str) -> Result<Match> {
 
 #[test]
 fn who_descends_from_a_protected_member_that_ran_before_the_probes() -> Result<()> {
-    let ground = ground!("who_descends_from_a_protected_member_that_ran_before_the_probes");
-    let mut root = sh(&ground, "sh -c 'sleep 111 & wait' & sleep 112 & wait")?;
-    let (below, other) = (find(&ground, "111")?, find(&ground, "112")?);
+    let fixture = fixture!("who_descends_from_a_protected_member_that_ran_before_the_probes");
+    let mut root = sh(&fixture, "sh -c 'sleep 111 & wait' & sleep 112 & wait")?;
+    let (below, other) = (find(&fixture, "111")?, find(&fixture, "112")?);
     let kernel = kernel()?;
     let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
     let e = enforcer(kernel, Audit::log_only());
-    let out = run(&e, &order, &Rails::new(vec![protect("^sh -c sleep 111")?], false))?;
+    let out = run(&e, &order, &Guards::new(vec![protect("^sh -c sleep 111")?], false))?;
     ensure!(out.ended() && out.report.spared.len() == 2, "{:?}", out.report);
     ensure!(lives(below) && !lives(other) && root.wait()?.signal() == Some(9), "{:?}", out.report);
-    let out = run(&e, &order, &Rails::default())?;
+    let out = run(&e, &order, &Guards::default())?;
     ensure!(out.ended() && !lives(below), "{:?}", out.report);
     Ok(())
 }
 
 #[test]
 fn what_the_client_s_shell_forks_is_not_spared_with_it() -> Result<()> {
-    let ground = ground!("what_the_client_s_shell_forks_is_not_spared_with_it");
+    let fixture = fixture!("what_the_client_s_shell_forks_is_not_spared_with_it");
     let kernel = kernel()?;
     // The shell above all waits for a line, and forks when it is spared.
     let script = "sh -c 'sleep 121 & wait' & read go; sleep 122 & wait";
-    let mut c = ground.command("/bin/sh");
+    let mut c = fixture.command("/bin/sh");
     let mut root = c.args(["-c", script]).stdin(std::process::Stdio::piped()).spawn()?;
-    let kept = find(&ground, "121")?;
+    let kept = find(&fixture, "121")?;
     let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
     let another = OrderId::fresh();
     kernel.spare(order.root, false, another)?;
     io::Write::write_all(root.stdin.as_mut().context("no stdin")?, b"go\n")?;
-    let forked = find(&ground, "122")?;
+    let forked = find(&fixture, "122")?;
     let flag =
         |pid| -> Result<bool> { Ok(kernel.members(order.job)?.iter().any(|m| m.key.pid == pid && m.spared)) };
     ensure!(flag(root.id())? && !flag(forked)?, "a fork inherits the flag");
     let e = enforcer(kernel.clone(), Audit::log_only());
-    let mut rails = Rails::new(vec![protect("^sh -c sleep 121")?], false);
-    rails.keep(root.id(), "the caller", &e.proc, &*kernel)?;
-    let out = run(&e, &order, &rails)?;
+    let mut guards = Guards::new(vec![protect("^sh -c sleep 121")?], false);
+    guards.keep(root.id(), "the caller", &e.proc, &*kernel)?;
+    let out = run(&e, &order, &guards)?;
     ensure!(out.ended() && !lives(forked), "{:?}", out.report);
     ensure!(lives(root.id()) && lives(kept), "{:?}", out.report);
     ensure!(flag(root.id())?, "the other order is not over");
     kernel.release(another)?;
     ensure!(kernel.members(order.job)?.iter().all(|m| !m.spared), "flags stay");
-    let out = run(&e, &order, &Rails::default())?;
+    let out = run(&e, &order, &Guards::default())?;
     ensure!(out.ended() && !lives(kept), "{:?}", out.report);
     root.wait()?;
     Ok(())
@@ -285,14 +284,14 @@ fn what_the_client_s_shell_forks_is_not_spared_with_it() -> Result<()> {
 
 #[test]
 fn protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead() -> Result<()> {
-    let ground = ground!("protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead");
-    let Some(container) = Limit::new(&ground, 50) else {
+    let fixture = fixture!("protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead");
+    let Some(container) = Limit::new(&fixture, 50) else {
         skip!("protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead: no pids controller here");
     };
     let kernel = kernel()?;
     // In the middle a shell that is gone at once.
-    let mut root = sh(&ground, "(sleep 131 &); sleep 132 & sleep 133 & wait")?;
-    let (far, named, other) = (find(&ground, "131")?, find(&ground, "132")?, find(&ground, "133")?);
+    let mut root = sh(&fixture, "(sleep 131 &); sleep 132 & sleep 133 & wait")?;
+    let (far, named, other) = (find(&fixture, "131")?, find(&fixture, "132")?, find(&fixture, "133")?);
     std::fs::write(container.procs(), named.to_string())?;
     eventually("the middle is gone", ms(3000), || {
         let key = Key::new(far, kernel.start_of(far)?.context("gone")?);
@@ -302,19 +301,19 @@ fn protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead() -> Resul
     })?;
     let grandparent =
         Match { parent: Some(Box::new(protect("^/bin/sh -c .sleep 131")?)), ..Match::default() };
-    let rails = Rails::new(
+    let guards = Guards::new(
         vec![
             Match { parent: Some(Box::new(grandparent)), ..protect("^sleep 131")? },
-            Match { container: Some(ground.tag.clone()), ..Match::default() },
+            Match { container: Some(fixture.tag.clone()), ..Match::default() },
         ],
         false,
     );
     let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
     let e = enforcer(kernel, Audit::log_only());
-    let out = run(&e, &order, &rails)?;
+    let out = run(&e, &order, &guards)?;
     ensure!(out.ended() && out.report.spared.len() == 2, "{:?}", out.report);
     ensure!(lives(far) && lives(named) && !lives(other), "{:?}", out.report);
-    let out = run(&e, &order, &Rails::default())?;
+    let out = run(&e, &order, &Guards::default())?;
     ensure!(out.ended() && !lives(far) && !lives(named), "{:?}", out.report);
     root.wait()?;
     Ok(())
@@ -322,10 +321,10 @@ fn protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead() -> Resul
 
 #[test]
 fn a_part_of_a_job_that_is_spared_stays_in_the_job() -> Result<()> {
-    let ground = ground!("a_part_of_a_job_that_is_spared_stays_in_the_job");
+    let fixture = fixture!("a_part_of_a_job_that_is_spared_stays_in_the_job");
     let kernel = kernel()?;
-    let mut root = sh(&ground, "sh -c 'sh -c \"sleep 141 & wait\" & sleep 142 & wait' & sleep 143 & wait")?;
-    let (kept, ended, beside) = (find(&ground, "141")?, find(&ground, "142")?, find(&ground, "143")?);
+    let mut root = sh(&fixture, "sh -c 'sh -c \"sleep 141 & wait\" & sleep 142 & wait' & sleep 143 & wait")?;
+    let (kept, ended, beside) = (find(&fixture, "141")?, find(&fixture, "142")?, find(&fixture, "143")?);
     let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
     let key = Key::new(ended, kernel.start_of(ended)?.context("gone")?);
     let part = kernel.lineage_parent(key)?.context("no parent")?;
@@ -333,12 +332,12 @@ fn a_part_of_a_job_that_is_spared_stays_in_the_job() -> Result<()> {
     let what = What::Descendants { number: boot_now(), roots: vec![part] };
     let of_pid = Order { job: 0, root: part, what, ..order.clone() };
     let e = enforcer(kernel.clone(), Audit::log_only());
-    let out = run(&e, &of_pid, &Rails::new(vec![protect("^sh -c sleep 141")?], false))?;
+    let out = run(&e, &of_pid, &Guards::new(vec![protect("^sh -c sleep 141")?], false))?;
     ensure!(out.ended() && lives(kept) && lives(beside) && !lives(ended), "{:?}", out.report);
     let members = kernel.members(order.job)?;
     ensure!(members.iter().any(|m| m.key.pid == kept && m.job == order.job), "{members:?}");
     // Who was spared is reached by the job's end, now that nobody protects him.
-    let out = run(&e, &order, &Rails::default())?;
+    let out = run(&e, &order, &Guards::default())?;
     ensure!(out.ended() && !lives(kept) && !lives(beside), "{:?}", out.report);
     root.wait()?;
     Ok(())
@@ -346,20 +345,20 @@ fn a_part_of_a_job_that_is_spared_stays_in_the_job() -> Result<()> {
 
 #[test]
 fn descendants_end_and_the_rest_of_the_job_does_not() -> Result<()> {
-    let ground = ground!("descendants_end_and_the_rest_of_the_job_does_not");
+    let fixture = fixture!("descendants_end_and_the_rest_of_the_job_does_not");
     let kernel = kernel()?;
-    let mut root = sh(&ground, "sh -c 'setsid sleep 103 & wait' & sleep 104 & wait")?;
-    let (ended, kept) = (find(&ground, "103")?, find(&ground, "104")?);
+    let mut root = sh(&fixture, "sh -c 'setsid sleep 103 & wait' & sleep 104 & wait")?;
+    let (ended, kept) = (find(&fixture, "103")?, find(&fixture, "104")?);
     let order = job(&kernel, root.id(), 0)?;
     let orphan = Key::new(ended, kernel.start_of(ended)?.context("gone")?);
     let what = What::Descendants { number: boot_now(), roots: vec![orphan] };
     let e = enforcer(kernel.clone(), Audit::log_only());
     let part = Order { what, reason: Reason::Orphan, ..order.clone() };
-    let out = run(&e, &part, &Rails::default())?;
+    let out = run(&e, &part, &Guards::default())?;
     ensure!(out.ended() && out.report.signalled.len() == 1, "{:?}", out.report);
     ensure!(!lives(ended) && lives(kept) && lives(root.id()), "{:?}", out.report);
     ensure!(kernel.job_numbers()?.len() == 1, "the job of the part is forgotten");
-    let out = run(&e, &order, &Rails::default())?;
+    let out = run(&e, &order, &Guards::default())?;
     ensure!(out.ended() && !lives(kept), "{:?}", out.report);
     root.wait()?;
     Ok(())
@@ -367,12 +366,12 @@ fn descendants_end_and_the_rest_of_the_job_does_not() -> Result<()> {
 
 #[test]
 fn who_ends_in_time_is_not_signalled() -> Result<()> {
-    let ground = ground!("who_ends_in_time_is_not_signalled");
+    let fixture = fixture!("who_ends_in_time_is_not_signalled");
     let kernel = kernel()?;
-    let mut root = sh(&ground, "sleep 0.3; exit 7")?;
+    let mut root = sh(&fixture, "sleep 0.3; exit 7")?;
     let order = Order { delay: ms(20_000), ..job(&kernel, root.id(), 0)? };
     let begun = Instant::now();
-    let out = run(&enforcer(kernel, Audit::log_only()), &order, &Rails::default())?;
+    let out = run(&enforcer(kernel, Audit::log_only()), &order, &Guards::default())?;
     ensure!(out.ended() && out.report.signalled.is_empty(), "{:?}", out.report);
     ensure!(begun.elapsed() < ms(10_000), "its end was not noticed");
     ensure!(root.wait()?.code() == Some(7));
@@ -381,12 +380,12 @@ fn who_ends_in_time_is_not_signalled() -> Result<()> {
 
 #[test]
 fn a_survivor_is_named_with_what_holds_it() -> Result<()> {
-    let ground = ground!("a_survivor_is_named_with_what_holds_it");
+    let fixture = fixture!("a_survivor_is_named_with_what_holds_it");
     let kernel = kernel()?;
-    let mut s = jobwarden_tests::Shape::start(&ground, "traced", &[])?;
+    let mut s = jobwarden_tests::Shape::start(&fixture, "traced", &[])?;
     let (held, tracer): (u32, u32) = (s.fact("held")?, s.fact("tracer")?);
     let order = Order { grace: Duration::ZERO, ..job(&kernel, held, 0)? };
-    let out = run(&enforcer(kernel.clone(), Audit::log_only()), &order, &Rails::default())?;
+    let out = run(&enforcer(kernel.clone(), Audit::log_only()), &order, &Guards::default())?;
     ensure!(!out.ended(), "{:?}", out.report);
     let stuck = out.report.stuck.first().context("nobody is stuck")?;
     ensure!(stuck.process.pid == held && stuck.state == "t", "{stuck:?}");
@@ -401,25 +400,25 @@ fn a_survivor_is_named_with_what_holds_it() -> Result<()> {
 /// set, faster than it is read.
 #[test]
 fn a_chain_below_a_protected_member_is_spared() -> Result<()> {
-    let ground = ground!("a_chain_below_a_protected_member_is_spared");
-    a_chain_below_a_protected(&ground).inspect_err(|e| loudly(&format!("{e:#}")))
+    let fixture = fixture!("a_chain_below_a_protected_member_is_spared");
+    a_chain_below_a_protected(&fixture).inspect_err(|e| loudly(&format!("{e:#}")))
 }
 
-fn a_chain_below_a_protected(ground: &Ground) -> Result<()> {
-    let Some(limit) = Limit::new(ground, 300) else {
+fn a_chain_below_a_protected(fixture: &Fixture) -> Result<()> {
+    let Some(limit) = Limit::new(fixture, 300) else {
         skip!("a_chain_below_a_protected_member_is_spared: no pids controller here");
     };
     let kernel = kernel()?;
-    let bomb = jobwarden_tests::ground::program("shape-bomb")?;
+    let bomb = jobwarden_tests::fixture::program("shape-bomb")?;
     // The chain's dead count against the limit for a while: all others are forked before it, and after those are freed.
-    let script = format!("exec 3<&0; sleep 152 & {} chains 1 30 {} <&3 & wait", bomb.display(), ground.tag);
+    let script = format!("exec 3<&0; sleep 152 & {} chains 1 30 {} <&3 & wait", bomb.display(), fixture.tag);
     let e = enforcer(kernel.clone(), Audit::log_only());
     for round in 0..6 {
-        let mut c = ground.command("/bin/sh");
+        let mut c = fixture.command("/bin/sh");
         c.args(["-c", &script]).stdin(std::process::Stdio::piped());
         limit.holds(&mut c);
         let mut root = c.spawn()?;
-        let other = find(ground, "152")?;
+        let other = find(fixture, "152")?;
         let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
         let bombs = || -> Result<Vec<Member>> {
             let mut all = kernel.members(order.job)?;
@@ -433,16 +432,16 @@ fn a_chain_below_a_protected(ground: &Ground) -> Result<()> {
             ensure!(all.len() > 1, "{all:?}");
             Ok(all[0].key)
         })?;
-        let mut rails = Rails::default();
-        rails.protect_member(founder, "it is this test's");
-        let out = run(&e, &order, &rails)?;
+        let mut guards = Guards::default();
+        guards.protect_member(founder, "it is this test's");
+        let out = run(&e, &order, &guards)?;
         ensure!(out.ended() && !lives(other) && !lives(root.id()), "round {round}: {:?}", out.report);
         ensure!(lives(founder.pid), "round {round}: the protected is gone");
         eventually("the chain lives on", ms(1000), || {
             ensure!(bombs()?.iter().any(|m| m.key != founder), "round {round}: it is gone: {:?}", out.report);
             Ok(())
         })?;
-        let out = run(&e, &order, &Rails::default())?;
+        let out = run(&e, &order, &Guards::default())?;
         ensure!(out.ended() && bombs()?.is_empty(), "round {round}: {:?}", out.report);
         root.wait()?;
         limit.empty()?;

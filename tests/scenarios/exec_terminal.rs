@@ -2,9 +2,9 @@
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden_tests::exec::{both, nothing_left};
-use jobwarden_tests::ground::program;
+use jobwarden_tests::fixture::program;
 use jobwarden_tests::truth::letter;
-use jobwarden_tests::{eventually, ground, loudly, ms};
+use jobwarden_tests::{eventually, fixture, loudly, ms};
 
 /// A terminal of its own for a command: the other end, with which a test types.
 fn on_a_terminal(c: &mut std::process::Command) -> Result<std::fs::File> {
@@ -29,9 +29,9 @@ fn on_a_terminal(c: &mut std::process::Command) -> Result<std::fs::File> {
 
 #[test]
 fn ctrl_c_on_a_terminal() -> Result<()> {
-    let ground = ground!("ctrl_c_on_a_terminal");
-    both(&ground, |exec| {
-        let begun = ground.path("typed");
+    let fixture = fixture!("ctrl_c_on_a_terminal");
+    both(&fixture, |exec| {
+        let begun = fixture.path("typed");
         let _ = std::fs::remove_file(&begun);
         let script = format!(
             "trap 'exit 5' INT; read line; echo $line >{}; while :; do sleep 0.05; done",
@@ -53,7 +53,7 @@ fn ctrl_c_on_a_terminal() -> Result<()> {
             child.wait()?;
         }
         ensure!(status?.code() == Some(5), "Ctrl-C reaches CMD");
-        nothing_left(&ground)
+        nothing_left(&fixture)
     })
 }
 
@@ -61,9 +61,9 @@ fn ctrl_c_on_a_terminal() -> Result<()> {
 /// both go on, still in reach of Ctrl-C.
 #[test]
 fn ctrl_z_and_fg() -> Result<()> {
-    let ground = ground!("ctrl_z_and_fg");
-    both(&ground, |exec| {
-        let file = |name: &str| ground.path(name);
+    let fixture = fixture!("ctrl_z_and_fg");
+    both(&fixture, |exec| {
+        let file = |name: &str| fixture.path(name);
         for name in ["pid", "stopped", "go", "on", "status"] {
             let _ = std::fs::remove_file(file(name));
         }
@@ -82,7 +82,7 @@ fn ctrl_z_and_fg() -> Result<()> {
             file("go").display(),
             file("status").display()
         );
-        let mut c = ground.command("/bin/bash");
+        let mut c = fixture.command("/bin/bash");
         c.args(["-c", &script, "bash", &command]);
         let mut terminal = on_a_terminal(&mut c)?;
         let mut shell = c.spawn()?;
@@ -93,7 +93,7 @@ fn ctrl_z_and_fg() -> Result<()> {
             std::io::Write::write_all(&mut terminal, b"\x1a")?;
             let status = eventually("the shell goes on", ms(5000), || read("stopped"))?;
             ensure!(status == 128 + libc::SIGTSTP, "as a stopped job has it: {status}");
-            let supervisor = jobwarden::proc::Proc::default().stat(pid)?.ppid;
+            let supervisor = jobwarden::sources::proc::Proc::default().stat(pid)?.ppid;
             eventually("both are stopped", ms(3000), || {
                 // D: it was just starting its sleep by vfork, which has stopped.
                 ensure!(['T', 'D'].contains(&letter(pid)?) && letter(supervisor)? == 'T');
@@ -107,7 +107,7 @@ fn ctrl_z_and_fg() -> Result<()> {
         })();
         if let Err(e) = &typed {
             let states: Vec<_> =
-                ground.alive().into_iter().map(|p| (p, letter(p.cast_unsigned()).ok())).collect();
+                fixture.alive().into_iter().map(|p| (p, letter(p.cast_unsigned()).ok())).collect();
             loudly(&format!("{e:#}; {states:?}"));
         }
         // Its terminal hangs up, should anybody still be on it.
@@ -117,6 +117,6 @@ fn ctrl_z_and_fg() -> Result<()> {
         }
         shell.wait()?;
         ensure!(typed? == 5, "Ctrl-C reaches CMD, and its status the shell");
-        nothing_left(&ground)
+        nothing_left(&fixture)
     })
 }

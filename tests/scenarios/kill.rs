@@ -4,19 +4,19 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{AlertKind, AlertState, KillReport};
+use jobwarden::model::schema::{AlertKind, AlertState, KillReport};
 use jobwarden_tests::kill::{alive, all_gone, bomb, control, ended_by_lists, in_time, job, rule, whole};
 use jobwarden_tests::truth::letter;
-use jobwarden_tests::{Agent, Ground, Limit, Shape, eventually, ground, loudly, ms, pause, rounds, skip};
+use jobwarden_tests::{Agent, Fixture, Limit, Shape, eventually, fixture, loudly, ms, pause, rounds, skip};
 use rustix::process::Signal;
 
 #[test]
 fn a_thousand_that_ignore_sigterm() -> Result<()> {
-    let ground = ground!("a_thousand_that_ignore_sigterm");
+    let fixture = fixture!("a_thousand_that_ignore_sigterm");
     // As many that the agent knows by its events as there are; the rest of the host is none of this.
-    let agent = Agent::start(&ground, &rule(&ground, "crowd", "500", ""))?;
-    let beside = control(&ground)?;
-    let mut s = Shape::start(&ground, "stubborn", &["500"])?;
+    let agent = Agent::start(&fixture, &rule(&fixture, "crowd", "500", ""))?;
+    let beside = control(&fixture)?;
+    let mut s = Shape::start(&fixture, "stubborn", &["500"])?;
     let mut family = s.facts::<u32>("ready", 500)?;
     family.extend(s.facts::<u32>("child", 500)?);
     let target = job(&agent, s.pid())?;
@@ -24,7 +24,7 @@ fn a_thousand_that_ignore_sigterm() -> Result<()> {
     // Each of them, by its own number: no thread of it lives.
     let lives: Vec<u32> = family.iter().copied().filter(|&p| letter(p).is_ok_and(|l| l != 'Z')).collect();
     ensure!(lives.is_empty(), "{lives:?}");
-    all_gone(&ground, "stubborn")?;
+    all_gone(&fixture, "stubborn")?;
     ensure!(report.survivors.is_empty(), "{:?}", report.survivors);
     let killed = report.signalled.iter().filter(|s| s.signal == "SIGKILL").count();
     loudly(&format!(
@@ -40,22 +40,22 @@ fn a_thousand_that_ignore_sigterm() -> Result<()> {
 
 #[test]
 fn twenty_chains_that_fork_and_exit() -> Result<()> {
-    let ground = ground!("twenty_chains_that_fork_and_exit");
-    let Some(limit) = Limit::new(&ground, 500) else {
+    let fixture = fixture!("twenty_chains_that_fork_and_exit");
+    let Some(limit) = Limit::new(&fixture, 500) else {
         skip!(
             "twenty_chains_that_fork_and_exit: no pids controller here, and the dead would use up the host's pids"
         );
     };
-    let agent = Agent::start(&ground, &rule(&ground, "chains", "bomb chains", ""))?;
-    let beside = control(&ground)?;
-    let mut s = bomb(&ground, &limit, &["chains", "20", "20"])?;
+    let agent = Agent::start(&fixture, &rule(&fixture, "chains", "bomb chains", ""))?;
+    let beside = control(&fixture)?;
+    let mut s = bomb(&fixture, &limit, &["chains", "20", "20"])?;
     s.fact::<u32>("started")?;
     let target = job(&agent, s.pid())?;
     pause(300);
     let begun = Instant::now();
     let report: KillReport = agent.json(&["kill", "--grace", "200ms", &target.id.to_string()])?;
     let told = begun.elapsed();
-    all_gone(&ground, "chains")?;
+    all_gone(&fixture, "chains")?;
     loudly(&format!(
         "20 chains ended {:.3} s after the kill began, {:.3} s after it was asked for",
         report.took_s,
@@ -75,14 +75,14 @@ fn twenty_chains_that_fork_and_exit() -> Result<()> {
 
 #[test]
 fn a_fork_bomb() -> Result<()> {
-    let ground = ground!("a_fork_bomb");
-    let Some(limit) = Limit::new(&ground, 300) else {
+    let fixture = fixture!("a_fork_bomb");
+    let Some(limit) = Limit::new(&fixture, 300) else {
         skip!("a_fork_bomb: no pids controller here, and without a limit no bomb is thrown");
     };
-    let agent = Agent::start(&ground, &rule(&ground, "bomb", "bomb tree", ""))?;
-    let beside = control(&ground)?;
+    let agent = Agent::start(&fixture, &rule(&fixture, "bomb", "bomb tree", ""))?;
+    let beside = control(&fixture)?;
     let throw = || -> Result<_> {
-        let mut s = bomb(&ground, &limit, &["tree", "300", "20"])?;
+        let mut s = bomb(&fixture, &limit, &["tree", "300", "20"])?;
         s.fact::<u32>("started")?;
         let target = job(&agent, s.pid())?.id.to_string();
         pause(300);
@@ -92,7 +92,7 @@ fn a_fork_bomb() -> Result<()> {
     let begun = Instant::now();
     let report: KillReport = agent.json(&["kill", "--grace", "200ms", &target])?;
     let told = begun.elapsed();
-    all_gone(&ground, "bomb")?;
+    all_gone(&fixture, "bomb")?;
     let signals = report.signalled.len();
     loudly(&format!(
         "a fork bomb ended by {signals} signals {:.3} s after the kill began, {:.3} s after it was asked for",
@@ -104,14 +104,14 @@ fn a_fork_bomb() -> Result<()> {
     limit.empty()?;
     // The same bomb against recursive kills one after the other, each by a list of the family.
     let (s, target) = throw()?;
-    let by_list = ended_by_lists(&ground, s.pid(), ms(3000))?;
+    let by_list = ended_by_lists(&fixture, s.pid(), ms(3000))?;
     loudly(&by_list.map_or_else(
         || "the same bomb outlived 3 s of recursive kills by list".to_owned(),
         |t| format!("recursive kills by list took {:.3} s for the same bomb", t.as_secs_f64()),
     ));
     if by_list.is_none() {
         let _: KillReport = agent.json(&["kill", "--grace", "0s", &target])?;
-        all_gone(&ground, "bomb")?;
+        all_gone(&fixture, "bomb")?;
     }
     ensure!(by_list.is_none_or(|t| t.as_secs_f64() > report.took_s), "{by_list:?}: this shows nothing");
     drop(s);
@@ -124,16 +124,16 @@ fn told(e: &anyhow::Error) {
     loudly(&format!("{e:#}"));
 }
 
-fn mutants(ground: &Ground, n: u64) -> Result<()> {
-    let agent = Agent::start(ground, &rule(ground, "mutants", "mutants", ""))?;
-    let beside = control(ground)?;
+fn mutants(fixture: &Fixture, n: u64) -> Result<()> {
+    let agent = Agent::start(fixture, &rule(fixture, "mutants", "mutants", ""))?;
+    let beside = control(fixture)?;
     for round in 0..n {
-        let mut s = Shape::start(ground, "mutants", &["4", "20"])?;
+        let mut s = Shape::start(fixture, "mutants", &["4", "20"])?;
         s.fact::<u32>("started")?;
         let target = job(&agent, s.pid())?;
         std::thread::sleep(std::time::Duration::from_millis(round * 37 % 250));
         let report: KillReport = agent.json(&["kill", "--grace", "100ms", &target.id.to_string()])?;
-        all_gone(ground, "mutants").with_context(|| format!("round {round} of {n}: {report:?}"))?;
+        all_gone(fixture, "mutants").with_context(|| format!("round {round} of {n}: {report:?}"))?;
         ensure!(report.survivors.is_empty(), "round {round}: {:?}", report.survivors);
     }
     loudly(&format!("{n} random families ended whole"));
@@ -142,59 +142,59 @@ fn mutants(ground: &Ground, n: u64) -> Result<()> {
 
 #[test]
 fn a_family_that_changes_while_it_is_ended() -> Result<()> {
-    let ground = ground!("a_family_that_changes_while_it_is_ended");
-    mutants(&ground, 5).inspect_err(told)
+    let fixture = fixture!("a_family_that_changes_while_it_is_ended");
+    mutants(&fixture, 5).inspect_err(told)
 }
 
 #[test]
 #[ignore = "long: JWTEST_MUTANT_ROUNDS (100)"]
 fn a_family_that_changes_every_time() -> Result<()> {
-    let ground = ground!("a_family_that_changes_every_time");
-    mutants(&ground, rounds("JWTEST_MUTANT_ROUNDS", 100)).inspect_err(told)
+    let fixture = fixture!("a_family_that_changes_every_time");
+    mutants(&fixture, rounds("JWTEST_MUTANT_ROUNDS", 100)).inspect_err(told)
 }
 
 #[test]
 fn stopped_members_end_too() -> Result<()> {
-    let ground = ground!("stopped_members_end_too");
-    let agent = Agent::start(&ground, "")?;
-    let mut s = Shape::start(&ground, "setsid", &["target"])?;
+    let fixture = fixture!("stopped_members_end_too");
+    let agent = Agent::start(&fixture, "")?;
+    let mut s = Shape::start(&fixture, "setsid", &["target"])?;
     let child: u32 = s.fact("child")?;
     s.fact::<u32>("grandchild")?;
     agent.process_when(child, "there", |_| true)?;
-    ground.signal(child.cast_signed(), Signal::STOP)?;
+    fixture.signal(child.cast_signed(), Signal::STOP)?;
     eventually("stopped", ms(1000), || {
         ensure!(letter(child)? == 'T', "it runs");
         Ok(())
     })?;
     let report: KillReport = agent.json(&["kill", "--grace", "2s", &s.pid().to_string()])?;
     // Not "target": the folder of the build may be called so, and the agent's own path with it.
-    all_gone(&ground, "shape-setsid")?;
+    all_gone(&fixture, "shape-setsid")?;
     ensure!(report.took_s < 1.5, "SIGCONT lets it take the stop signal: {}", report.took_s);
     Ok(())
 }
 
 #[test]
 fn members_in_namespaces_of_their_own() -> Result<()> {
-    let ground = ground!("members_in_namespaces_of_their_own");
-    let agent = Agent::start(&ground, "")?;
-    let beside = control(&ground)?;
-    let mut s = Shape::start(&ground, "namespaces", &[])?;
+    let fixture = fixture!("members_in_namespaces_of_their_own");
+    let agent = Agent::start(&fixture, "")?;
+    let beside = control(&fixture)?;
+    let mut s = Shape::start(&fixture, "namespaces", &[])?;
     let init: u32 = match s.fact("init") {
         Ok(init) => init,
         Err(e) => skip!("members_in_namespaces_of_their_own: {e:#}"),
     };
     agent.process_when(init, "looked at", |p| p.ns_pid == Some(1))?;
     let report: KillReport = agent.json(&["kill", "--grace", "200ms", &s.pid().to_string()])?;
-    all_gone(&ground, "namespaces")?;
+    all_gone(&fixture, "namespaces")?;
     ensure!(report.survivors.is_empty() && report.spared.is_empty(), "{report:?}");
     whole(beside)
 }
 
 #[test]
 fn what_cannot_die_is_named_with_its_tracer() -> Result<()> {
-    let ground = ground!("what_cannot_die_is_named_with_its_tracer");
-    let agent = Agent::start(&ground, "")?;
-    let mut s = Shape::start(&ground, "traced", &[])?;
+    let fixture = fixture!("what_cannot_die_is_named_with_its_tracer");
+    let agent = Agent::start(&fixture, "")?;
+    let mut s = Shape::start(&fixture, "traced", &[])?;
     let (held, tracer): (u32, u32) = (s.fact("held")?, s.fact("tracer")?);
     agent.process_when(held, "there", |_| true)?;
     let out = agent.cli(&["--json", "kill", "--grace", "0s", &held.to_string()])?;
@@ -213,19 +213,19 @@ fn what_cannot_die_is_named_with_its_tracer() -> Result<()> {
 
 #[test]
 fn the_protected_and_what_descends_from_them() -> Result<()> {
-    let ground = ground!("the_protected_and_what_descends_from_them");
-    let protect = format!("[enforcement]\nprotect = [{{ comm = \"^kept$\", argv = \"{}\" }}]\n", ground.tag);
-    let agent = Agent::start(&ground, &protect)?;
+    let fixture = fixture!("the_protected_and_what_descends_from_them");
+    let protect = format!("[enforcement]\nprotect = [{{ comm = \"^kept$\", argv = \"{}\" }}]\n", fixture.tag);
+    let agent = Agent::start(&fixture, &protect)?;
     // A shell as the root; of its two children one is protected.
     let script = format!(
         "{0} kept {1} & echo kept=$!; {2} {1} & echo ended=$!; wait",
-        jobwarden_tests::ground::program("shape-rename")?.display(),
-        ground.tag,
-        jobwarden_tests::ground::program("shape-setsid")?.display()
+        jobwarden_tests::fixture::program("shape-rename")?.display(),
+        fixture.tag,
+        jobwarden_tests::fixture::program("shape-setsid")?.display()
     );
-    let mut c = ground.command("/bin/sh");
+    let mut c = fixture.command("/bin/sh");
     // Background jobs of a shell have no stdin; they keep this one.
-    c.args(["-c", &script.replace(" & ", " <&3 & ").replacen("", "exec 3<&0; ", 1), "sh", &ground.tag]);
+    c.args(["-c", &script.replace(" & ", " <&3 & ").replacen("", "exec 3<&0; ", 1), "sh", &fixture.tag]);
     let mut s = Shape::spawn("sh", c)?;
     let (kept, ended): (u32, u32) = (s.fact("kept")?, s.fact("ended")?);
     s.step()?;
@@ -236,7 +236,7 @@ fn the_protected_and_what_descends_from_them() -> Result<()> {
     ensure!(
         !report.signalled.iter().any(|x| x.process.pid == kept
             && x.signal == "SIGKILL"
-            && x.outcome == jobwarden::contract::SignalledOutcome::Ended),
+            && x.outcome == jobwarden::model::schema::SignalledOutcome::Ended),
         "{report:?}"
     );
     ensure!(letter(kept).is_ok_and(|l| l != 'Z'), "the protected lives");
@@ -247,17 +247,17 @@ fn the_protected_and_what_descends_from_them() -> Result<()> {
 
 #[test]
 fn nested_jobs() -> Result<()> {
-    let ground = ground!("nested_jobs");
-    let config = rule(&ground, "outer", "outer", "") + &rule(&ground, "inner", "shape-signal", "");
-    let agent = Agent::start(&ground, &config)?;
+    let fixture = fixture!("nested_jobs");
+    let config = rule(&fixture, "outer", "outer", "") + &rule(&fixture, "inner", "shape-signal", "");
+    let agent = Agent::start(&fixture, &config)?;
     let script = format!(
         "exec 3<&0; {} 15 {} <&3 & echo inner=$!; wait",
-        jobwarden_tests::ground::program("shape-signal")?.display(),
-        ground.tag
+        jobwarden_tests::fixture::program("shape-signal")?.display(),
+        fixture.tag
     );
     let start = || -> Result<(Shape, u32)> {
-        let mut c = ground.command("/bin/sh");
-        c.args(["-c", &script, "outer", &ground.tag]);
+        let mut c = fixture.command("/bin/sh");
+        c.args(["-c", &script, "outer", &fixture.tag]);
         let mut s = Shape::spawn("sh", c)?;
         let inner = s.fact("inner")?;
         s.fact::<u32>("child")?;
@@ -277,7 +277,7 @@ fn nested_jobs() -> Result<()> {
     let _: KillReport = agent.json(&["kill", "--grace", "1s", &outer_job])?;
     s.wait(ms(3000))?;
     eventually("the inner one went with it", ms(1000), || {
-        let left = alive(&ground, "shape-signal");
+        let left = alive(&fixture, "shape-signal");
         ensure!(left.is_empty(), "{left:?}");
         Ok(())
     })
@@ -285,32 +285,32 @@ fn nested_jobs() -> Result<()> {
 
 #[test]
 fn the_client_inside_the_job_that_it_kills() -> Result<()> {
-    let ground = ground!("the_client_inside_the_job_that_it_kills");
-    let agent = Agent::start(&ground, &rule(&ground, "own", "own-job", ""))?;
+    let fixture = fixture!("the_client_inside_the_job_that_it_kills");
+    let agent = Agent::start(&fixture, &rule(&fixture, "own", "own-job", ""))?;
     let script = format!(
         "exec 3<&0; {0} {1} <&3 >/dev/null & sleep 0.3; {2} --socket {3} --json kill --grace 500ms name:own >{4}; echo client=$?; wait",
-        jobwarden_tests::ground::program("shape-setsid")?.display(),
-        ground.tag,
-        jobwarden_tests::ground::program("jobwarden")?.display(),
+        jobwarden_tests::fixture::program("shape-setsid")?.display(),
+        fixture.tag,
+        jobwarden_tests::fixture::program("jobwarden")?.display(),
         agent.socket.display(),
-        ground.path("report").display()
+        fixture.path("report").display()
     );
-    let mut c = ground.command("/bin/sh");
-    c.args(["-c", &script, "own-job", &ground.tag]);
+    let mut c = fixture.command("/bin/sh");
+    c.args(["-c", &script, "own-job", &fixture.tag]);
     let mut s = Shape::spawn("sh", c)?;
     ensure!(s.fact::<i32>("client")? == 0, "the client and its ancestors are spared");
     ensure!(s.wait(ms(5000))?.success(), "the shell above the client lives on");
-    let report: KillReport = serde_json::from_slice(&std::fs::read(ground.path("report"))?)?;
+    let report: KillReport = serde_json::from_slice(&std::fs::read(fixture.path("report"))?)?;
     ensure!(report.spared.iter().any(|x| x.process.pid == s.pid()), "{report:?}");
-    ensure!(alive(&ground, "shape-setsid").is_empty(), "the others are gone");
+    ensure!(alive(&fixture, "shape-setsid").is_empty(), "the others are gone");
     Ok(())
 }
 
 #[test]
 fn the_agent_inside_a_job_that_is_killed() -> Result<()> {
-    let ground = ground!("the_agent_inside_a_job_that_is_killed");
+    let fixture = fixture!("the_agent_inside_a_job_that_is_killed");
     // The agent's ancestor is this test: a dry run of its own family must spare both.
-    let agent = Agent::start(&ground, "")?;
+    let agent = Agent::start(&fixture, "")?;
     let report: KillReport = agent.json(&["kill", "--dry-run", &std::process::id().to_string()])?;
     for pid in [agent.pid(), std::process::id()] {
         ensure!(report.spared.iter().any(|x| x.process.pid == pid), "{pid} is not spared: {report:?}");
@@ -320,28 +320,28 @@ fn the_agent_inside_a_job_that_is_killed() -> Result<()> {
 
 #[test]
 fn the_agent_inside_a_family_that_is_killed_in_earnest() -> Result<()> {
-    let ground = ground!("the_agent_inside_a_family_that_is_killed_in_earnest");
-    let (socket, state) = (ground.path("sock"), ground.path("state"));
-    std::fs::write(ground.path("config"), "")?;
-    let jobwarden = jobwarden_tests::ground::program("jobwarden")?;
+    let fixture = fixture!("the_agent_inside_a_family_that_is_killed_in_earnest");
+    let (socket, state) = (fixture.path("sock"), fixture.path("state"));
+    std::fs::write(fixture.path("config"), "")?;
+    let jobwarden = jobwarden_tests::fixture::program("jobwarden")?;
     // A shell, which has two children: the agent, and a family that is to end.
     let script = format!(
         "exec 3<&0; {0} sibling {1} <&3 & echo sibling=$!; \
          {2} --socket {3} agent --no-pin --config {4} --state-dir {5} --listen 127.0.0.1:{6} & echo agent=$!; wait; read end <&3",
-        jobwarden_tests::ground::program("shape-setsid")?.display(),
-        ground.tag,
+        jobwarden_tests::fixture::program("shape-setsid")?.display(),
+        fixture.tag,
         jobwarden.display(),
         socket.display(),
-        ground.path("config").display(),
+        fixture.path("config").display(),
         state.display(),
         jobwarden_tests::agent::free_port()?,
     );
-    let mut c = ground.command("/bin/sh");
-    c.args(["-c", &script, "sh", &ground.tag]);
+    let mut c = fixture.command("/bin/sh");
+    c.args(["-c", &script, "sh", &fixture.tag]);
     let mut s = Shape::spawn("sh", c)?;
     let (sibling, agent): (u32, u32) = (s.fact("sibling")?, s.fact("agent")?);
     let run = |args: &[&str]| {
-        let mut c = ground.command(&jobwarden);
+        let mut c = fixture.command(&jobwarden);
         c.arg("--socket").arg(&socket).arg("--json").args(args);
         jobwarden_tests::agent::run(c, ms(15_000))
     };
@@ -366,7 +366,7 @@ fn the_agent_inside_a_family_that_is_killed_in_earnest() -> Result<()> {
     }
     // It is at work still, and ends as told.
     ensure!(run(&["status"])?.code() == Some(0), "it does not answer");
-    ground.signal(agent.cast_signed(), Signal::TERM)?;
+    fixture.signal(agent.cast_signed(), Signal::TERM)?;
     eventually("the agent's end", ms(5000), || {
         ensure!(letter(agent).map_or(true, |l| l == 'Z'), "it runs");
         Ok(())
@@ -378,8 +378,8 @@ fn the_agent_inside_a_family_that_is_killed_in_earnest() -> Result<()> {
 /// Only dry runs here, should it not be refused.
 #[test]
 fn pid_1_is_refused() -> Result<()> {
-    let ground = ground!("pid_1_is_refused");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("pid_1_is_refused");
+    let agent = Agent::start(&fixture, "")?;
     for more in [&["1"][..], &["--orphans", "1"], &["--grace", "0s", "1"]] {
         let mut args = vec!["--json", "kill", "--dry-run"];
         args.extend(more);
@@ -393,16 +393,16 @@ fn pid_1_is_refused() -> Result<()> {
 
 #[test]
 fn the_fuse() -> Result<()> {
-    let ground = ground!("the_fuse");
+    let fixture = fixture!("the_fuse");
     let config = format!(
         "[enforcement]\nenabled = true\nmax_job_kills_per_minute = 2\n{}",
-        rule(&ground, "late", "late", "timeout = \"300ms\"\non_timeout = \"kill\"\ngrace = \"100ms\"")
+        rule(&fixture, "late", "late", "timeout = \"300ms\"\non_timeout = \"kill\"\ngrace = \"100ms\"")
     );
-    let agent = Agent::start(&ground, &config)?;
-    let mut jobs = (0..3).map(|_| Shape::start(&ground, "setsid", &["late"])).collect::<Result<Vec<_>>>()?;
+    let agent = Agent::start(&fixture, &config)?;
+    let mut jobs = (0..3).map(|_| Shape::start(&fixture, "setsid", &["late"])).collect::<Result<Vec<_>>>()?;
     let alert = eventually("enforcement-stopped", ms(5000), || {
         let all = agent.alerts(&[])?;
-        let firing = |a: &jobwarden::contract::Alert| {
+        let firing = |a: &jobwarden::model::schema::Alert| {
             a.kind == AlertKind::EnforcementStopped && a.state == AlertState::Firing
         };
         all.into_iter().find(firing).context("no alert")
@@ -424,11 +424,11 @@ fn the_fuse() -> Result<()> {
 
 #[test]
 fn orphans_are_ended_where_the_rule_says_so() -> Result<()> {
-    let ground = ground!("orphans_are_ended_where_the_rule_says_so");
+    let fixture = fixture!("orphans_are_ended_where_the_rule_says_so");
     let more = "orphan_after = \"300ms\"\non_orphan = \"kill\"\ngrace = \"200ms\"";
-    let config = format!("[enforcement]\nenabled = true\n{}", rule(&ground, "incident", "incident", more));
-    let agent = Agent::start(&ground, &config)?;
-    let mut s = Shape::start(&ground, "incident", &[])?;
+    let config = format!("[enforcement]\nenabled = true\n{}", rule(&fixture, "incident", "incident", more));
+    let agent = Agent::start(&fixture, &config)?;
+    let mut s = Shape::start(&fixture, "incident", &[])?;
     let holder: u32 = s.fact("holder")?;
     // The orphan holds the worker's pipe: when it is ended, the worker reads the end and reaps.
     ensure!(s.fact::<i32>("status")? == 0, "the worker is free again");

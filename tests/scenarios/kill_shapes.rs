@@ -5,11 +5,11 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use jobwarden::contract::{AlertKind, AlertState, KillReport};
-use jobwarden_tests::ground::program;
+use jobwarden::model::schema::{AlertKind, AlertState, KillReport};
+use jobwarden_tests::fixture::program;
 use jobwarden_tests::kill::{alive, all_gone, bomb, control, in_time, job, listed, rule, whole};
 use jobwarden_tests::truth::letter;
-use jobwarden_tests::{Agent, Ground, Limit, Shape, eventually, ground, loudly, ms, pause, skip};
+use jobwarden_tests::{Agent, Fixture, Limit, Shape, eventually, fixture, loudly, ms, pause, skip};
 use rustix::process::Signal;
 
 fn say(what: &str, r: &KillReport) {
@@ -19,16 +19,16 @@ fn say(what: &str, r: &KillReport) {
 
 #[test]
 fn the_bomb_of_bash() -> Result<()> {
-    let ground = ground!("the_bomb_of_bash");
-    let Some(limit) = Limit::new(&ground, 200) else {
+    let fixture = fixture!("the_bomb_of_bash");
+    let Some(limit) = Limit::new(&fixture, 200) else {
         skip!("the_bomb_of_bash: no pids controller here, and without a limit no bomb is thrown");
     };
-    let agent = Agent::start(&ground, &rule(&ground, "bash", "bashbomb", ""))?;
-    let beside = control(&ground)?;
+    let agent = Agent::start(&fixture, &rule(&fixture, "bash", "bashbomb", ""))?;
+    let beside = control(&fixture)?;
     // The bomb itself, but for its end after 20 s should nobody end it.
     let script = "echo started=1; :(){ [ $SECONDS -gt 20 ] && exit; :|:& };: 2>/dev/null; read end";
-    let mut c = ground.command("/bin/bash");
-    c.args(["-c", script, "bashbomb", &ground.tag]).stderr(std::process::Stdio::null());
+    let mut c = fixture.command("/bin/bash");
+    c.args(["-c", script, "bashbomb", &fixture.tag]).stderr(std::process::Stdio::null());
     limit.holds(&mut c);
     let mut s = Shape::spawn("bash", c)?;
     s.fact::<u32>("started")?;
@@ -37,7 +37,7 @@ fn the_bomb_of_bash() -> Result<()> {
     let begun = std::time::Instant::now();
     let report: KillReport = agent.json(&["kill", "--grace", "200ms", &target.id.to_string()])?;
     let told = begun.elapsed();
-    all_gone(&ground, "bashbomb")?;
+    all_gone(&fixture, "bashbomb")?;
     drop(s);
     limit.empty()?;
     say("bash's fork bomb", &report);
@@ -48,20 +48,20 @@ fn the_bomb_of_bash() -> Result<()> {
 
 #[test]
 fn a_bomb_of_vfork_and_clone() -> Result<()> {
-    let ground = ground!("a_bomb_of_vfork_and_clone");
-    let Some(limit) = Limit::new(&ground, 200) else {
+    let fixture = fixture!("a_bomb_of_vfork_and_clone");
+    let Some(limit) = Limit::new(&fixture, 200) else {
         skip!("a_bomb_of_vfork_and_clone: no pids controller here, and without a limit no bomb is thrown");
     };
-    let agent = Agent::start(&ground, &rule(&ground, "native", "bomb native", ""))?;
-    let beside = control(&ground)?;
-    let mut s = bomb(&ground, &limit, &["native", "200", "20"])?;
+    let agent = Agent::start(&fixture, &rule(&fixture, "native", "bomb native", ""))?;
+    let beside = control(&fixture)?;
+    let mut s = bomb(&fixture, &limit, &["native", "200", "20"])?;
     s.fact::<u32>("started")?;
     let target = job(&agent, s.pid())?;
     pause(300);
     let begun = std::time::Instant::now();
     let report: KillReport = agent.json(&["kill", "--grace", "200ms", &target.id.to_string()])?;
     let told = begun.elapsed();
-    all_gone(&ground, "bomb")?;
+    all_gone(&fixture, "bomb")?;
     drop(s);
     limit.empty()?;
     say("a bomb of vfork and clone", &report);
@@ -72,35 +72,35 @@ fn a_bomb_of_vfork_and_clone() -> Result<()> {
 
 /// One recursive kill by a list, children first, as such scripts do: how many it reached. Most are gone by then, which is
 /// just the point.
-fn kill_by_list(ground: &Ground, root: u32) -> usize {
+fn kill_by_list(fixture: &Fixture, root: u32) -> usize {
     let mut family = vec![root];
-    family.extend(listed(root, ground.alive().into_iter().map(i32::cast_unsigned)));
-    family.iter().rev().filter(|p| ground.signal(p.cast_signed(), Signal::KILL).is_ok()).count()
+    family.extend(listed(root, fixture.alive().into_iter().map(i32::cast_unsigned)));
+    family.iter().rev().filter(|p| fixture.signal(p.cast_signed(), Signal::KILL).is_ok()).count()
 }
 
 #[test]
 fn chains_that_a_kill_by_list_does_not_end() -> Result<()> {
-    let ground = ground!("chains_that_a_kill_by_list_does_not_end");
-    let Some(limit) = Limit::new(&ground, 300) else {
+    let fixture = fixture!("chains_that_a_kill_by_list_does_not_end");
+    let Some(limit) = Limit::new(&fixture, 300) else {
         skip!("chains_that_a_kill_by_list_does_not_end: no pids controller here");
     };
-    let agent = Agent::start(&ground, &rule(&ground, "chains", "bomb chains", ""))?;
+    let agent = Agent::start(&fixture, &rule(&fixture, "chains", "bomb chains", ""))?;
     // Where the list happens to have them all at that moment, it ends them, and nothing is shown.
     for _ in 0..5 {
-        let mut s = bomb(&ground, &limit, &["chains", "10", "25"])?;
+        let mut s = bomb(&fixture, &limit, &["chains", "10", "25"])?;
         s.fact::<u32>("started")?;
         let target = job(&agent, s.pid())?;
-        let by_list = kill_by_list(&ground, s.pid());
+        let by_list = kill_by_list(&fixture, s.pid());
         s.wait(ms(3000))?;
         pause(300);
         // One reading may miss a chain, so several are taken.
-        if (0..20).all(|_| alive(&ground, "chains").is_empty()) {
+        if (0..20).all(|_| alive(&fixture, "chains").is_empty()) {
             drop(s);
             limit.empty()?;
             continue;
         }
         let report: KillReport = agent.json(&["kill", "--grace", "0s", &target.id.to_string()])?;
-        all_gone(&ground, "chains").with_context(|| format!("{report:?}\n{}", agent.log_tail()))?;
+        all_gone(&fixture, "chains").with_context(|| format!("{report:?}\n{}", agent.log_tail()))?;
         loudly(&format!(
             "10 chains outlived a recursive kill of {by_list} by list; jobwarden's took {:.3} s",
             report.took_s
@@ -114,24 +114,24 @@ fn chains_that_a_kill_by_list_does_not_end() -> Result<()> {
 
 #[test]
 fn daemons_made_while_the_job_ends() -> Result<()> {
-    let ground = ground!("daemons_made_while_the_job_ends");
-    let agent = Agent::start(&ground, &rule(&ground, "daemons", "daemons", ""))?;
-    let beside = control(&ground)?;
+    let fixture = fixture!("daemons_made_while_the_job_ends");
+    let agent = Agent::start(&fixture, &rule(&fixture, "daemons", "daemons", ""))?;
+    let beside = control(&fixture)?;
     // Each stop signal makes five by double fork, in sessions of their own, that ignore it; and it goes on.
     let daemon = "(setsid sh -c 'trap \"\" TERM; echo daemon=$$; sleep 61.5' &)";
     let script = format!(
         "trap 'for i in 1 2 3 4 5; do {}; done' TERM; echo started=1; while :; do sleep 0.02; done",
         daemon.replace('\'', "'\\''")
     );
-    let mut c = ground.command("/bin/sh");
-    c.args(["-c", &script, "daemons", &ground.tag]);
+    let mut c = fixture.command("/bin/sh");
+    c.args(["-c", &script, "daemons", &fixture.tag]);
     let mut s = Shape::spawn("sh", c)?;
     s.fact::<u32>("started")?;
     let target = job(&agent, s.pid())?;
     let report: KillReport = agent.json(&["kill", "--grace", "700ms", &target.id.to_string()])?;
     let made = s.facts::<u32>("daemon", 5)?;
     for what in ["daemons", "61.5"] {
-        all_gone(&ground, what)?;
+        all_gone(&fixture, what)?;
     }
     ensure!(report.survivors.is_empty(), "{report:?}");
     for pid in made {
@@ -142,21 +142,21 @@ fn daemons_made_while_the_job_ends() -> Result<()> {
 
 #[test]
 fn a_member_that_becomes_another_user() -> Result<()> {
-    let ground = ground!("a_member_that_becomes_another_user");
+    let fixture = fixture!("a_member_that_becomes_another_user");
     // A setuid program in a folder that its caller may enter.
-    let suid = ground.path("suid");
+    let suid = fixture.path("suid");
     std::fs::copy(program("shape-stubborn")?, &suid)?;
     std::fs::set_permissions(&suid, std::fs::Permissions::from_mode(0o4755))?;
     let folder = suid.parent().context("no folder")?;
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
-    let agent = Agent::start(&ground, &rule(&ground, "users", "users", ""))?;
+    let agent = Agent::start(&fixture, &rule(&fixture, "users", "users", ""))?;
     let script = format!(
         "setpriv --reuid 65534 --clear-groups {} 1 {} & echo nobody=$!; wait",
         suid.display(),
-        ground.tag
+        fixture.tag
     );
-    let mut c = ground.command("/bin/sh");
-    c.args(["-c", &script, "users", &ground.tag]);
+    let mut c = fixture.command("/bin/sh");
+    c.args(["-c", &script, "users", &fixture.tag]);
     let mut s = Shape::spawn("sh", c)?;
     let member: u32 = s.fact("nobody")?;
     s.fact::<u32>("ready")?;
@@ -167,7 +167,7 @@ fn a_member_that_becomes_another_user() -> Result<()> {
     }
     let target = job(&agent, s.pid())?;
     let report: KillReport = agent.json(&["kill", "--grace", "200ms", &target.id.to_string()])?;
-    all_gone(&ground, "suid")?;
+    all_gone(&fixture, "suid")?;
     ensure!(report.survivors.is_empty(), "{report:?}");
     ensure!(report.signalled.iter().any(|x| x.process.pid == member), "{report:?}");
     Ok(())
@@ -175,9 +175,9 @@ fn a_member_that_becomes_another_user() -> Result<()> {
 
 #[test]
 fn a_traced_member_ends_and_its_zombie_is_the_tracers() -> Result<()> {
-    let ground = ground!("a_traced_member_ends_and_its_zombie_is_the_tracers");
-    let agent = Agent::start(&ground, "")?;
-    let mut s = Shape::start(&ground, "traced", &["plain"])?;
+    let fixture = fixture!("a_traced_member_ends_and_its_zombie_is_the_tracers");
+    let agent = Agent::start(&fixture, "")?;
+    let mut s = Shape::start(&fixture, "traced", &["plain"])?;
     let (held, tracer): (u32, u32) = (s.fact("held")?, s.fact("tracer")?);
     agent.process_when(held, "there", |_| true)?;
     let report: KillReport = agent.json(&["kill", "--grace", "0s", &held.to_string()])?;
@@ -194,8 +194,8 @@ fn a_traced_member_ends_and_its_zombie_is_the_tracers() -> Result<()> {
 struct Freezer(PathBuf);
 
 impl Freezer {
-    fn new(ground: &Ground, root: &str, file: &str) -> Option<Self> {
-        let dir = Path::new(root).join(&ground.tag);
+    fn new(fixture: &Fixture, root: &str, file: &str) -> Option<Self> {
+        let dir = Path::new(root).join(&fixture.tag);
         std::fs::create_dir(&dir).ok()?;
         let me = Self(dir);
         me.0.join(file).exists().then_some(me)
@@ -217,12 +217,12 @@ impl Drop for Freezer {
 
 #[test]
 fn a_frozen_member_survives_where_the_freezer_holds_sigkill_back() -> Result<()> {
-    let ground = ground!("a_frozen_member_survives_where_the_freezer_holds_sigkill_back");
-    let Some(freezer) = Freezer::new(&ground, "/sys/fs/cgroup/freezer", "freezer.state") else {
+    let fixture = fixture!("a_frozen_member_survives_where_the_freezer_holds_sigkill_back");
+    let Some(freezer) = Freezer::new(&fixture, "/sys/fs/cgroup/freezer", "freezer.state") else {
         skip!("a_frozen_member_survives_where_the_freezer_holds_sigkill_back: no v1 freezer here");
     };
-    let agent = Agent::start(&ground, "")?;
-    let mut s = Shape::start(&ground, "setsid", &[])?;
+    let agent = Agent::start(&fixture, "")?;
+    let mut s = Shape::start(&fixture, "setsid", &[])?;
     let (child, grandchild): (u32, u32) = (s.fact("child")?, s.fact("grandchild")?);
     agent.process_when(grandchild, "there", |_| true)?;
     freezer.write("cgroup.procs", &child.to_string())?;
@@ -245,7 +245,7 @@ fn a_frozen_member_survives_where_the_freezer_holds_sigkill_back() -> Result<()>
     let kills = agent.metrics()?.sum("jobwarden_job_kills_total", &[]);
     ensure!(kills < 0.5, "{kills}");
     freezer.write("freezer.state", "THAWED")?;
-    all_gone(&ground, "shape-setsid")?;
+    all_gone(&fixture, "shape-setsid")?;
     eventually("the alert is over", ms(5000), || {
         let alert = failed()?;
         ensure!(alert.is_none(), "{alert:?}");
@@ -255,29 +255,29 @@ fn a_frozen_member_survives_where_the_freezer_holds_sigkill_back() -> Result<()>
 
 #[test]
 fn a_frozen_member_ends_where_the_freezer_lets_it() -> Result<()> {
-    let ground = ground!("a_frozen_member_ends_where_the_freezer_lets_it");
+    let fixture = fixture!("a_frozen_member_ends_where_the_freezer_lets_it");
     let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
-    let Some(freezer) = roots.iter().find_map(|r| Freezer::new(&ground, r, "cgroup.freeze")) else {
+    let Some(freezer) = roots.iter().find_map(|r| Freezer::new(&fixture, r, "cgroup.freeze")) else {
         skip!("a_frozen_member_ends_where_the_freezer_lets_it: no v2 freezer here");
     };
-    let agent = Agent::start(&ground, "")?;
-    let mut s = Shape::start(&ground, "setsid", &[])?;
+    let agent = Agent::start(&fixture, "")?;
+    let mut s = Shape::start(&fixture, "setsid", &[])?;
     let (child, grandchild): (u32, u32) = (s.fact("child")?, s.fact("grandchild")?);
     agent.process_when(grandchild, "there", |_| true)?;
     freezer.write("cgroup.procs", &child.to_string())?;
     freezer.write("cgroup.freeze", "1")?;
     let report: KillReport = agent.json(&["kill", "--grace", "300ms", &s.pid().to_string()])?;
     ensure!(report.survivors.is_empty(), "{report:?}");
-    all_gone(&ground, "shape-setsid")
+    all_gone(&fixture, "shape-setsid")
 }
 
 #[test]
 fn the_end_of_an_incident_says_that_the_zombie_was_reaped() -> Result<()> {
-    let ground = ground!("the_end_of_an_incident_says_that_the_zombie_was_reaped");
+    let fixture = fixture!("the_end_of_an_incident_says_that_the_zombie_was_reaped");
     let more = "zombie_after = \"300ms\"\norphan_after = \"1500ms\"\non_orphan = \"kill\"\ngrace = \"200ms\"";
-    let config = format!("[enforcement]\nenabled = true\n{}", rule(&ground, "incident", "incident", more));
-    let agent = Agent::start(&ground, &config)?;
-    let mut s = Shape::start(&ground, "incident", &[])?;
+    let config = format!("[enforcement]\nenabled = true\n{}", rule(&fixture, "incident", "incident", more));
+    let agent = Agent::start(&fixture, &config)?;
+    let mut s = Shape::start(&fixture, "incident", &[])?;
     let command: u32 = s.fact("command")?;
     let firing = eventually("the zombie's alert", ms(5000), || {
         agent.alerts(&[])?.into_iter().find(|a| a.kind == AlertKind::Zombie).context("no alert")
@@ -286,7 +286,7 @@ fn the_end_of_an_incident_says_that_the_zombie_was_reaped() -> Result<()> {
     ensure!(s.fact::<i32>("status")? == 0, "the worker is free again");
     let ended = eventually("its end", ms(5000), || {
         let all = agent.alerts(&["--history"])?;
-        let over = |a: &jobwarden::contract::Alert| a.id == firing.id && a.state == AlertState::Resolved;
+        let over = |a: &jobwarden::model::schema::Alert| a.id == firing.id && a.state == AlertState::Resolved;
         all.into_iter().find(over).context("not resolved")
     })?;
     let text = &ended.summary;
@@ -301,15 +301,15 @@ fn the_end_of_an_incident_says_that_the_zombie_was_reaped() -> Result<()> {
 /// `kill PID` within a rule's job: what is spared of it is a member of that job still, and so is what it forks then.
 #[test]
 fn what_kill_pid_spares_stays_in_its_job() -> Result<()> {
-    let ground = ground!("what_kill_pid_spares_stays_in_its_job");
-    let protect = format!("[enforcement]\nprotect = [{{ argv = \"^sh -c echo kept.*{}\" }}]\n", ground.tag);
-    let agent = Agent::start(&ground, &(protect + &rule(&ground, "around", "around", "")))?;
-    let tag = &ground.tag;
+    let fixture = fixture!("what_kill_pid_spares_stays_in_its_job");
+    let protect = format!("[enforcement]\nprotect = [{{ argv = \"^sh -c echo kept.*{}\" }}]\n", fixture.tag);
+    let agent = Agent::start(&fixture, &(protect + &rule(&fixture, "around", "around", "")))?;
+    let tag = &fixture.tag;
     let script = format!(
         "exec 3<&0; sh -c 'sh -c \"echo kept=\\$\\$; read go <&3; sleep 62.5 & echo later=\\$!; wait\" kept {tag} & \
          echo inner=$$; wait' inner {tag} & wait; read end <&3"
     );
-    let mut c = ground.command("/bin/sh");
+    let mut c = fixture.command("/bin/sh");
     c.args(["-c", &script, "around", tag]);
     let mut s = Shape::spawn("sh", c)?;
     let (inner, kept): (u32, u32) = (s.fact("inner")?, s.fact("kept")?);
@@ -325,7 +325,7 @@ fn what_kill_pid_spares_stays_in_its_job() -> Result<()> {
     let report: KillReport = agent.json(&["kill", "--dry-run", &target.id.to_string()])?;
     ensure!(report.spared.iter().any(|x| x.process.pid == later), "{report:?}");
     for pid in [kept, later] {
-        ground.signal(pid.cast_signed(), Signal::KILL)?;
+        fixture.signal(pid.cast_signed(), Signal::KILL)?;
     }
     Ok(())
 }

@@ -4,9 +4,9 @@
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{Exit, LineageKnown, Process, State};
+use jobwarden::model::schema::{Exit, LineageKnown, Process, State};
 use jobwarden_tests::truth::{exit_matches, forest_is_proc, letter, stat};
-use jobwarden_tests::{Agent, Events, Ground, Shape, eventually, ground, ms, pause};
+use jobwarden_tests::{Agent, Events, Fixture, Shape, eventually, fixture, ms, pause};
 
 /// The exit that an `exit` event tells.
 fn exit_of(events: &Events, pid: u32) -> Result<Exit> {
@@ -31,17 +31,17 @@ fn known(p: &Process, lineage_parent: u32) -> bool {
     p.lineage == LineageKnown::Known && p.lineage_parent.is_some_and(|k| k.pid == lineage_parent)
 }
 
-fn agent_and_events(ground: &Ground) -> Result<(Agent<'_>, Events)> {
-    let agent = Agent::start(ground, "")?;
-    let events = Events::start(ground, &agent)?;
+fn agent_and_events(fixture: &Fixture) -> Result<(Agent<'_>, Events)> {
+    let agent = Agent::start(fixture, "")?;
+    let events = Events::start(fixture, &agent)?;
     Ok((agent, events))
 }
 
 #[test]
 fn fork() -> Result<()> {
-    let ground = ground!("fork");
-    let (agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "fork", &[])?;
+    let fixture = fixture!("fork");
+    let (agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "fork", &[])?;
     let (child, grandchild): (u32, u32) = (s.fact("child")?, s.fact("grandchild")?);
     let root = agent.process_when(s.pid(), "running", |p| p.state == State::Running)?;
     let middle = agent.process_when(child, "child of its parent", |p| known(p, root.pid))?;
@@ -51,7 +51,7 @@ fn fork() -> Result<()> {
     assert_eq!(last.lineage_parent, Some(middle.id));
     assert!(!last.orphan && !middle.orphan, "nobody's parent is dead");
     assert_eq!(last.argv, root.argv, "a fork has its parent's argv");
-    assert!(root.argv.contains(&ground.tag), "{:?}", root.argv);
+    assert!(root.argv.contains(&fixture.tag), "{:?}", root.argv);
     let started = stat(grandchild)?.start_ticks;
     assert_eq!(last.id.start / 10_000_000, started, "the key's start is the kernel's");
     s.step()?;
@@ -68,9 +68,9 @@ fn fork() -> Result<()> {
 /// Also where the kernel runs no probe while PID 1 is on the CPU, so that the records of most of these never come.
 #[test]
 fn what_pid_1_reaps_has_one_reap_event_each() -> Result<()> {
-    let ground = ground!("what_pid_1_reaps_has_one_reap_event_each");
-    let (_agent, events) = agent_and_events(&ground)?;
-    let out = ground
+    let fixture = fixture!("what_pid_1_reaps_has_one_reap_event_each");
+    let (_agent, events) = agent_and_events(&fixture)?;
+    let out = fixture
         .command("/bin/sh")
         .args(["-c", "for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.3 & echo $!; done"])
         .stdin(Stdio::null())
@@ -97,9 +97,9 @@ fn what_pid_1_reaps_has_one_reap_event_each() -> Result<()> {
 
 #[test]
 fn vfork() -> Result<()> {
-    let ground = ground!("vfork");
-    let (agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "vfork", &[])?;
+    let fixture = fixture!("vfork");
+    let (agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "vfork", &[])?;
     let child: u32 = s.fact("child")?;
     let root = s.pid();
     agent.process_when(child, "child of its parent", |p| known(p, root) && p.ppid == Some(root))?;
@@ -113,9 +113,9 @@ fn vfork() -> Result<()> {
 
 #[test]
 fn clone_parent() -> Result<()> {
-    let ground = ground!("clone_parent");
-    let (agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "clone-parent", &[])?;
+    let fixture = fixture!("clone_parent");
+    let (agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "clone-parent", &[])?;
     let (forker, sibling): (u32, u32) = (s.fact("forker")?, s.fact("sibling")?);
     let root = s.pid();
     let p = agent.process_when(sibling, "lineage by its forker", |p| known(p, forker))?;
@@ -132,12 +132,12 @@ fn clone_parent() -> Result<()> {
 
 #[test]
 fn a_clone_parent_child_is_no_orphan_while_its_given_parent_lives() -> Result<()> {
-    let ground = ground!("a_clone_parent_child_is_no_orphan_while_its_given_parent_lives");
-    let agent = Agent::start(&ground, "")?;
-    let mut s = Shape::start(&ground, "clone-parent", &[])?;
+    let fixture = fixture!("a_clone_parent_child_is_no_orphan_while_its_given_parent_lives");
+    let agent = Agent::start(&fixture, "")?;
+    let mut s = Shape::start(&fixture, "clone-parent", &[])?;
     let (forker, sibling): (u32, u32) = (s.fact("forker")?, s.fact("sibling")?);
     agent.process_when(sibling, "there", |_| true)?;
-    ground.signal(forker.cast_signed(), rustix::process::Signal::KILL)?;
+    fixture.signal(forker.cast_signed(), rustix::process::Signal::KILL)?;
     s.fact::<i32>("first_status")?;
     agent.gone(forker)?;
     let p = agent.process(sibling)?;
@@ -148,9 +148,9 @@ fn a_clone_parent_child_is_no_orphan_while_its_given_parent_lives() -> Result<()
 
 #[test]
 fn threads_are_no_processes() -> Result<()> {
-    let ground = ground!("threads_are_no_processes");
-    let (agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "threads", &["50"])?;
+    let fixture = fixture!("threads_are_no_processes");
+    let (agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "threads", &["50"])?;
     let tids: String = s.fact("tids")?;
     assert_eq!(tids.split(',').count(), 50);
     let pid = s.pid();
@@ -161,7 +161,7 @@ fn threads_are_no_processes() -> Result<()> {
     assert_eq!(exits, 1, "one exit, of the group: {:?}", events.of(pid));
     for tid in tids.split(',').filter_map(|t| t.parse::<u32>().ok()) {
         assert!(
-            events.of(tid).iter().all(|e| e.process.as_ref().is_none_or(|p| !p.argv.contains(&ground.tag))),
+            events.of(tid).iter().all(|e| e.process.as_ref().is_none_or(|p| !p.argv.contains(&fixture.tag))),
             "thread {tid} gave events: {:?}",
             events.of(tid)
         );
@@ -169,9 +169,9 @@ fn threads_are_no_processes() -> Result<()> {
     Ok(())
 }
 
-fn exec_of_a_thread(ground: &Ground, args: &[&str]) -> Result<()> {
-    let (agent, events) = agent_and_events(ground)?;
-    let mut s = Shape::start(ground, "exec-thread", args)?;
+fn exec_of_a_thread(fixture: &Fixture, args: &[&str]) -> Result<()> {
+    let (agent, events) = agent_and_events(fixture)?;
+    let mut s = Shape::start(fixture, "exec-thread", args)?;
     let thread: u32 = s.fact("thread")?;
     let pid = s.pid();
     let want = if args.is_empty() { State::Running } else { State::LeaderExited };
@@ -193,19 +193,19 @@ fn exec_of_a_thread(ground: &Ground, args: &[&str]) -> Result<()> {
 
 #[test]
 fn exec_by_a_thread_that_is_not_the_leader() -> Result<()> {
-    exec_of_a_thread(&ground!("exec_by_a_thread_that_is_not_the_leader"), &[])
+    exec_of_a_thread(&fixture!("exec_by_a_thread_that_is_not_the_leader"), &[])
 }
 
 #[test]
 fn exec_by_a_thread_whose_leader_has_exited() -> Result<()> {
-    exec_of_a_thread(&ground!("exec_by_a_thread_whose_leader_has_exited"), &["leader-gone"])
+    exec_of_a_thread(&fixture!("exec_by_a_thread_whose_leader_has_exited"), &["leader-gone"])
 }
 
 #[test]
 fn leader_exit() -> Result<()> {
-    let ground = ground!("leader_exit");
-    let (agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "leader-exit", &[])?;
+    let fixture = fixture!("leader_exit");
+    let (agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "leader-exit", &[])?;
     let pid = s.pid();
     events.wait("leader-exit", pid)?;
     let p = agent.process_when(pid, "leader-exited", |p| p.state == State::LeaderExited)?;
@@ -225,9 +225,9 @@ fn leader_exit() -> Result<()> {
 
 #[test]
 fn zombie_and_its_late_reap() -> Result<()> {
-    let ground = ground!("zombie_and_its_late_reap");
-    let (agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "zombie", &["3"])?;
+    let fixture = fixture!("zombie_and_its_late_reap");
+    let (agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "zombie", &["3"])?;
     let children: Vec<u32> = s.facts("child", 3)?;
     for &child in &children {
         let p = agent.process_when(child, "zombie", |p| p.state == State::Zombie)?;
@@ -248,9 +248,9 @@ fn zombie_and_its_late_reap() -> Result<()> {
 
 #[test]
 fn sigchld_ignored_leaves_no_zombie() -> Result<()> {
-    let ground = ground!("sigchld_ignored_leaves_no_zombie");
-    let (agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "autoreap", &[])?;
+    let fixture = fixture!("sigchld_ignored_leaves_no_zombie");
+    let (agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "autoreap", &[])?;
     let child: u32 = s.fact("child")?;
     agent.process_when(child, "running", |p| p.state == State::Running)?;
     s.step()?;
@@ -266,9 +266,9 @@ fn sigchld_ignored_leaves_no_zombie() -> Result<()> {
 
 #[test]
 fn double_fork_daemon() -> Result<()> {
-    let ground = ground!("double_fork_daemon");
-    let (agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "daemon", &[])?;
+    let fixture = fixture!("double_fork_daemon");
+    let (agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "daemon", &[])?;
     let (middle, daemon, adopter): (u32, u32, u32) =
         (s.fact("middle")?, s.fact("daemon")?, s.fact("adopter")?);
     let p = agent.process_when(daemon, "adopted", |p| p.orphan && p.adopter.is_some())?;
@@ -289,10 +289,10 @@ fn double_fork_daemon() -> Result<()> {
 
 #[test]
 fn setsid_stays_in_the_job() -> Result<()> {
-    let ground = ground!("setsid_stays_in_the_job");
-    let config = format!("[[job]]\nname = \"session\"\nmatch = {{ argv = \"{}\" }}\n", ground.tag);
-    let agent = Agent::start(&ground, &config)?;
-    let mut s = Shape::start(&ground, "setsid", &[])?;
+    let fixture = fixture!("setsid_stays_in_the_job");
+    let config = format!("[[job]]\nname = \"session\"\nmatch = {{ argv = \"{}\" }}\n", fixture.tag);
+    let agent = Agent::start(&fixture, &config)?;
+    let mut s = Shape::start(&fixture, "setsid", &[])?;
     let (child, grandchild): (u32, u32) = (s.fact("child")?, s.fact("grandchild")?);
     let root = agent.process_when(s.pid(), "in a job", |p| p.job.is_some())?;
     for pid in [child, grandchild] {
@@ -309,9 +309,9 @@ fn setsid_stays_in_the_job() -> Result<()> {
 
 #[test]
 fn subreaper_adopts() -> Result<()> {
-    let ground = ground!("subreaper_adopts");
-    let (agent, _events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "subreaper", &[])?;
+    let fixture = fixture!("subreaper_adopts");
+    let (agent, _events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "subreaper", &[])?;
     let (parent, grandchild): (u32, u32) = (s.fact("parent")?, s.fact("grandchild")?);
     agent.process_when(grandchild, "its parent's", |p| known(p, parent) && !p.orphan)?;
     s.step()?;
@@ -329,10 +329,10 @@ fn subreaper_adopts() -> Result<()> {
 
 #[test]
 fn death_by_signal_names_its_sender() -> Result<()> {
-    let ground = ground!("death_by_signal_names_its_sender");
-    let (agent, events) = agent_and_events(&ground)?;
+    let fixture = fixture!("death_by_signal_names_its_sender");
+    let (agent, events) = agent_and_events(&fixture)?;
     for number in ["15", "9"] {
-        let mut s = Shape::start(&ground, "signal", &[number])?;
+        let mut s = Shape::start(&fixture, "signal", &[number])?;
         let child: u32 = s.fact("child")?;
         agent.process_when(child, "there", |_| true)?;
         s.step()?;
@@ -342,7 +342,7 @@ fn death_by_signal_names_its_sender() -> Result<()> {
         let Exit::Signal { sender, .. } = exit else { anyhow::bail!("{exit:?}") };
         let sender = sender.context("no sender")?;
         assert_eq!(sender.pid, s.pid());
-        assert!(sender.argv.contains(&ground.tag), "{sender:?}");
+        assert!(sender.argv.contains(&fixture.tag), "{sender:?}");
         let seen = events.wait("signal", child)?;
         assert!(seen.more.contains_key("signal"), "{seen:?}");
         s.finish()?;
@@ -352,9 +352,9 @@ fn death_by_signal_names_its_sender() -> Result<()> {
 
 #[test]
 fn core_flag() -> Result<()> {
-    let ground = ground!("core_flag");
-    let (_agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "core", &[])?;
+    let fixture = fixture!("core_flag");
+    let (_agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "core", &[])?;
     let child: u32 = s.fact("child")?;
     let status: i32 = s.fact("status")?;
     let exit = exit_of(&events, child)?;
@@ -370,17 +370,17 @@ fn core_flag() -> Result<()> {
 
 #[test]
 fn a_process_that_lives_under_a_millisecond() -> Result<()> {
-    let ground = ground!("a_process_that_lives_under_a_millisecond");
-    let (_agent, events) = agent_and_events(&ground)?;
+    let fixture = fixture!("a_process_that_lives_under_a_millisecond");
+    let (_agent, events) = agent_and_events(&fixture)?;
     let given = ["true", "one two", "", "--three=4", "ünï"];
     let mut args = vec!["--"];
     args.extend(given);
-    let mut s = Shape::start(&ground, "brief", &args)?;
+    let mut s = Shape::start(&fixture, "brief", &args)?;
     s.step()?;
     let child: u32 = s.fact("child")?;
     let exec = events.wait("exec", child)?;
     let mut want: Vec<String> = given.iter().map(ToString::to_string).collect();
-    want.push(ground.tag.clone());
+    want.push(fixture.tag.clone());
     assert_eq!(exec.process.as_ref().map(|p| p.argv.clone()), Some(want), "argv whole");
     assert_eq!(exec.process.as_ref().map(|p| p.comm.as_str()), Some("true"));
     assert_eq!(exit_of(&events, child)?, Exit::Code { code: 0 });
@@ -391,9 +391,9 @@ fn a_process_that_lives_under_a_millisecond() -> Result<()> {
 
 #[test]
 fn rename_by_prctl() -> Result<()> {
-    let ground = ground!("rename_by_prctl");
-    let agent = Agent::start(&ground, "")?;
-    let mut s = Shape::start(&ground, "rename", &["new-name"])?;
+    let fixture = fixture!("rename_by_prctl");
+    let agent = Agent::start(&fixture, "")?;
+    let mut s = Shape::start(&fixture, "rename", &["new-name"])?;
     s.fact::<u32>("ready")?;
     agent.process_when(s.pid(), "old name", |p| p.comm == "shape-rename")?;
     s.step()?;
@@ -406,19 +406,19 @@ fn rename_by_prctl() -> Result<()> {
 
 #[test]
 fn already_running_before_the_agent() -> Result<()> {
-    let ground = ground!("already_running_before_the_agent");
-    let mut s = Shape::start(&ground, "setsid", &[])?;
+    let fixture = fixture!("already_running_before_the_agent");
+    let mut s = Shape::start(&fixture, "setsid", &[])?;
     let (child, grandchild): (u32, u32) = (s.fact("child")?, s.fact("grandchild")?);
-    let mut d = Shape::start(&ground, "daemon", &[])?;
+    let mut d = Shape::start(&fixture, "daemon", &[])?;
     let daemon: u32 = d.fact("daemon")?;
-    let mut z = Shape::start(&ground, "zombie", &[])?;
+    let mut z = Shape::start(&fixture, "zombie", &[])?;
     let zombie: u32 = z.fact("child")?;
     z.fact::<u32>("dead")?;
-    let config = format!("[[job]]\nname = \"earlier\"\nmatch = {{ argv = \"setsid {}\" }}\n", ground.tag);
-    let agent = Agent::start(&ground, &config)?;
+    let config = format!("[[job]]\nname = \"earlier\"\nmatch = {{ argv = \"setsid {}\" }}\n", fixture.tag);
+    let agent = Agent::start(&fixture, &config)?;
     let root =
         agent.process_when(s.pid(), "in a job: a rule matches those who already run", |p| p.job.is_some())?;
-    assert!(root.argv.contains(&ground.tag), "{root:?}");
+    assert!(root.argv.contains(&fixture.tag), "{root:?}");
     for pid in [child, grandchild] {
         assert_eq!(
             agent.process(pid)?.job,
@@ -440,10 +440,10 @@ fn already_running_before_the_agent() -> Result<()> {
 
 #[test]
 fn a_chain_of_forkers_keeps_its_root() -> Result<()> {
-    let ground = ground!("a_chain_of_forkers_keeps_its_root");
-    let config = format!("[[job]]\nname = \"chain\"\nmatch = {{ argv = \"{}\" }}\n", ground.tag);
-    let agent = Agent::start(&ground, &config)?;
-    let mut s = Shape::start(&ground, "chain", &["200"])?;
+    let fixture = fixture!("a_chain_of_forkers_keeps_its_root");
+    let config = format!("[[job]]\nname = \"chain\"\nmatch = {{ argv = \"{}\" }}\n", fixture.tag);
+    let agent = Agent::start(&fixture, &config)?;
+    let mut s = Shape::start(&fixture, "chain", &["200"])?;
     let (last, root): (u32, u32) = (s.fact("last")?, s.pid());
     // The root is this test's own child: nobody else reaps it.
     s.wait(ms(5000))?;
@@ -466,9 +466,9 @@ fn a_chain_of_forkers_keeps_its_root() -> Result<()> {
 
 #[test]
 fn a_pid_used_twice_is_two_processes() -> Result<()> {
-    let ground = ground!("a_pid_used_twice_is_two_processes");
-    let (agent, events) = agent_and_events(&ground)?;
-    let mut s = Shape::start(&ground, "reuse", &["5"])?;
+    let fixture = fixture!("a_pid_used_twice_is_two_processes");
+    let (agent, events) = agent_and_events(&fixture)?;
+    let mut s = Shape::start(&fixture, "reuse", &["5"])?;
     for round in 1..=5 {
         let pid = *s.facts::<u32>("pid", round)?.last().context("no pid")?;
         let p = agent.process_when(pid, "the second is running", |p| p.state == State::Running)?;
@@ -486,11 +486,11 @@ fn a_pid_used_twice_is_two_processes() -> Result<()> {
 #[test]
 fn argv_is_never_raw_on_the_terminal() -> Result<()> {
     use std::os::unix::ffi::OsStrExt as _;
-    let ground = ground!("argv_is_never_raw_on_the_terminal");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("argv_is_never_raw_on_the_terminal");
+    let agent = Agent::start(&fixture, "")?;
     let nasty = std::ffi::OsStr::from_bytes(b"\x1b[31mred\nline\xff\x07");
-    let mut c = ground.command(jobwarden_tests::ground::program("shape-setsid")?);
-    c.arg(nasty).arg(&ground.tag);
+    let mut c = fixture.command(jobwarden_tests::fixture::program("shape-setsid")?);
+    c.arg(nasty).arg(&fixture.tag);
     let mut s = Shape::spawn("setsid", c)?;
     s.fact::<u32>("grandchild")?;
     let pid = s.pid().to_string();

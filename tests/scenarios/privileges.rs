@@ -5,11 +5,11 @@ use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use jobwarden::contract::KillReport;
-use jobwarden::kernel::Kernel;
+use jobwarden::model::schema::KillReport;
 use jobwarden::privileges::{KEPT, TO_START, WHERE_ASKED, asked_for};
+use jobwarden::sources::kernel::Kernel;
 use jobwarden_tests::agent::Options;
-use jobwarden_tests::{Agent, Ground, Shape, ground, ms, skip};
+use jobwarden_tests::{Agent, Fixture, Shape, fixture, ms, skip};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 const NOBODY: u32 = 65534;
@@ -30,8 +30,8 @@ fn series() -> Result<(u32, u32)> {
 }
 
 /// Why the agent did not start.
-fn refused(ground: &Ground, o: &Options<'_>) -> Result<String> {
-    match Agent::with(ground, o) {
+fn refused(fixture: &Fixture, o: &Options<'_>) -> Result<String> {
+    match Agent::with(fixture, o) {
         Ok(agent) => {
             agent.stop()?;
             bail!("it started");
@@ -49,10 +49,10 @@ fn set_of(agent: &Agent<'_>, name: &str) -> Result<CapabilitySet> {
 
 #[test]
 fn what_the_unit_gives_is_enough() -> Result<()> {
-    let ground = ground!("what_the_unit_gives_is_enough");
-    let agent = Agent::with(&ground, &Options { capabilities: Some(units()), ..Options::default() })?;
+    let fixture = fixture!("what_the_unit_gives_is_enough");
+    let agent = Agent::with(&fixture, &Options { capabilities: Some(units()), ..Options::default() })?;
     // Another user's process: seen, and ended.
-    let mut c = ground.command("sleep");
+    let mut c = fixture.command("sleep");
     c.arg("600").uid(NOBODY).gid(NOBODY);
     let mut other = Shape::spawn("sleep", c)?;
     agent.process_when(other.pid(), "it runs", |p| p.uid == Some(NOBODY))?;
@@ -64,12 +64,12 @@ fn what_the_unit_gives_is_enough() -> Result<()> {
 
 #[test]
 fn without_bpf_or_perfmon_no_probe_is_loaded() -> Result<()> {
-    let ground = ground!("without_bpf_or_perfmon_no_probe_is_loaded");
+    let fixture = fixture!("without_bpf_or_perfmon_no_probe_is_loaded");
     let says = ["no permission to create the map", "no permission to load the program"];
     let both = [(CapabilitySet::BPF, "BPF"), (CapabilitySet::PERFMON, "PERFMON")];
     for ((one, name), says) in both.into_iter().zip(says) {
         let o = Options { capabilities: Some(units() - one), name, ..Options::default() };
-        let why = refused(&ground, &o).with_context(|| format!("without {name}"))?;
+        let why = refused(&fixture, &o).with_context(|| format!("without {name}"))?;
         ensure!(why.contains(says) && why.contains(&format!("CAP_{name}")), "without {name}: {why}");
     }
     Ok(())
@@ -77,7 +77,7 @@ fn without_bpf_or_perfmon_no_probe_is_loaded() -> Result<()> {
 
 #[test]
 fn without_chown_no_group_gets_the_socket() -> Result<()> {
-    let ground = ground!("without_chown_no_group_gets_the_socket");
+    let fixture = fixture!("without_chown_no_group_gets_the_socket");
     let groups = std::fs::read_to_string("/etc/group")?;
     let of = |l: &str| -> Option<(String, u32)> {
         let mut f = l.split(':');
@@ -95,21 +95,22 @@ fn without_chown_no_group_gets_the_socket() -> Result<()> {
         ..Options::default()
     };
     let without = units() - CapabilitySet::CHOWN;
-    let why = refused(&ground, &with(without, &config, "without"))?;
+    let why = refused(&fixture, &with(without, &config, "without"))?;
     ensure!(why.contains("giving it to its group") && why.contains("not permitted"), "{why}");
     // The socket for root alone needs none.
-    Agent::with(&ground, &with(without, "", "alone"))?.stop()?;
-    let agent = Agent::with(&ground, &with(units(), &config, "with"))?;
+    Agent::with(&fixture, &with(without, "", "alone"))?.stop()?;
+    let agent = Agent::with(&fixture, &with(units(), &config, "with"))?;
     ensure!(std::fs::metadata(&agent.socket)?.gid() == gid, "the socket is not the group's");
     agent.stop()
 }
 
 #[test]
 fn without_setpcap_the_bounding_set_stays_as_it_is() -> Result<()> {
-    let ground = ground!("without_setpcap_the_bounding_set_stays_as_it_is");
+    let fixture = fixture!("without_setpcap_the_bounding_set_stays_as_it_is");
     let without = units() - CapabilitySet::SETPCAP;
     for (given, name, closed) in [(units(), "with", true), (without, "without", false)] {
-        let agent = Agent::with(&ground, &Options { capabilities: Some(given), name, ..Options::default() })?;
+        let agent =
+            Agent::with(&fixture, &Options { capabilities: Some(given), name, ..Options::default() })?;
         // It is given up all the same, and no_new_privs keeps it from coming back.
         let effective = set_of(&agent, "CapEff:")?;
         ensure!(!effective.contains(CapabilitySet::CHOWN), "{name}: {effective:?}");
@@ -124,10 +125,11 @@ fn without_setpcap_the_bounding_set_stays_as_it_is() -> Result<()> {
 /// It starts all the same; a bomb may then hold its own end up.
 #[test]
 fn without_sys_nice_the_scheduler_does_not_prefer_it() -> Result<()> {
-    let ground = ground!("without_sys_nice_the_scheduler_does_not_prefer_it");
+    let fixture = fixture!("without_sys_nice_the_scheduler_does_not_prefer_it");
     let without = units() - CapabilitySet::SYS_NICE;
     for (given, name, nice) in [(units(), "with", "-20"), (without, "without", "0")] {
-        let agent = Agent::with(&ground, &Options { capabilities: Some(given), name, ..Options::default() })?;
+        let agent =
+            Agent::with(&fixture, &Options { capabilities: Some(given), name, ..Options::default() })?;
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", agent.pid()))?;
         // The fields behind the name begin with the state, the third of all; nice is the 19th.
         let seen = stat.rsplit_once(") ").and_then(|(_, l)| l.split(' ').nth(16)).context("no nice")?;
@@ -140,7 +142,7 @@ fn without_sys_nice_the_scheduler_does_not_prefer_it() -> Result<()> {
 #[test]
 fn without_sys_resource_an_old_kernel_has_no_memory_for_maps() -> Result<()> {
     let test = "without_sys_resource_an_old_kernel_has_no_memory_for_maps";
-    let ground = ground!(test);
+    let fixture = fixture!(test);
     let small = |capabilities, name| Options {
         name,
         capabilities: Some(capabilities),
@@ -149,27 +151,27 @@ fn without_sys_resource_an_old_kernel_has_no_memory_for_maps() -> Result<()> {
     };
     if series()? >= (5, 11) {
         // Not counted here: it is not needed.
-        Agent::with(&ground, &small(units(), "without"))?.stop()?;
+        Agent::with(&fixture, &small(units(), "without"))?.stop()?;
         skip!("{test}: kernels from 5.11 on do not count map memory against the limit");
     }
-    let why = refused(&ground, &small(units(), "without"))?;
+    let why = refused(&fixture, &small(units(), "without"))?;
     ensure!(why.contains("no permission to create the map") && why.contains("CAP_SYS_RESOURCE"), "{why}");
-    Agent::with(&ground, &small(units() | CapabilitySet::SYS_RESOURCE, "with"))?.stop()
+    Agent::with(&fixture, &small(units() | CapabilitySet::SYS_RESOURCE, "with"))?.stop()
 }
 
 /// The agent asks for what it keeps by trying; here each one that it asked for is left out once more, and so are those that
 /// it gave up.
 #[test]
 fn bpf_is_kept_where_the_kernel_asks_for_it() -> Result<()> {
-    let ground = ground!("bpf_is_kept_where_the_kernel_asks_for_it");
+    let fixture = fixture!("bpf_is_kept_where_the_kernel_asks_for_it");
     let tried = || -> Result<CapabilitySet> {
-        let kernel = Kernel::start(&jobwarden::kernel::Options::default())?;
-        let asked = asked_for(&|| kernel.rehearse())?;
+        let kernel = Kernel::start(&jobwarden::sources::kernel::Options::default())?;
+        let asked = asked_for(&|| kernel.self_test())?;
         let all = capabilities(None)?;
         let kept = KEPT.iter().fold(CapabilitySet::empty(), |s, k| s | k.0);
         let may = |more| -> Result<bool> {
             set_capabilities(None, CapabilitySets { effective: kept | more, ..all })?;
-            let may = kernel.rehearse().is_ok();
+            let may = kernel.self_test().is_ok();
             set_capabilities(None, all)?;
             Ok(may)
         };
@@ -190,7 +192,7 @@ fn bpf_is_kept_where_the_kernel_asks_for_it() -> Result<()> {
     if series >= (6, 1) {
         ensure!(asked.is_empty(), "{series:?}: {asked:?}");
     }
-    let agent = Agent::with(&ground, &Options { capabilities: Some(units()), ..Options::default() })?;
+    let agent = Agent::with(&fixture, &Options { capabilities: Some(units()), ..Options::default() })?;
     let has = set_of(&agent, "CapEff:")?;
     let given = KEPT.iter().fold(asked, |s, k| s | k.0);
     ensure!(has == given, "the agent has {has:?}, the kernel asks for {asked:?}");
@@ -200,9 +202,9 @@ fn bpf_is_kept_where_the_kernel_asks_for_it() -> Result<()> {
 
 #[test]
 fn a_state_folder_of_another_user_needs_dac_override() -> Result<()> {
-    let ground = ground!("a_state_folder_of_another_user_needs_dac_override");
+    let fixture = fixture!("a_state_folder_of_another_user_needs_dac_override");
     let foreign = |name: &str| -> Result<()> {
-        let state = ground.path(name).join("state");
+        let state = fixture.path(name).join("state");
         std::fs::create_dir_all(&state)?;
         Ok(std::os::unix::fs::chown(state, Some(NOBODY), Some(NOBODY))?)
     };
@@ -210,10 +212,10 @@ fn a_state_folder_of_another_user_needs_dac_override() -> Result<()> {
     foreign("without")?;
     let without = all - CapabilitySet::DAC_OVERRIDE;
     let why =
-        refused(&ground, &Options { name: "without", capabilities: Some(without), ..Options::default() })?;
+        refused(&fixture, &Options { name: "without", capabilities: Some(without), ..Options::default() })?;
     ensure!(why.contains("state") && why.contains("Permission denied"), "{why}");
     foreign("with")?;
-    let agent = Agent::with(&ground, &Options { name: "with", ..Options::default() })?;
+    let agent = Agent::with(&fixture, &Options { name: "with", ..Options::default() })?;
     ensure!(set_of(&agent, "CapEff:")?.contains(CapabilitySet::DAC_OVERRIDE), "it is not kept");
     agent.stop()
 }

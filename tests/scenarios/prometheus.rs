@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use jobwarden_tests::agent::free_port;
 use jobwarden_tests::alerts::ask;
-use jobwarden_tests::{Agent, Shape, eventually, ground, ms, rounds, skip};
+use jobwarden_tests::{Agent, Shape, eventually, fixture, ms, rounds, skip};
 
 struct Prometheus(Child);
 
@@ -19,7 +19,7 @@ impl Drop for Prometheus {
 
 #[test]
 fn prometheus_has_every_metric_that_is_exported() -> Result<()> {
-    let ground = ground!("prometheus_has_every_metric_that_is_exported");
+    let fixture = fixture!("prometheus_has_every_metric_that_is_exported");
     if Command::new("prometheus").arg("--version").output().is_err() {
         skip!("prometheus_has_every_metric_that_is_exported: no prometheus (apt-get install prometheus)");
     }
@@ -27,13 +27,13 @@ fn prometheus_has_every_metric_that_is_exported() -> Result<()> {
         "[zombies]\nafter = \"500ms\"\n\
          [[job]]\nname = \"scraped\"\nmatch = {{ argv = \"{}\" }}\n\
          [[receiver]]\nname = \"none\"\ntype = \"exec\"\ncommand = [\"/bin/true\"]\n",
-        ground.tag
+        fixture.tag
     );
-    let agent = Agent::start(&ground, &config)?;
-    let mut zombie = Shape::start(&ground, "zombie", &["1"])?;
+    let agent = Agent::start(&fixture, &config)?;
+    let mut zombie = Shape::start(&fixture, "zombie", &["1"])?;
     zombie.fact::<u32>("dead")?;
 
-    let dir = ground.path("prometheus");
+    let dir = fixture.path("prometheus");
     std::fs::create_dir(&dir)?;
     let file = dir.join("prometheus.yml");
     std::fs::write(
@@ -45,7 +45,7 @@ fn prometheus_has_every_metric_that_is_exported() -> Result<()> {
     )?;
     let port = free_port()?;
     let log = std::fs::File::create(dir.join("log"))?;
-    let mut c = ground.command("prometheus");
+    let mut c = fixture.command("prometheus");
     c.arg(format!("--config.file={}", file.display()))
         .arg(format!("--storage.tsdb.path={}", dir.join("data").display()))
         .arg(format!("--web.listen-address=127.0.0.1:{port}"))

@@ -5,19 +5,19 @@
 //! JWTEST_KILL_ROUNDS); a few rounds of each run always.
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{AlertKind, JobId, JobState, LineageKnown, Process, State, Tree};
+use jobwarden::model::schema::{AlertKind, JobId, JobState, LineageKnown, Process, State, Tree};
 use jobwarden_tests::agent::{Options, run};
 use jobwarden_tests::truth::forest_is_proc;
-use jobwarden_tests::{Agent, Ground, Shape, eventually, ground, loudly, ms, rounds};
+use jobwarden_tests::{Agent, Fixture, Shape, eventually, fixture, loudly, ms, rounds};
 use rustix::process::Signal;
 
 /// A ring of one page, so that a short flood overflows it.
 const SMALL: [(&str, &str); 1] = [("JOBWARDEN_AGENT_RING_BYTES", "4096")];
 
-fn rule(ground: &Ground) -> String {
+fn rule(fixture: &Fixture) -> String {
     format!(
         "[[job]]\nname = \"family\"\nmatch = {{ argv = \"(setsid family|orphan family-of|brood) {}\" }}\n",
-        ground.tag
+        fixture.tag
     )
 }
 
@@ -28,16 +28,16 @@ fn random(max: u64) -> Result<u64> {
 }
 
 /// One round: families come and go and a flood runs while the agent stands still; then it goes on.
-fn loss_round(ground: &Ground, agent: &Agent<'_>) -> Result<()> {
-    let mut gone = Shape::start(ground, "setsid", &["family"])?;
+fn loss_round(fixture: &Fixture, agent: &Agent<'_>) -> Result<()> {
+    let mut gone = Shape::start(fixture, "setsid", &["family"])?;
     gone.fact::<u32>("grandchild")?;
     agent.signal(Signal::STOP)?;
-    let mut born = Shape::start(ground, "setsid", &["family"])?;
+    let mut born = Shape::start(fixture, "setsid", &["family"])?;
     let members: [u32; 2] = [born.fact("child")?, born.fact("grandchild")?];
-    let mut flood = Shape::start(ground, "spawner", &[&(20 + random(120)?).to_string()])?;
+    let mut flood = Shape::start(fixture, "spawner", &[&(20 + random(120)?).to_string()])?;
     flood.step()?;
     flood.fact::<u32>("reaped")?;
-    let mut daemon = Shape::start(ground, "daemon", &[])?;
+    let mut daemon = Shape::start(fixture, "daemon", &[])?;
     daemon.fact::<u32>("daemon")?;
     gone.finish()?;
     flood.finish()?;
@@ -58,10 +58,10 @@ fn loss_round(ground: &Ground, agent: &Agent<'_>) -> Result<()> {
     Ok(())
 }
 
-fn loss(ground: &Ground, n: u64) -> Result<()> {
-    let agent = Agent::with(ground, &Options { config: &rule(ground), env: &SMALL, ..Options::default() })?;
+fn loss(fixture: &Fixture, n: u64) -> Result<()> {
+    let agent = Agent::with(fixture, &Options { config: &rule(fixture), env: &SMALL, ..Options::default() })?;
     for round in 0..n {
-        loss_round(ground, &agent).with_context(|| format!("round {round} of {n}"))?;
+        loss_round(fixture, &agent).with_context(|| format!("round {round} of {n}"))?;
     }
     let metrics = agent.metrics()?;
     let lost = metrics.sum("jobwarden_events_lost_total", &[]);
@@ -75,23 +75,23 @@ fn loss(ground: &Ground, n: u64) -> Result<()> {
 
 #[test]
 fn loss_is_mended() -> Result<()> {
-    let ground = ground!("loss_is_mended");
-    loss(&ground, 3)
+    let fixture = fixture!("loss_is_mended");
+    loss(&fixture, 3)
 }
 
 #[test]
 #[ignore = "long: JWTEST_LOSS_ROUNDS (1000)"]
 fn loss_is_mended_every_time() -> Result<()> {
-    let ground = ground!("loss_is_mended_every_time");
-    loss(&ground, rounds("JWTEST_LOSS_ROUNDS", 1000))
+    let fixture = fixture!("loss_is_mended_every_time");
+    loss(&fixture, rounds("JWTEST_LOSS_ROUNDS", 1000))
 }
 
 /// A bpffs of the test's own, so that its pins are nobody else's.
 struct Bpffs(std::path::PathBuf);
 
 impl Bpffs {
-    fn mount(ground: &Ground) -> Result<Self> {
-        let dir = ground.path("bpf");
+    fn mount(fixture: &Fixture) -> Result<Self> {
+        let dir = fixture.path("bpf");
         std::fs::create_dir_all(&dir)?;
         let mut c = std::process::Command::new("mount");
         c.args(["-t", "bpf", "bpf"]).arg(&dir);
@@ -115,8 +115,8 @@ impl Drop for Bpffs {
 }
 
 /// Whether the agent starts pinned in this bpffs: what a kernel refuses is skipped loudly by the caller.
-fn pinned<'g>(ground: &'g Ground, bpffs: &str, config: &str) -> Result<Agent<'g>> {
-    Agent::with(ground, &Options { config, args: &["--bpffs", bpffs], pin: true, ..Options::default() })
+fn pinned<'g>(fixture: &'g Fixture, bpffs: &str, config: &str) -> Result<Agent<'g>> {
+    Agent::with(fixture, &Options { config, args: &["--bpffs", bpffs], pin: true, ..Options::default() })
 }
 
 /// The process is in this one job, and it is an orphan of this lineage parent.
@@ -129,29 +129,29 @@ fn orphan_of(agent: &Agent<'_>, pid: u32, job: Option<JobId>, parent: u32) -> Re
 }
 
 /// One round: SIGKILL at a random moment under load; orphans are made while the agent is down; it starts again.
-fn kill_round(ground: &Ground, bpffs: &str, config: &str, born: &mut Shape) -> Result<()> {
-    let agent = pinned(ground, bpffs, config)?;
+fn kill_round(fixture: &Fixture, bpffs: &str, config: &str, born: &mut Shape) -> Result<()> {
+    let agent = pinned(fixture, bpffs, config)?;
     let job = agent.process_when(born.pid(), "in its job", |p| p.job.is_some())?.job;
-    let mut brood = Shape::start(ground, "brood", &[])?;
+    let mut brood = Shape::start(fixture, "brood", &[])?;
     brood.fact::<u32>("middle")?;
     let brood_job = agent.process_when(brood.pid(), "in its job", |p| p.job.is_some())?.job;
-    let mut flood = Shape::start(ground, "spawner", &["300"])?;
+    let mut flood = Shape::start(fixture, "spawner", &["300"])?;
     flood.step()?;
-    let mut middle = Shape::start(ground, "orphan", &["family-of"])?;
+    let mut middle = Shape::start(fixture, "orphan", &["family-of"])?;
     let child: u32 = middle.fact("child")?;
     std::thread::sleep(std::time::Duration::from_millis(random(80)?));
     agent.crash()?;
     middle.step()?;
     middle.wait(ms(5000))?;
     brood.step()?;
-    let mut late = Shape::start(ground, "orphan", &["family-of"])?;
+    let mut late = Shape::start(fixture, "orphan", &["family-of"])?;
     let late_child: u32 = late.fact("child")?;
     late.step()?;
     late.wait(ms(5000))?;
     let (orphans, middles) = (brood.facts::<u32>("orphan", 2)?, brood.facts::<u32>("middle", 2)?);
     flood.fact::<u32>("reaped")?;
     flood.finish()?;
-    let again = pinned(ground, bpffs, config)?;
+    let again = pinned(fixture, bpffs, config)?;
     ensure!(again.process(born.pid())?.job == job, "the job is the same one after the restart");
     // Orphaned while the agent was down, in two cases born too: lineage and membership went on in the kernel.
     orphan_of(&again, child, None, middle.pid())?;
@@ -178,13 +178,13 @@ fn kill_round(ground: &Ground, bpffs: &str, config: &str, born: &mut Shape) -> R
     Ok(())
 }
 
-fn kills(ground: &Ground, n: u64) -> Result<()> {
-    let bpffs = Bpffs::mount(ground)?;
-    let config = rule(ground);
-    let mut born = Shape::start(ground, "setsid", &["family"])?;
+fn kills(fixture: &Fixture, n: u64) -> Result<()> {
+    let bpffs = Bpffs::mount(fixture)?;
+    let config = rule(fixture);
+    let mut born = Shape::start(fixture, "setsid", &["family"])?;
     born.fact::<u32>("grandchild")?;
     for round in 0..n {
-        kill_round(ground, &bpffs.path(), &config, &mut born)
+        kill_round(fixture, &bpffs.path(), &config, &mut born)
             .with_context(|| format!("round {round} of {n}"))?;
     }
     loudly(&format!("{n} rounds of SIGKILL under load: no difference"));
@@ -194,31 +194,31 @@ fn kills(ground: &Ground, n: u64) -> Result<()> {
 
 #[test]
 fn sigkill_loses_nothing() -> Result<()> {
-    let ground = ground!("sigkill_loses_nothing");
-    kills(&ground, 2)
+    let fixture = fixture!("sigkill_loses_nothing");
+    kills(&fixture, 2)
 }
 
 #[test]
 #[ignore = "long: JWTEST_KILL_ROUNDS (50)"]
 fn sigkill_loses_nothing_every_time() -> Result<()> {
-    let ground = ground!("sigkill_loses_nothing_every_time");
-    kills(&ground, rounds("JWTEST_KILL_ROUNDS", 50))
+    let fixture = fixture!("sigkill_loses_nothing_every_time");
+    kills(&fixture, rounds("JWTEST_KILL_ROUNDS", 50))
 }
 
 #[test]
 fn one_agent_at_a_time_and_unpin() -> Result<()> {
-    let ground = ground!("one_agent_at_a_time_and_unpin");
-    let bpffs = Bpffs::mount(&ground)?;
-    let agent = pinned(&ground, &bpffs.path(), "")?;
+    let fixture = fixture!("one_agent_at_a_time_and_unpin");
+    let bpffs = Bpffs::mount(&fixture)?;
+    let agent = pinned(&fixture, &bpffs.path(), "")?;
     let second = Agent::with(
-        &ground,
+        &fixture,
         &Options { args: &["--bpffs", &bpffs.path()], name: "second", pin: true, ..Options::default() },
     );
     ensure!(second.is_err(), "two agents share the pins");
     agent.stop()?;
     let pins = || std::fs::read_dir(bpffs.0.join("jobwarden")).map_or(0, Iterator::count);
     ensure!(pins() > 0, "a clean stop keeps the pins");
-    let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
+    let mut c = fixture.command(jobwarden_tests::fixture::program("jobwarden")?);
     // Where its pins are is said as to the agent.
     c.env("JOBWARDEN_AGENT_BPFFS", bpffs.path()).arg("unpin");
     let out = run(c, ms(10_000))?;
@@ -229,10 +229,10 @@ fn one_agent_at_a_time_and_unpin() -> Result<()> {
 
 #[test]
 fn alerts_survive_a_restart() -> Result<()> {
-    let ground = ground!("alerts_survive_a_restart");
+    let fixture = fixture!("alerts_survive_a_restart");
     let config = "[zombies]\nafter = \"200ms\"\n";
-    let agent = Agent::start(&ground, config)?;
-    let mut s = Shape::start(&ground, "zombie", &[])?;
+    let agent = Agent::start(&fixture, config)?;
+    let mut s = Shape::start(&fixture, "zombie", &[])?;
     s.fact::<u32>("dead")?;
     let about = |agent: &Agent<'_>| {
         let all = agent.alerts(&[])?;
@@ -240,7 +240,7 @@ fn alerts_survive_a_restart() -> Result<()> {
     };
     let before = eventually("alert", ms(3000), || about(&agent))?;
     agent.crash()?;
-    let again = Agent::start(&ground, config)?;
+    let again = Agent::start(&fixture, config)?;
     let after = eventually("the same alert", ms(3000), || about(&again))?;
     assert_eq!(after.id, before.id);
     assert_eq!(after.since, before.since, "it did not fire anew");
@@ -251,8 +251,8 @@ fn alerts_survive_a_restart() -> Result<()> {
 
 #[test]
 fn a_broken_state_file_is_no_crash() -> Result<()> {
-    let ground = ground!("a_broken_state_file_is_no_crash");
-    let agent = Agent::start(&ground, "")?;
+    let fixture = fixture!("a_broken_state_file_is_no_crash");
+    let agent = Agent::start(&fixture, "")?;
     let state = agent.state.clone();
     agent.stop()?;
     let mut broken = 0;
@@ -262,7 +262,7 @@ fn a_broken_state_file_is_no_crash() -> Result<()> {
     }
     ensure!(broken > 0, "the agent keeps no state in {}", state.display());
     // It may start and say so, or refuse and say so; it does not panic.
-    match Agent::start(&ground, "") {
+    match Agent::start(&fixture, "") {
         Ok(agent) => {
             assert_eq!(agent.cli(&["status"])?.code(), Some(0));
             let log = agent.log_tail();
@@ -281,11 +281,11 @@ fn a_broken_state_file_is_no_crash() -> Result<()> {
 /// What is lost while no agent runs is told by the next one, and not again by the one after it.
 #[test]
 fn a_loss_while_the_agent_was_down_is_told_once() -> Result<()> {
-    let ground = ground!("a_loss_while_the_agent_was_down_is_told_once");
-    let bpffs = Bpffs::mount(&ground)?;
+    let fixture = fixture!("a_loss_while_the_agent_was_down_is_told_once");
+    let bpffs = Bpffs::mount(&fixture)?;
     let start = || {
         let args = ["--bpffs", &bpffs.path()];
-        Agent::with(&ground, &Options { args: &args, env: &SMALL, pin: true, ..Options::default() })
+        Agent::with(&fixture, &Options { args: &args, env: &SMALL, pin: true, ..Options::default() })
     };
     let told = |agent: &Agent<'_>| -> Result<Option<(String, usize)>> {
         let all = agent.alerts(&[])?;
@@ -295,7 +295,7 @@ fn a_loss_while_the_agent_was_down_is_told_once() -> Result<()> {
     let before = agent.metrics()?.sum("jobwarden_events_lost_total", &[]);
     let known = told(&agent)?.map_or(0, |(_, n)| n);
     agent.crash()?;
-    let mut flood = Shape::start(&ground, "spawner", &["200"])?;
+    let mut flood = Shape::start(&fixture, "spawner", &["200"])?;
     flood.step()?;
     flood.fact::<u32>("reaped")?;
     flood.finish()?;
@@ -318,9 +318,9 @@ fn a_loss_while_the_agent_was_down_is_told_once() -> Result<()> {
 /// Without pins the kernel forgets: who is alive in the last state keeps its membership, nothing else is guessed.
 #[test]
 fn without_pins_the_last_state_is_what_is_known() -> Result<()> {
-    let ground = ground!("without_pins_the_last_state_is_what_is_known");
-    let agent = Agent::start(&ground, &rule(&ground))?;
-    let mut brood = Shape::start(&ground, "brood", &[])?;
+    let fixture = fixture!("without_pins_the_last_state_is_what_is_known");
+    let agent = Agent::start(&fixture, &rule(&fixture))?;
+    let mut brood = Shape::start(&fixture, "brood", &[])?;
     let early: u32 = brood.fact("orphan")?;
     let job = agent.process_when(early, "an orphan in its job", |p| p.orphan && p.job.is_some())?.job;
     agent.stop()?;
@@ -328,7 +328,7 @@ fn without_pins_the_last_state_is_what_is_known() -> Result<()> {
     let late = *brood.facts::<u32>("orphan", 2)?.last().context("no orphan")?;
     brood.facts::<u32>("middle", 2)?;
     // Without the rule, which would take the one born meanwhile for a root of its own.
-    let again = Agent::start(&ground, "")?;
+    let again = Agent::start(&fixture, "")?;
     for pid in [brood.pid(), early] {
         ensure!(again.process(pid)?.job == job, "{pid} kept its job");
     }
@@ -345,16 +345,16 @@ fn without_pins_the_last_state_is_what_is_known() -> Result<()> {
 /// What was saved on another boot: no jobs of then, but the operator's word.
 #[test]
 fn the_state_of_another_boot() -> Result<()> {
-    let ground = ground!("the_state_of_another_boot");
-    let agent = Agent::start(&ground, &rule(&ground))?;
-    let brood = Shape::start(&ground, "brood", &[])?;
+    let fixture = fixture!("the_state_of_another_boot");
+    let agent = Agent::start(&fixture, &rule(&fixture))?;
+    let brood = Shape::start(&fixture, "brood", &[])?;
     let job = agent.process_when(brood.pid(), "in its job", |p| p.job.is_some())?.job.context("no job")?;
     ensure!(agent.cli(&["enforcement", "off"])?.code() == Some(0));
     let file = agent.state.join("jobs.json");
     agent.stop()?;
     // The same boot, no rules any more: the job goes on.
     let agent =
-        Agent::with(&ground, &Options { config: "[enforcement]\nenabled = true\n", ..Options::default() })?;
+        Agent::with(&fixture, &Options { config: "[enforcement]\nenabled = true\n", ..Options::default() })?;
     ensure!(agent.jobs()?.iter().any(|j| j.id == job), "{:?}", agent.jobs()?);
     agent.stop()?;
     let mut state: serde_json::Value = serde_json::from_slice(&std::fs::read(&file)?)?;
@@ -362,7 +362,7 @@ fn the_state_of_another_boot() -> Result<()> {
     state["boot_id"] = "00000000-0000-4000-8000-000000000000".into();
     std::fs::write(&file, serde_json::to_vec(&state)?)?;
     let agent =
-        Agent::with(&ground, &Options { config: "[enforcement]\nenabled = true\n", ..Options::default() })?;
+        Agent::with(&fixture, &Options { config: "[enforcement]\nenabled = true\n", ..Options::default() })?;
     ensure!(agent.jobs()?.is_empty(), "{:?}", agent.jobs()?);
     let enabled = agent.metrics()?.one("jobwarden_enforcement_enabled", &[])?;
     ensure!(enabled < 0.5, "the operator's `off` holds over a boot");
@@ -373,25 +373,25 @@ fn the_state_of_another_boot() -> Result<()> {
 
 #[test]
 fn one_agent_for_a_state_directory() -> Result<()> {
-    let ground = ground!("one_agent_for_a_state_directory");
-    let agent = Agent::start(&ground, "")?;
-    std::fs::create_dir_all(ground.path("second"))?;
-    std::os::unix::fs::symlink(&agent.state, ground.path("second").join("state"))?;
-    let second = Agent::with(&ground, &Options { name: "second", ..Options::default() });
+    let fixture = fixture!("one_agent_for_a_state_directory");
+    let agent = Agent::start(&fixture, "")?;
+    std::fs::create_dir_all(fixture.path("second"))?;
+    std::os::unix::fs::symlink(&agent.state, fixture.path("second").join("state"))?;
+    let second = Agent::with(&fixture, &Options { name: "second", ..Options::default() });
     let said = second.err().map(|e| format!("{e:#}")).unwrap_or_default();
     ensure!(said.contains("another agent") && said.contains("--state-dir"), "{said}");
     agent.stop()?;
-    Agent::with(&ground, &Options { name: "second", ..Options::default() })?.stop()
+    Agent::with(&fixture, &Options { name: "second", ..Options::default() })?.stop()
 }
 
 /// More processes than the kernel's lineage map has room for: counted, told, and the forest is whole all the same.
 #[test]
 fn a_full_lineage_map_is_told_and_mended() -> Result<()> {
-    let ground = ground!("a_full_lineage_map_is_told_and_mended");
+    let fixture = fixture!("a_full_lineage_map_is_told_and_mended");
     let env = [("JOBWARDEN_AGENT_LINEAGE_ENTRIES", "16")];
-    let config = rule(&ground);
-    let agent = Agent::with(&ground, &Options { config: &config, env: &env, ..Options::default() })?;
-    let mut s = Shape::start(&ground, "setsid", &["family"])?;
+    let config = rule(&fixture);
+    let agent = Agent::with(&fixture, &Options { config: &config, env: &env, ..Options::default() })?;
+    let mut s = Shape::start(&fixture, "setsid", &["family"])?;
     let grandchild: u32 = s.fact("grandchild")?;
     let job = agent.process_when(grandchild, "in its job", |p| p.job.is_some())?.job;
     ensure!(job.is_some_and(|j| j.root.pid == s.pid()), "{job:?}");
@@ -458,14 +458,16 @@ fn same_forest(live: &Tree, lines: &[serde_json::Value], since: &str) -> Result<
 
 #[test]
 fn a_recording_is_replayed() -> Result<()> {
-    let ground = ground!("a_recording_is_replayed");
-    let file = ground.path("recording").to_string_lossy().into_owned();
-    let config = rule(&ground);
-    let agent =
-        Agent::with(&ground, &Options { config: &config, args: &["--record", &file], ..Options::default() })?;
-    let mut brood = Shape::start(&ground, "brood", &[])?;
+    let fixture = fixture!("a_recording_is_replayed");
+    let file = fixture.path("recording").to_string_lossy().into_owned();
+    let config = rule(&fixture);
+    let agent = Agent::with(
+        &fixture,
+        &Options { config: &config, args: &["--record", &file], ..Options::default() },
+    )?;
+    let mut brood = Shape::start(&fixture, "brood", &[])?;
     let orphan: u32 = brood.fact("orphan")?;
-    let mut s = Shape::start(&ground, "fork", &[])?;
+    let mut s = Shape::start(&fixture, "fork", &[])?;
     let (child, grandchild): (u32, u32) = (s.fact("child")?, s.fact("grandchild")?);
     s.step()?;
     s.fact::<i32>("status")?;
@@ -476,7 +478,7 @@ fn a_recording_is_replayed() -> Result<()> {
     let live = agent.tree()?;
     agent.stop()?;
     let replay = |file: &str| {
-        let mut c = ground.command(jobwarden_tests::ground::program("jobwarden")?);
+        let mut c = fixture.command(jobwarden_tests::fixture::program("jobwarden")?);
         c.args(["replay", file]);
         run(c, ms(20_000))
     };
@@ -509,10 +511,10 @@ fn a_recording_is_replayed() -> Result<()> {
 }
 
 /// The agent ends in the middle of a kill that a member which cannot die keeps going. Whether the doom's pin stays.
-fn cut_short(ground: &Ground, bpffs: &Bpffs, crash: bool) -> Result<bool> {
-    let config = format!("[[job]]\nname = \"short\"\nmatch = {{ argv = \"traced.*{}\" }}\n", ground.tag);
-    let agent = pinned(ground, &bpffs.path(), &config)?;
-    let mut s = Shape::start(ground, "traced", &[])?;
+fn cut_short(fixture: &Fixture, bpffs: &Bpffs, crash: bool) -> Result<bool> {
+    let config = format!("[[job]]\nname = \"short\"\nmatch = {{ argv = \"traced.*{}\" }}\n", fixture.tag);
+    let agent = pinned(fixture, &bpffs.path(), &config)?;
+    let mut s = Shape::start(fixture, "traced", &[])?;
     let (held, tracer): (u32, u32) = (s.fact("held")?, s.fact("tracer")?);
     let job = agent.process_when(held, "in the job", |p| p.job.is_some())?.job;
     // A part of the job: while it is ended it is a job of its own, of which the saved state knows nothing.
@@ -535,7 +537,7 @@ fn cut_short(ground: &Ground, bpffs: &Bpffs, crash: bool) -> Result<bool> {
     let sets = std::fs::read_dir(bpffs.0.join("jobwarden"))?.filter_map(Result::ok);
     let mut pins = sets.filter_map(|d| std::fs::read_dir(d.path()).ok()).flatten().filter_map(Result::ok);
     let stays = pins.any(|f| f.file_name().to_string_lossy() == "link_sys_enter");
-    let again = pinned(ground, &bpffs.path(), &config)?;
+    let again = pinned(fixture, &bpffs.path(), &config)?;
     if crash {
         // What an operator has ordered goes on.
         eventually("the doom again", ms(5000), || {
@@ -555,33 +557,33 @@ fn cut_short(ground: &Ground, bpffs: &Bpffs, crash: bool) -> Result<bool> {
 
 #[test]
 fn a_kill_that_the_agents_end_cuts_short() -> Result<()> {
-    let ground = ground!("a_kill_that_the_agents_end_cuts_short");
-    let bpffs = Bpffs::mount(&ground)?;
-    ensure!(cut_short(&ground, &bpffs, true)?, "by SIGKILL it leaves its doom behind");
-    ensure!(!cut_short(&ground, &bpffs, false)?, "a clean stop ends every doom");
+    let fixture = fixture!("a_kill_that_the_agents_end_cuts_short");
+    let bpffs = Bpffs::mount(&fixture)?;
+    ensure!(cut_short(&fixture, &bpffs, true)?, "by SIGKILL it leaves its doom behind");
+    ensure!(!cut_short(&fixture, &bpffs, false)?, "a clean stop ends every doom");
     Ok(())
 }
 
 /// Those of the test that `shape-stubborn` runs in.
-fn stubborn(ground: &Ground) -> usize {
-    jobwarden_tests::kill::alive(ground, "shape-stubborn").len()
+fn stubborn(fixture: &Fixture) -> usize {
+    jobwarden_tests::kill::alive(fixture, "shape-stubborn").len()
 }
 
 #[test]
 fn a_kill_over_which_the_agent_is_killed_goes_on() -> Result<()> {
-    let ground = ground!("a_kill_over_which_the_agent_is_killed_goes_on");
-    let bpffs = Bpffs::mount(&ground)?;
-    let config = jobwarden_tests::kill::rule(&ground, "crowd", "stubborn 3 in-a-job", "");
+    let fixture = fixture!("a_kill_over_which_the_agent_is_killed_goes_on");
+    let bpffs = Bpffs::mount(&fixture)?;
+    let config = jobwarden_tests::kill::rule(&fixture, "crowd", "stubborn 3 in-a-job", "");
     // By the clock, also where what is waited for may take longer.
     let grace = std::time::Duration::from_secs(3);
     // All of a job; and what descends from a process that is in none.
     for in_a_job in [true, false] {
-        let agent = pinned(&ground, &bpffs.path(), &config)?;
+        let agent = pinned(&fixture, &bpffs.path(), &config)?;
         let more: &[&str] = if in_a_job { &["3", "in-a-job"] } else { &["3"] };
-        let mut s = Shape::start(&ground, "stubborn", more)?;
+        let mut s = Shape::start(&fixture, "stubborn", more)?;
         s.facts::<u32>("ready", 3)?;
-        let beside = jobwarden_tests::kill::control(&ground)?;
-        let before = stubborn(&ground);
+        let beside = jobwarden_tests::kill::control(&fixture)?;
+        let before = stubborn(&fixture);
         let p = agent.process_when(s.pid(), "known", |p| p.job.is_some() == in_a_job)?;
         let target = p.job.map_or_else(|| p.id.to_string(), |j| j.to_string());
         let stops = || -> Result<usize> {
@@ -600,10 +602,10 @@ fn a_kill_over_which_the_agent_is_killed_goes_on() -> Result<()> {
         })?;
         agent.crash()?;
         ensure!(!client.wait()?.success(), "the client was told that all is done");
-        let agent = pinned(&ground, &bpffs.path(), &config)?;
-        ensure!(begun.elapsed() > grace || stubborn(&ground) == before, "the rest of the grace is theirs");
+        let agent = pinned(&fixture, &bpffs.path(), &config)?;
+        ensure!(begun.elapsed() > grace || stubborn(&fixture) == before, "the rest of the grace is theirs");
         eventually("the job's end", ms(10_000), || {
-            let left = stubborn(&ground);
+            let left = stubborn(&fixture);
             ensure!(left == 0, "{left} are left");
             Ok(())
         })?;

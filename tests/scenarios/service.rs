@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::privileges::{KEPT, TO_START, WHERE_ASKED};
-use jobwarden_tests::{Agent, Shape, agent, eventually, ground, ms, skip};
+use jobwarden_tests::{Agent, Shape, agent, eventually, fixture, ms, skip};
 
 fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(PathBuf::new, Path::to_path_buf)
@@ -33,13 +33,13 @@ fn told(from: &UnixDatagram, line: &str) -> Result<()> {
 
 #[test]
 fn the_manager_is_told() -> Result<()> {
-    let ground = ground!("the_manager_is_told");
-    let path = ground.path("notify");
+    let fixture = fixture!("the_manager_is_told");
+    let path = fixture.path("notify");
     let manager = UnixDatagram::bind(&path)?;
     manager.set_read_timeout(Some(ms(100)))?;
     let socket = path.display().to_string();
     let options = agent::Options { env: &[("NOTIFY_SOCKET", &socket)], ..agent::Options::default() };
-    let agent = Agent::with(&ground, &options)?;
+    let agent = Agent::with(&fixture, &options)?;
     told(&manager, "READY=1")?;
     for _ in 0..2 {
         told(&manager, "WATCHDOG=1")?;
@@ -64,14 +64,14 @@ fn field(status: &str, name: &str) -> Result<u64> {
 
 #[test]
 fn what_is_not_needed_is_given_up_by_every_thread() -> Result<()> {
-    let ground = ground!("what_is_not_needed_is_given_up_by_every_thread");
-    let said = ground.path("said");
+    let fixture = fixture!("what_is_not_needed_is_given_up_by_every_thread");
+    let said = fixture.path("said");
     // The receiver's program writes down what it may; the agent has the same program as root.
     let config = format!(
         "[[receiver]]\nname = \"r\"\ntype = \"exec\"\ncommand = [\"/bin/sh\", \"-c\", \"cat /proc/self/status > {}\"]\n",
         said.display()
     );
-    let agent = Agent::start(&ground, &config)?;
+    let agent = Agent::start(&fixture, &config)?;
     let may = KEPT.iter().chain(&WHERE_ASKED).fold(0, |s, k| s | k.0.bits());
     let must = KEPT.iter().fold(0, |s, k| s | k.0.bits());
     let pid = agent.json::<jobwarden::api::Status>(&["status"])?.pid;
@@ -151,7 +151,7 @@ fn the_unit_is_accepted_and_closed() -> Result<()> {
     // It looks whether the program is there: here it is the one that was built, and the man page is not installed.
     let dir = tempfile::tempdir()?;
     let copy = dir.path().join("jobwarden.service");
-    let program = jobwarden_tests::ground::program("jobwarden")?;
+    let program = jobwarden_tests::fixture::program("jobwarden")?;
     std::fs::write(&copy, text.replace("/usr/bin/jobwarden", &program.display().to_string()))?;
     let out = analyze(&["verify", "--man=no"], &copy)?;
     ensure!(out.status.success() && out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
@@ -234,11 +234,11 @@ fn the_daemonset_gives_what_the_agent_needs_and_no_more() -> Result<()> {
 
 #[test]
 fn the_probes_own_lines() -> Result<()> {
-    let ground = ground!("the_probes_own_lines");
+    let fixture = fixture!("the_probes_own_lines");
     let running =
-        Agent::with(&ground, &agent::Options { args: &["--trace-probes"], ..agent::Options::default() })?;
+        Agent::with(&fixture, &agent::Options { args: &["--trace-probes"], ..agent::Options::default() })?;
     // The agent has given up its privileges by now.
-    let mut s = Shape::start(&ground, "fork", &[])?;
+    let mut s = Shape::start(&fixture, "fork", &[])?;
     let child: u32 = s.fact("child")?;
     eventually("a line about the fork", ms(5000), || {
         let log = std::fs::read_to_string(&running.log)?;

@@ -8,9 +8,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{Alert, AlertKind, AlertState, Cause, Evidence, Exit, State, Verdict};
-use jobwarden::proc::{InSyscall, Proc};
-use jobwarden_tests::{Agent, Events, Ground, Shape, eventually, ground, ms, rounds, skip, truth};
+use jobwarden::model::schema::{Alert, AlertKind, AlertState, Cause, Evidence, Exit, State, Verdict};
+use jobwarden::sources::proc::{InSyscall, Proc};
+use jobwarden_tests::{Agent, Events, Fixture, Shape, eventually, fixture, ms, rounds, skip, truth};
 use rustix::process::Signal;
 
 /// The environment variable that marks what one family has started.
@@ -52,29 +52,29 @@ fn python() -> Option<&'static str> {
 /// A Python script and all that it starts; ended when dropped.
 struct Family<'g> {
     shape: Shape,
-    ground: &'g Ground,
+    fixture: &'g Fixture,
     mark: String,
 }
 
 impl<'g> Family<'g> {
-    fn start(ground: &'g Ground, script: &str) -> Result<Self> {
-        Self::by(ground, &[], script)
+    fn start(fixture: &'g Fixture, script: &str) -> Result<Self> {
+        Self::by(fixture, &[], script)
     }
 
     /// Run by `prefix`.
-    fn by(ground: &'g Ground, prefix: &[&str], script: &str) -> Result<Self> {
-        Self::with(ground, prefix, script, &[])
+    fn by(fixture: &'g Fixture, prefix: &[&str], script: &str) -> Result<Self> {
+        Self::with(fixture, prefix, script, &[])
     }
 
-    fn with(ground: &'g Ground, prefix: &[&str], script: &str, args: &[&str]) -> Result<Self> {
+    fn with(fixture: &'g Fixture, prefix: &[&str], script: &str, args: &[&str]) -> Result<Self> {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let file = ground.path(&format!("family-{n}.py"));
+        let file = fixture.path(&format!("family-{n}.py"));
         std::fs::write(&file, format!("{PRELUDE}{script}"))?;
         let mut words = prefix.iter().copied().chain([python().context("no python3")?]);
-        let mut c = ground.command(words.next().unwrap_or_default());
-        let mark = format!("{}-{n}", ground.tag);
-        c.args(words).arg(&file).arg(&ground.tag).args(args).env(MARK, &mark);
-        Ok(Self { shape: Shape::spawn(&format!("family {n}"), c)?, ground, mark })
+        let mut c = fixture.command(words.next().unwrap_or_default());
+        let mark = format!("{}-{n}", fixture.tag);
+        c.args(words).arg(&file).arg(&fixture.tag).args(args).env(MARK, &mark);
+        Ok(Self { shape: Shape::spawn(&format!("family {n}"), c)?, fixture, mark })
     }
 
     fn pid(&self) -> u32 {
@@ -87,7 +87,7 @@ impl<'g> Family<'g> {
     }
 
     fn signal(&self, pid: u32, signal: Signal) -> Result<()> {
-        self.ground.signal(i32::try_from(pid)?, signal)
+        self.fixture.signal(i32::try_from(pid)?, signal)
     }
 }
 
@@ -100,12 +100,12 @@ impl Drop for Family<'_> {
         };
         // Until none is left: what forked meanwhile is found by the next round.
         for _ in 0..200 {
-            let left: Vec<i32> = self.ground.alive().into_iter().filter(ours).collect();
+            let left: Vec<i32> = self.fixture.alive().into_iter().filter(ours).collect();
             if left.is_empty() {
                 break;
             }
             for pid in left {
-                let _ = self.ground.signal(pid, Signal::KILL);
+                let _ = self.fixture.signal(pid, Signal::KILL);
             }
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
@@ -113,8 +113,8 @@ impl Drop for Family<'_> {
 }
 
 /// A rule that makes a job of each family.
-fn config(ground: &Ground, more: &str) -> String {
-    format!("[[job]]\nname = \"family\"\nmatch = {{ argv = \"{}\" }}\n{more}\n", ground.tag)
+fn config(fixture: &Fixture, more: &str) -> String {
+    format!("[[job]]\nname = \"family\"\nmatch = {{ argv = \"{}\" }}\n{more}\n", fixture.tag)
 }
 
 fn why(agent: &Agent<'_>, pid: u32) -> Result<Cause> {
@@ -217,14 +217,14 @@ sys.stdin.read()
 
 #[test]
 fn the_incident_in_python_is_told_and_its_remedy_cures_it() -> Result<()> {
-    let ground = ground!("the_incident_in_python_is_told_and_its_remedy_cures_it");
+    let fixture = fixture!("the_incident_in_python_is_told_and_its_remedy_cures_it");
     if python().is_none() {
         skip!("the_incident_in_python_is_told_and_its_remedy_cures_it: no python3");
     }
-    std::fs::write(ground.path("command.py"), format!("{PRELUDE}{COMMAND}"))?;
+    std::fs::write(fixture.path("command.py"), format!("{PRELUDE}{COMMAND}"))?;
     let agent =
-        Agent::start(&ground, &config(&ground, "zombie_after = \"500ms\"\norphan_after = \"500ms\""))?;
-    let mut f = Family::start(&ground, WORKER)?;
+        Agent::start(&fixture, &config(&fixture, "zombie_after = \"500ms\"\norphan_after = \"500ms\""))?;
+    let mut f = Family::start(&fixture, WORKER)?;
     let (worker, command) = (f.pid(), f.says("command")?);
     let (child, orphan) = (f.says("child")?, f.says("orphan")?);
     zombie(&agent, command)?;
@@ -279,7 +279,7 @@ fn the_incident_in_python_is_told_and_its_remedy_cures_it() -> Result<()> {
     })?;
     let cause = alert.cause.as_ref().context("no cause")?;
     ensure!((cause.verdict, &cause.remedy) == (c.verdict, &c.remedy), "{cause:#?}");
-    let state = |p: &jobwarden::contract::Process| p.kernel_state.clone();
+    let state = |p: &jobwarden::model::schema::Process| p.kernel_state.clone();
     ensure!(state(&cause.process).as_deref() == Some("Z"), "{:?}", cause.process);
     ensure!(alert.subject.as_ref().and_then(state).as_deref() == Some("S"), "{:?}", alert.subject);
     let drawn = agent.cli(&["tree", &worker.to_string()])?.out();
@@ -290,8 +290,8 @@ fn the_incident_in_python_is_told_and_its_remedy_cures_it() -> Result<()> {
     let text = agent.cli(&["why", &command.to_string()])?.out();
     let remedy = text.lines().skip_while(|l| l.trim() != "remedy:").nth(1).context("no remedy")?.trim();
     ensure!(remedy == format!("jobwarden kill {}", adopted.id), "{text}");
-    let mut sh = ground.command("sh");
-    let program = jobwarden_tests::ground::program("jobwarden")?;
+    let mut sh = fixture.command("sh");
+    let program = jobwarden_tests::fixture::program("jobwarden")?;
     let folder = program.parent().context("no folder")?.display().to_string();
     let path = format!("{folder}:{}", std::env::var("PATH").unwrap_or_default());
     sh.args(["-c", remedy]).env("PATH", path).env("JOBWARDEN_SOCKET", &agent.socket);
@@ -360,11 +360,11 @@ os.read(r, 1)
 
 #[test]
 fn whatever_it_reads_and_however() -> Result<()> {
-    let ground = ground!("whatever_it_reads_and_however");
+    let fixture = fixture!("whatever_it_reads_and_however");
     if python().is_none() {
         skip!("whatever_it_reads_and_however: no python3");
     }
-    let agent = Agent::start(&ground, &config(&ground, ""))?;
+    let agent = Agent::start(&fixture, &config(&fixture, ""))?;
     let fifo = "os.mkfifo('f'); ours = os.open('f', os.O_RDONLY | os.O_NONBLOCK); theirs = os.open('f', os.O_WRONLY); os.set_blocking(ours, True)";
     let pair = "a, b = socket.socketpair(); ours, theirs = a.fileno(), b.fileno()";
     let epoll = "e = select.epoll(); e.register(p.stderr, select.EPOLLIN); e.poll()";
@@ -377,7 +377,7 @@ fn whatever_it_reads_and_however() -> Result<()> {
         (TWO_ADOPTIONS.to_owned(), READ, "pipe:["),
     ];
     for (script, call, inode) in all {
-        let mut f = Family::start(&ground, &script)?;
+        let mut f = Family::start(&fixture, &script)?;
         let (z, holder) = (f.says("z")?, f.says("holder")?);
         zombie(&agent, z)?;
         let id = agent.process_when(holder, "an orphan", |p| p.orphan)?.id;
@@ -434,12 +434,12 @@ fn there(f: &Family<'_>, verdict: Verdict) -> Result<()> {
 }
 
 /// All at once: each asked about in turn, then each one's alert.
-fn mixed(ground: &Ground, rounds: u64) -> Result<()> {
-    let agent = Agent::start(ground, "[zombies]\nafter = \"1s\"\n")?;
+fn mixed(fixture: &Fixture, rounds: u64) -> Result<()> {
+    let agent = Agent::start(fixture, "[zombies]\nafter = \"1s\"\n")?;
     for round in 0..rounds {
         let mut crowd = Vec::new();
         for (script, verdict) in MIX {
-            crowd.push((Family::start(ground, script)?, verdict));
+            crowd.push((Family::start(fixture, script)?, verdict));
         }
         for (f, verdict) in &mut crowd {
             let z = f.says("z")?;
@@ -452,7 +452,7 @@ fn mixed(ground: &Ground, rounds: u64) -> Result<()> {
             ("pass", &[][..], Verdict::ParentKilled),
             ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", &[Signal::TERM][..], Verdict::IgnoredSignal),
         ] {
-            let (f, parent, child) = couple(ground, &agent, does)?;
+            let (f, parent, child) = couple(fixture, &agent, does)?;
             for &s in signals {
                 f.signal(child, s)?;
             }
@@ -475,33 +475,33 @@ fn mixed(ground: &Ground, rounds: u64) -> Result<()> {
 
 #[test]
 fn a_mixed_crowd() -> Result<()> {
-    let ground = ground!("a_mixed_crowd");
+    let fixture = fixture!("a_mixed_crowd");
     if python().is_none() {
         skip!("a_mixed_crowd: no python3");
     }
-    mixed(&ground, 1)
+    mixed(&fixture, 1)
 }
 
 #[test]
 #[ignore = "long: JWTEST_WHY_ROUNDS (100)"]
 fn a_mixed_crowd_many_times() -> Result<()> {
-    let ground = ground!("a_mixed_crowd_many_times");
+    let fixture = fixture!("a_mixed_crowd_many_times");
     if python().is_none() {
         skip!("a_mixed_crowd_many_times: no python3");
     }
-    mixed(&ground, rounds("JWTEST_WHY_ROUNDS", 100))
+    mixed(&fixture, rounds("JWTEST_WHY_ROUNDS", 100))
 }
 
 /// What it waits for, who stopped it, and what its child does, are named.
 #[test]
 fn what_a_parent_does_instead_is_named() -> Result<()> {
-    let ground = ground!("what_a_parent_does_instead_is_named");
+    let fixture = fixture!("what_a_parent_does_instead_is_named");
     if python().is_none() {
         skip!("what_a_parent_does_instead_is_named: no python3");
     }
-    let agent = Agent::start(&ground, &config(&ground, ""))?;
+    let agent = Agent::start(&fixture, &config(&fixture, ""))?;
 
-    let mut f = Family::start(&ground, MIX[2].0)?;
+    let mut f = Family::start(&fixture, MIX[2].0)?;
     let (z, child) = (f.says("z")?, f.says("c")?);
     zombie(&agent, z)?;
     until_in(f.pid(), &[WAIT4])?;
@@ -511,10 +511,10 @@ fn what_a_parent_does_instead_is_named() -> Result<()> {
     drop(f);
 
     // Stopped, let go on, and stopped again by another: the probes do not see the SIGCONT.
-    let mut f = Family::start(&ground, "say(z=dead())\ntime.sleep(300)")?;
+    let mut f = Family::start(&fixture, "say(z=dead())\ntime.sleep(300)")?;
     let z = f.says("z")?;
     let script = format!("os.kill({0}, signal.SIGSTOP); os.kill({0}, signal.SIGCONT); say(sent=1)", f.pid());
-    let mut other = Family::start(&ground, &script)?;
+    let mut other = Family::start(&fixture, &script)?;
     other.says("sent")?;
     drop(other);
     zombie(&agent, z)?;
@@ -530,9 +530,9 @@ fn what_a_parent_does_instead_is_named() -> Result<()> {
     ensure!(c.remedy.contains(&agent.process(f.pid())?.id.to_string()), "{}", c.remedy);
     drop(f);
 
-    let mut f = Family::start(&ground, "say(z=dead())\ntime.sleep(300)")?;
+    let mut f = Family::start(&fixture, "say(z=dead())\ntime.sleep(300)")?;
     let z = f.says("z")?;
-    let tracer = tracer(&ground, 16, f.pid())?;
+    let tracer = tracer(&fixture, 16, f.pid())?;
     until_letter(f.pid(), 't')?;
     zombie(&agent, z)?;
     let c = why(&agent, z)?;
@@ -540,7 +540,7 @@ fn what_a_parent_does_instead_is_named() -> Result<()> {
     has(&c, "tracer", |e| matches!(e, Evidence::Tracer { process } if process.pid == tracer.pid()))?;
     drop((tracer, f));
 
-    let mut f = Family::start(&ground, VFORK)?;
+    let mut f = Family::start(&fixture, VFORK)?;
     let z = f.says("z")?;
     zombie(&agent, z)?;
     until_letter(f.pid(), 'D')?;
@@ -551,25 +551,25 @@ fn what_a_parent_does_instead_is_named() -> Result<()> {
 }
 
 /// `PTRACE_ATTACH` is 16, `PTRACE_SEIZE` 0x4206.
-fn tracer(ground: &Ground, how: u32, target: u32) -> Result<Family<'_>> {
+fn tracer(fixture: &Fixture, how: u32, target: u32) -> Result<Family<'_>> {
     let mut f =
-        Family::start(ground, &format!("say(r=libc.ptrace({how}, {target}, 0, 0))\ntime.sleep(300)"))?;
+        Family::start(fixture, &format!("say(r=libc.ptrace({how}, {target}, 0, 0))\ntime.sleep(300)"))?;
     ensure!(f.shape.fact::<i64>("r")? == 0, "ptrace");
     Ok(f)
 }
 
 #[test]
 fn who_else_keeps_a_dead_process() -> Result<()> {
-    let ground = ground!("who_else_keeps_a_dead_process");
+    let fixture = fixture!("who_else_keeps_a_dead_process");
     if python().is_none() {
         skip!("who_else_keeps_a_dead_process: no python3");
     }
-    let agent = Agent::start(&ground, &config(&ground, ""))?;
+    let agent = Agent::start(&fixture, &config(&fixture, ""))?;
 
-    let mut f = Family::start(&ground, "z = sleeper()\nsay(z=z)\nos.waitpid(z, 0)")?;
+    let mut f = Family::start(&fixture, "z = sleeper()\nsay(z=z)\nos.waitpid(z, 0)")?;
     let z = f.says("z")?;
     until_in(z, &[CLOCK_NANOSLEEP])?;
-    let tracer = tracer(&ground, 0x4206, z)?;
+    let tracer = tracer(&fixture, 0x4206, z)?;
     f.signal(z, Signal::KILL)?;
     zombie(&agent, z)?;
     let c = why(&agent, z)?;
@@ -579,7 +579,7 @@ fn who_else_keeps_a_dead_process() -> Result<()> {
 
     let script =
         "threading.Thread(target=time.sleep, args=(300,)).start()\nsay(ready=1)\nlibc.syscall(60, 0)";
-    let mut f = Family::start(&ground, script)?;
+    let mut f = Family::start(&fixture, script)?;
     f.says("ready")?;
     agent.process_when(f.pid(), "without its leader", |p| p.state == State::LeaderExited)?;
     is(&why(&agent, f.pid())?, Verdict::LeaderExited)?;
@@ -596,7 +596,7 @@ os.waitpid(a, 0)
 say(ready=1)
 time.sleep(300)
 ";
-    let mut f = Family::by(&ground, &["unshare", "--pid", "--fork", "--kill-child"], script)?;
+    let mut f = Family::by(&fixture, &["unshare", "--pid", "--fork", "--kill-child"], script)?;
     f.says("ready")?;
     let proc = Proc::default();
     let init = *proc.children(f.pid())?.first().context("unshare has no child")?;
@@ -609,7 +609,7 @@ time.sleep(300)
 }
 
 /// A parent and its child, `child` being what the child does first.
-fn couple<'g>(ground: &'g Ground, agent: &Agent<'_>, child: &str) -> Result<(Family<'g>, u32, u32)> {
+fn couple<'g>(fixture: &'g Fixture, agent: &Agent<'_>, child: &str) -> Result<(Family<'g>, u32, u32)> {
     let script = format!(
         "\
 p = os.fork()
@@ -625,7 +625,7 @@ os.waitpid(p, 0)
 time.sleep(300)
 "
     );
-    let mut f = Family::start(ground, &script)?;
+    let mut f = Family::start(fixture, &script)?;
     let (parent, child) = (f.says("parent")?, f.says("child")?);
     agent.process_when(child, "there", |_| true)?;
     Ok((f, parent, child))
@@ -633,11 +633,11 @@ time.sleep(300)
 
 #[test]
 fn why_an_orphan_was_left() -> Result<()> {
-    let ground = ground!("why_an_orphan_was_left");
+    let fixture = fixture!("why_an_orphan_was_left");
     if python().is_none() {
         skip!("why_an_orphan_was_left: no python3");
     }
-    let agent = Agent::start(&ground, &config(&ground, ""))?;
+    let agent = Agent::start(&fixture, &config(&fixture, ""))?;
     let me = std::process::id();
     let ignores = "signal.signal(signal.SIGTERM, signal.SIG_IGN)";
     let broken =
@@ -653,7 +653,7 @@ fn why_an_orphan_was_left() -> Result<()> {
         ("pass", &[Signal::STOP, Signal::TERM], Verdict::ParentKilled, "it is stopped"),
     ];
     for (does, signals, verdict, words) in all {
-        let (f, parent, child) = couple(&ground, &agent, does)?;
+        let (f, parent, child) = couple(&fixture, &agent, does)?;
         for &s in signals {
             f.signal(child, s)?;
             if s == Signal::STOP {
@@ -682,7 +682,7 @@ if os.fork() == 0:
 os.wait()
 time.sleep(300)
 ";
-    let mut f = Family::start(&ground, script)?;
+    let mut f = Family::start(&fixture, script)?;
     let child = f.says("child")?;
     agent.process_when(child, "an orphan", |p| p.orphan)?;
     is(&why(&agent, child)?, Verdict::Daemonized)
@@ -691,13 +691,13 @@ time.sleep(300)
 /// The holder of the pipe waits for a child of its own, which is stopped.
 #[test]
 fn two_nested_causes() -> Result<()> {
-    let ground = ground!("two_nested_causes");
+    let fixture = fixture!("two_nested_causes");
     if python().is_none() {
         skip!("two_nested_causes: no python3");
     }
-    let agent = Agent::start(&ground, &config(&ground, ""))?;
+    let agent = Agent::start(&fixture, &config(&fixture, ""))?;
     let mut f = Family::start(
-        &ground,
+        &fixture,
         "\
 r, w = os.pipe()
 os.set_inheritable(w, True)
@@ -736,8 +736,8 @@ os.read(r, 1)
 /// The oldest zombie is reaped, the next one is it: the alert's cause follows.
 #[test]
 fn the_cause_of_a_firing_alert_is_renewed() -> Result<()> {
-    let ground = ground!("the_cause_of_a_firing_alert_is_renewed");
-    let agent = Agent::start(&ground, "[zombies]\nafter = \"300ms\"\n")?;
+    let fixture = fixture!("the_cause_of_a_firing_alert_is_renewed");
+    let agent = Agent::start(&fixture, "[zombies]\nafter = \"300ms\"\n")?;
     if python().is_none() {
         skip!("the_cause_of_a_firing_alert_is_renewed: no python3");
     }
@@ -748,7 +748,7 @@ sys.stdin.readline()
 os.waitpid(a, 0)
 time.sleep(300)
 ";
-    let mut f = Family::start(&ground, script)?;
+    let mut f = Family::start(&fixture, script)?;
     let (a, b) = (f.says("a")?, f.says("b")?);
     let pid = f.pid();
     let about = |want: u32| {
@@ -772,18 +772,18 @@ time.sleep(300)
 #[test]
 fn the_causes_of_many_alerts() -> Result<()> {
     const MANY: usize = 60;
-    let ground = ground!("the_causes_of_many_alerts");
+    let fixture = fixture!("the_causes_of_many_alerts");
     if python().is_none() {
         skip!("the_causes_of_many_alerts: no python3");
     }
-    let agent = Agent::start(&ground, "[zombies]\nafter = \"500ms\"\n")?;
+    let agent = Agent::start(&fixture, "[zombies]\nafter = \"500ms\"\n")?;
     let script = format!(
         "all = [subprocess.Popen(['sh', '-c', 'true & exec sleep 300']) for _ in range({MANY})]
 say(ready=1)
 sys.stdin.read()
 "
     );
-    let mut f = Family::start(&ground, &script)?;
+    let mut f = Family::start(&fixture, &script)?;
     f.says("ready")?;
     let parents = Proc::default().children(f.pid())?;
     let about = |a: &Alert| a.subject.as_ref().is_some_and(|p| parents.contains(&p.pid));
@@ -812,13 +812,13 @@ sys.stdin.read()
 #[test]
 fn a_secret_is_shown_nowhere() -> Result<()> {
     const SECRET: &str = "s3cr3tword";
-    let ground = ground!("a_secret_is_shown_nowhere");
+    let fixture = fixture!("a_secret_is_shown_nowhere");
     if python().is_none() {
         skip!("a_secret_is_shown_nowhere: no python3");
     }
-    let rule = config(&ground, "zombie_after = \"300ms\"\norphan_after = \"300ms\"");
-    let agent = Agent::start(&ground, &format!("[agent]\nredact = [\"s3cr3t[a-z]+\"]\n{rule}"))?;
-    let events = Events::start(&ground, &agent)?;
+    let rule = config(&fixture, "zombie_after = \"300ms\"\norphan_after = \"300ms\"");
+    let agent = Agent::start(&fixture, &format!("[agent]\nredact = [\"s3cr3t[a-z]+\"]\n{rule}"))?;
+    let events = Events::start(&fixture, &agent)?;
     let script = format!(
         "\
 os.mkfifo('{SECRET}')
@@ -841,7 +841,7 @@ say(z=z, holder=int(os.read(told, 9)))
 os.read(r, len('{SECRET}'))
 "
     );
-    let mut f = Family::with(&ground, &[], &script, &[&format!("--password={SECRET}")])?;
+    let mut f = Family::with(&fixture, &[], &script, &[&format!("--password={SECRET}")])?;
     let (z, holder) = (f.says("z")?, f.says("holder")?);
     zombie(&agent, z)?;
     until_in(f.pid(), &[READ])?;

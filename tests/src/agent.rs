@@ -9,14 +9,14 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use jobwarden::contract;
+use jobwarden::model::schema;
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, pidfd_open, pidfd_send_signal, setrlimit};
 use rustix::thread::{
     CapabilitySet, capability_is_in_bounding_set, remove_capability_from_bounding_set, set_no_new_privs,
 };
 use serde::de::DeserializeOwned;
 
-use crate::{Ground, Metrics, eventually, ground, loudly, ms};
+use crate::{Fixture, Metrics, eventually, fixture, loudly, ms};
 
 /// What a command gave.
 pub struct Output {
@@ -55,9 +55,9 @@ impl Output {
         serde_json::from_slice(&self.stdout).with_context(|| format!("{}{}", self.out(), self.err()))
     }
     /// The contract's error object of a command that failed with `--json`.
-    pub fn error(&self) -> Result<contract::ErrorInfo> {
+    pub fn error(&self) -> Result<schema::ErrorInfo> {
         ensure!(self.stdout.is_empty(), "an error leaves stdout empty: {}", self.out());
-        let body: contract::ErrorBody =
+        let body: schema::ErrorBody =
             serde_json::from_slice(&self.stderr).with_context(|| format!("stderr: {}", self.err()))?;
         Ok(body.error)
     }
@@ -163,7 +163,7 @@ fn bounded(capabilities: Option<CapabilitySet>, memlock: Option<u64>) -> std::io
 
 /// A running agent; stopped by SIGTERM when dropped, which must be a clean exit.
 pub struct Agent<'g> {
-    ground: &'g Ground,
+    fixture: &'g Fixture,
     child: Option<(Child, OwnedFd)>,
     pub socket: PathBuf,
     pub state: PathBuf,
@@ -176,20 +176,20 @@ pub struct Agent<'g> {
 
 impl<'g> Agent<'g> {
     /// Starts the agent with this config text, unpinned, and waits until it is ready.
-    pub fn start(ground: &'g Ground, config: &str) -> Result<Self> {
-        Self::with(ground, &Options { config, ..Options::default() })
+    pub fn start(fixture: &'g Fixture, config: &str) -> Result<Self> {
+        Self::with(fixture, &Options { config, ..Options::default() })
     }
 
     /// Starts an agent as told and waits until it is ready.
-    pub fn with(ground: &'g Ground, o: &Options<'_>) -> Result<Self> {
-        let dir = ground.path(o.name);
+    pub fn with(fixture: &'g Fixture, o: &Options<'_>) -> Result<Self> {
+        let dir = fixture.path(o.name);
         std::fs::create_dir_all(&dir)?;
         let (socket, state, log) = (dir.join("sock"), dir.join("state"), dir.join("log"));
         let config = dir.join("jobwarden.toml");
         std::fs::write(&config, o.config)?;
         let port = free_port()?;
         let out = std::fs::File::options().create(true).append(true).open(&log)?;
-        let mut c = ground.command(ground::program("jobwarden")?);
+        let mut c = fixture.command(fixture::program("jobwarden")?);
         c.arg("--socket").arg(&socket).arg("agent").arg("--config").arg(&config);
         c.arg("--listen").arg(format!("127.0.0.1:{port}")).arg("--state-dir").arg(&state);
         if !o.pin {
@@ -205,7 +205,7 @@ impl<'g> Agent<'g> {
         // Not reaped yet, so the pid is its own.
         let fd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
         let mut agent = Self {
-            ground,
+            fixture,
             child: Some((child, fd)),
             socket,
             state,
@@ -290,7 +290,7 @@ impl<'g> Agent<'g> {
 
     /// A prepared `jobwarden ARGS` for this agent.
     pub fn command(&self, args: &[&str]) -> Result<Command> {
-        let mut c = self.ground.command(ground::program("jobwarden")?);
+        let mut c = self.fixture.command(fixture::program("jobwarden")?);
         c.arg("--socket").arg(&self.socket).args(args);
         Ok(c)
     }
@@ -308,16 +308,16 @@ impl<'g> Agent<'g> {
     }
 
     /// The whole forest.
-    pub fn tree(&self) -> Result<contract::Tree> {
+    pub fn tree(&self) -> Result<schema::Tree> {
         self.json(&["tree", "--all"])
     }
 
     /// One process of the forest that is not gone.
-    pub fn process(&self, pid: u32) -> Result<contract::Process> {
+    pub fn process(&self, pid: u32) -> Result<schema::Process> {
         self.tree()?
             .processes
             .into_iter()
-            .find(|p| p.pid == pid && p.state != contract::State::Gone)
+            .find(|p| p.pid == pid && p.state != schema::State::Gone)
             .with_context(|| format!("{pid} is not in the tree"))
     }
 
@@ -326,8 +326,8 @@ impl<'g> Agent<'g> {
         &self,
         pid: u32,
         what: &str,
-        good: impl Fn(&contract::Process) -> bool,
-    ) -> Result<contract::Process> {
+        good: impl Fn(&schema::Process) -> bool,
+    ) -> Result<schema::Process> {
         eventually(&format!("{pid}: {what}"), ms(5000), || {
             let p = self.process(pid)?;
             ensure!(good(&p), "{p:?}");
@@ -344,14 +344,14 @@ impl<'g> Agent<'g> {
         })
     }
 
-    pub fn alerts(&self, args: &[&str]) -> Result<Vec<contract::Alert>> {
+    pub fn alerts(&self, args: &[&str]) -> Result<Vec<schema::Alert>> {
         let mut all = vec!["alerts"];
         all.extend(args);
-        Ok(self.json::<contract::Alerts>(&all)?.alerts)
+        Ok(self.json::<schema::Alerts>(&all)?.alerts)
     }
 
-    pub fn jobs(&self) -> Result<Vec<contract::Job>> {
-        Ok(self.json::<contract::Jobs>(&["jobs"])?.jobs)
+    pub fn jobs(&self) -> Result<Vec<schema::Job>> {
+        Ok(self.json::<schema::Jobs>(&["jobs"])?.jobs)
     }
 
     pub fn get(&self, path: &str) -> Result<(u16, String)> {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use jobwarden::config::{self, Config, Overrides};
-use jobwarden::contract::{Alert, AlertKind, AlertState, Severity};
+use jobwarden::model::schema::{Alert, AlertKind, AlertState, Severity};
 
 /// A config with these receivers, as a file would have them.
 pub fn receivers(text: &str) -> Result<Config> {

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::EventLine;
+use jobwarden::model::schema::EventLine;
 
-use crate::{Agent, Ground, eventually, ms};
+use crate::{Agent, Fixture, eventually, ms};
 
 /// A running `events`; it ends when dropped.
 pub struct Events {
@@ -19,7 +19,7 @@ pub struct Events {
 
 impl Events {
     /// Starts it, and returns when it is known to deliver.
-    pub fn start(ground: &Ground, agent: &Agent<'_>) -> Result<Self> {
+    pub fn start(fixture: &Fixture, agent: &Agent<'_>) -> Result<Self> {
         let mut c = agent.command(&["events", "--json"])?;
         let mut child = c.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let stdout = child.stdout.take().context("no stdout")?;
@@ -34,9 +34,9 @@ impl Events {
             }
         });
         let events = Self { child, lines, broken };
-        let marker = format!("marker-{}", ground.tag);
+        let marker = format!("marker-{}", fixture.tag);
         eventually("the first event", ms(5000), || {
-            ground.command("/bin/true").arg(&marker).status()?;
+            fixture.command("/bin/true").arg(&marker).status()?;
             ensure!(
                 events.any(|e| e.process.as_ref().is_some_and(|p| p.argv.contains(&marker))),
                 "no marker among {} events; odd lines: {:?}",

@@ -3,23 +3,23 @@
 use anyhow::{Context as _, Result, ensure};
 
 use crate::agent::{Output, run};
-use crate::ground::program;
-use crate::{Agent, Ground, eventually, ms};
+use crate::fixture::program;
+use crate::{Agent, Fixture, eventually, ms};
 
 /// `exec` with an agent (its socket) or without one.
 pub struct Exec<'a> {
-    ground: &'a Ground,
+    fixture: &'a Fixture,
     pub socket: String,
 }
 
 impl<'a> Exec<'a> {
     #[must_use]
-    pub fn alone(ground: &'a Ground) -> Self {
-        Self { ground, socket: ground.path("nobody").to_string_lossy().into_owned() }
+    pub fn alone(fixture: &'a Fixture) -> Self {
+        Self { fixture, socket: fixture.path("nobody").to_string_lossy().into_owned() }
     }
 
     pub fn command(&self, args: &[&str]) -> Result<std::process::Command> {
-        let mut c = self.ground.command(program("jobwarden")?);
+        let mut c = self.fixture.command(program("jobwarden")?);
         c.args(["--socket", &self.socket, "exec"]).args(args);
         Ok(c)
     }
@@ -34,21 +34,21 @@ impl<'a> Exec<'a> {
 }
 
 /// Runs the test twice: with an agent, and alone.
-pub fn both(ground: &Ground, test: impl Fn(&Exec<'_>) -> Result<()>) -> Result<()> {
-    test(&Exec::alone(ground)).context("without an agent")?;
-    let agent = Agent::start(ground, "")?;
-    let with = Exec { ground, socket: agent.socket.to_string_lossy().into_owned() };
+pub fn both(fixture: &Fixture, test: impl Fn(&Exec<'_>) -> Result<()>) -> Result<()> {
+    test(&Exec::alone(fixture)).context("without an agent")?;
+    let agent = Agent::start(fixture, "")?;
+    let with = Exec { fixture, socket: agent.socket.to_string_lossy().into_owned() };
     test(&with).context("with an agent")
 }
 
 /// Live processes of the test, but for an agent and those of `exec` itself.
 #[must_use]
-pub fn left(ground: &Ground) -> Vec<String> {
+pub fn left(fixture: &Fixture) -> Vec<String> {
     let argv = |pid: i32| {
         let b = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         String::from_utf8_lossy(&b).replace('\0', " ")
     };
-    ground
+    fixture
         .alive()
         .into_iter()
         .map(|p| format!("{p} {}", argv(p)))
@@ -56,9 +56,9 @@ pub fn left(ground: &Ground) -> Vec<String> {
         .collect()
 }
 
-pub fn nothing_left(ground: &Ground) -> Result<()> {
+pub fn nothing_left(fixture: &Fixture) -> Result<()> {
     eventually("nothing is left", ms(500), || {
-        let left = left(ground);
+        let left = left(fixture);
         ensure!(left.is_empty(), "{left:?}");
         Ok(())
     })

@@ -3,16 +3,16 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{Job, KillReport};
+use jobwarden::model::schema::{Job, KillReport};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::truth::letter;
-use crate::{Agent, Ground, Limit, Shape, eventually, ms};
+use crate::{Agent, Fixture, Limit, Shape, eventually, ms};
 
 /// Rules for jobs by the first argument: `NAME TAG`.
 #[must_use]
-pub fn rule(ground: &Ground, name: &str, argv: &str, more: &str) -> String {
-    format!("[[job]]\nname = \"{name}\"\nmatch = {{ argv = \"{argv}.*{}\" }}\n{more}\n", ground.tag)
+pub fn rule(fixture: &Fixture, name: &str, argv: &str, more: &str) -> String {
+    format!("[[job]]\nname = \"{name}\"\nmatch = {{ argv = \"{argv}.*{}\" }}\n{more}\n", fixture.tag)
 }
 
 pub fn job(agent: &Agent<'_>, root: u32) -> Result<Job> {
@@ -26,8 +26,8 @@ pub fn job(agent: &Agent<'_>, root: u32) -> Result<Job> {
 }
 
 /// A family outside the job, alike but for its name.
-pub fn control(ground: &Ground) -> Result<(Shape, [u32; 2])> {
-    let mut s = Shape::start(ground, "setsid", &["control"])?;
+pub fn control(fixture: &Fixture) -> Result<(Shape, [u32; 2])> {
+    let mut s = Shape::start(fixture, "setsid", &["control"])?;
     let family = [s.fact("child")?, s.fact("grandchild")?];
     Ok((s, family))
 }
@@ -43,20 +43,20 @@ pub fn whole(mut control: (Shape, [u32; 2])) -> Result<()> {
 
 /// Live processes of the test whose argv contains `name`.
 #[must_use]
-pub fn alive(ground: &Ground, name: &str) -> Vec<i32> {
+pub fn alive(fixture: &Fixture, name: &str) -> Vec<i32> {
     let argv = |p: i32| std::fs::read(format!("/proc/{p}/cmdline")).unwrap_or_default();
     let named = |p: &i32| argv(*p).windows(name.len()).any(|w| w == name.as_bytes());
-    ground.alive().into_iter().filter(named).collect()
+    fixture.alive().into_iter().filter(named).collect()
 }
 
 /// One reading of /proc is no snapshot: a chain whose members fork and exit faster than it is read may be in none. So many
 /// empty ones, one after the other, miss no chain.
 const EMPTY_READINGS: u32 = 20;
 
-pub fn all_gone(ground: &Ground, name: &str) -> Result<()> {
+pub fn all_gone(fixture: &Fixture, name: &str) -> Result<()> {
     eventually("nothing is left", ms(300), || {
         for reading in 1..=EMPTY_READINGS {
-            let left = alive(ground, name);
+            let left = alive(fixture, name);
             ensure!(left.is_empty(), "reading {reading}: {left:?}");
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -73,9 +73,9 @@ pub fn in_time(report: &KillReport, told: Duration) -> Result<()> {
 }
 
 /// A bomb that is within the limit from its first instruction.
-pub fn bomb(ground: &Ground, limit: &Limit, args: &[&str]) -> Result<Shape> {
-    let mut c = ground.command(crate::ground::program("shape-bomb")?);
-    c.args(args).arg(&ground.tag);
+pub fn bomb(fixture: &Fixture, limit: &Limit, args: &[&str]) -> Result<Shape> {
+    let mut c = fixture.command(crate::fixture::program("shape-bomb")?);
+    c.args(args).arg(&fixture.tag);
     limit.holds(&mut c);
     Shape::spawn("bomb", c)
 }
@@ -84,7 +84,7 @@ pub fn bomb(ground: &Ground, limit: &Limit, args: &[&str]) -> Result<Shape> {
 /// reading of /proc, those nearest to it first.
 #[must_use]
 pub fn listed(root: u32, pids: impl IntoIterator<Item = u32>) -> Vec<u32> {
-    let proc = jobwarden::proc::Proc::default();
+    let proc = jobwarden::sources::proc::Proc::default();
     let parents: Vec<(u32, u32)> =
         pids.into_iter().filter_map(|p| Some((p, proc.stat(p).ok()?.ppid))).collect();
     let mut family = vec![root];
@@ -98,12 +98,12 @@ pub fn listed(root: u32, pids: impl IntoIterator<Item = u32>) -> Vec<u32> {
 }
 
 /// SIGKILL to the listed, children first. Only what is in the test's own cgroup is signalled.
-fn kill_by_list(ground: &Ground, root: u32) -> Result<()> {
-    for pid in listed(root, jobwarden::proc::Proc::default().pids()?).into_iter().rev() {
+fn kill_by_list(fixture: &Fixture, root: u32) -> Result<()> {
+    for pid in listed(root, jobwarden::sources::proc::Proc::default().pids()?).into_iter().rev() {
         let Some(raw) = Pid::from_raw(pid.cast_signed()) else { continue };
         // Most are gone by now, which is just the point.
         let Ok(fd) = pidfd_open(raw, PidfdFlags::empty()) else { continue };
-        if std::fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|c| c.contains(&ground.tag)) {
+        if std::fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|c| c.contains(&fixture.tag)) {
             let _ = pidfd_send_signal(fd, Signal::KILL);
         }
     }
@@ -112,10 +112,10 @@ fn kill_by_list(ground: &Ground, root: u32) -> Result<()> {
 
 /// Recursive kills one after the other, all but the root, which adopts what they orphan; how long they took to end the
 /// family, or None if some of it lives after `within`.
-pub fn ended_by_lists(ground: &Ground, root: u32, within: Duration) -> Result<Option<Duration>> {
+pub fn ended_by_lists(fixture: &Fixture, root: u32, within: Duration) -> Result<Option<Duration>> {
     let begun = Instant::now();
     while begun.elapsed() < within {
-        kill_by_list(ground, root)?;
+        kill_by_list(fixture, root)?;
         let children = std::fs::read_to_string(format!("/proc/{root}/task/{root}/children"))?;
         if children.trim().is_empty() {
             return Ok(Some(begun.elapsed()));

@@ -9,7 +9,7 @@ pub mod alerts;
 pub mod disk;
 pub mod events;
 pub mod exec;
-pub mod ground;
+pub mod fixture;
 pub mod kill;
 pub mod limit;
 pub mod metrics;
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 pub use agent::{Agent, Output};
 pub use events::Events;
-pub use ground::{Ground, Shape};
+pub use fixture::{Fixture, Shape};
 pub use limit::Limit;
 pub use metrics::Metrics;
 
@@ -36,11 +36,11 @@ macro_rules! skip {
 
 /// The ground of a test that needs root and BPF; skips the test where there is none.
 #[macro_export]
-macro_rules! ground {
+macro_rules! fixture {
     ($test:expr) => {
-        match $crate::ground::missing() {
+        match $crate::fixture::missing() {
             Some(why) => $crate::skip!("{}: {why}", $test),
-            None => $crate::Ground::new($test)?,
+            None => $crate::Fixture::new($test)?,
         }
     };
 }

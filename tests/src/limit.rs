@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
-use crate::{Ground, eventually, loudly, ms};
+use crate::{Fixture, eventually, loudly, ms};
 
 /// Where the pids controller is: v1's hierarchy, or v2's.
 const ROOTS: [&str; 2] = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"];
@@ -21,9 +21,9 @@ pub struct Limit {
 impl Limit {
     /// None where there is no such controller.
     #[must_use]
-    pub fn new(ground: &Ground, max: u32) -> Option<Self> {
+    pub fn new(fixture: &Fixture, max: u32) -> Option<Self> {
         ROOTS.iter().find_map(|root| {
-            let dir = Path::new(root).join(&ground.tag);
+            let dir = Path::new(root).join(&fixture.tag);
             std::fs::create_dir(&dir).ok()?;
             let limit = Self { dir, above: None };
             std::fs::write(limit.dir.join("pids.max"), max.to_string()).ok().map(|()| limit)
@@ -33,13 +33,13 @@ impl Limit {
     /// A group of the v1 hierarchy of pids alone, without a limit, called as Docker calls a container's there; and the
     /// container's id. None where there is no such hierarchy.
     #[must_use]
-    pub fn docker_v1(ground: &Ground) -> Option<(Self, String)> {
+    pub fn docker_v1(fixture: &Fixture) -> Option<(Self, String)> {
         let root = Path::new(ROOTS[0]);
         // What v2 has in each group is in none of v1.
         if !root.join("cgroup.procs").exists() || root.join("cgroup.controllers").exists() {
             return None;
         }
-        let hex: String = ground.tag.chars().filter(char::is_ascii_hexdigit).collect();
+        let hex: String = fixture.tag.chars().filter(char::is_ascii_hexdigit).collect();
         let id: String = hex.chars().cycle().take(64).collect();
         let above = root.join("docker");
         let dir = above.join(&id);

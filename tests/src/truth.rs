@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::contract::{Exit, Process, State, Tree};
-use jobwarden::proc::{Proc, Stat};
+use jobwarden::model::schema::{Exit, Process, State, Tree};
+use jobwarden::sources::proc::{Proc, Stat};
 
 use crate::{Agent, eventually, ms};
 
@@ -59,7 +59,7 @@ pub struct Table {
 #[must_use]
 pub fn proc_table() -> Table {
     let proc = Proc::default();
-    let at = jobwarden::host::boot_now();
+    let at = jobwarden::sources::host::boot_now();
     let pids = proc.pids().unwrap_or_default();
     let rows =
         pids.into_iter().filter_map(|p| Some((p, (proc.stat(p).ok()?, proc.has_live_thread(p))))).collect();

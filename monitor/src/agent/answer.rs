@@ -10,12 +10,12 @@ use crate::api::{
     Notified, Peer, Reply, Request, Status, Target as Asked, TreeQuery as AskedTree, WhyQuery,
 };
 use crate::config::Config;
-use crate::contract::{Alerts, EventLine, JobId, Jobs, State, Tree, text};
 use crate::enforce::audit;
-use crate::host;
-use crate::kernel;
-use crate::key::Key;
-use crate::policy::{ExecJob, JobPolicy, Refused, Target, TreeQuery};
+use crate::engine::{ExecJob, JobPolicy, Refused, Target, TreeQuery};
+use crate::model::key::Key;
+use crate::model::schema::{Alerts, EventLine, JobId, Jobs, State, Tree, text};
+use crate::model::time::rfc3339;
+use crate::sources::{host, kernel};
 
 /// Most audit entries in one answer, the newest.
 const AUDIT_MAX: usize = 10_000;
@@ -34,7 +34,8 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::Alerts(q, reply) => alerts(core, &q, reply),
         Request::Events(filter, reply) => {
             let Core { feed, engine, redact, .. } = core;
-            let lines = feed.subscribe(filter, host::boot_now(), &super::core::teller(engine, redact));
+            let lines =
+                feed.subscribe(filter, host::boot_now(), &super::core::event_formatter(engine, redact));
             drop(reply.send(lines));
         }
         Request::Why(q, reply) => why(core, &q, reply),
@@ -130,26 +131,26 @@ fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
         orphans: q.orphans,
         uid: q.uid,
     };
-    let letters = || core.kernel.letters().unwrap_or_default();
+    let task_states = || core.kernel.task_states().unwrap_or_default();
     // Of all: the kernel is asked while the engine tells what it knows.
     let (tree, beside) = std::thread::scope(|s| {
-        let spawn = || std::thread::Builder::new().spawn_scoped(s, letters).ok();
+        let spawn = || std::thread::Builder::new().spawn_scoped(s, task_states).ok();
         let beside = if query.of.is_none() { spawn() } else { None };
         let tree = core.engine.tree(&query, host::boot_now()).map_err(refused);
         (tree, beside.and_then(|b| b.join().ok()))
     });
     let mut tree = tree?;
     let few = tree.processes.len() < MANY;
-    let all = beside.unwrap_or_else(|| if few { HashMap::new() } else { letters() });
-    let host_ns = core.looker.own_pid_ns();
+    let all = beside.unwrap_or_else(|| if few { HashMap::new() } else { task_states() });
+    let host_ns = core.proc_reader.own_pid_ns();
     let mut read = Vec::new();
     for p in &mut tree.processes {
-        read.extend(core.looker.place(p, host_ns).into_iter().flatten());
+        read.extend(core.proc_reader.place(p, host_ns).into_iter().flatten());
         match all.get(&p.id) {
             Some((letter, comm)) if p.state != State::Gone => {
                 (p.kernel_state, p.comm) = (Some(text(&[*letter])), text(comm.bytes()));
             }
-            _ => core.looker.show(p),
+            _ => core.proc_reader.show(p),
         }
         // Last: what was read just now may hold a secret too.
         core.redact.process(p);
@@ -169,7 +170,7 @@ fn extend(core: &mut Core, job: &Asked, by: Duration) -> Result<ExtendReply, Api
     let record = core.engine.extend(id, by, host::boot_now(), &mut fx).map_err(refused)?;
     core.apply(fx);
     let wall = host::boot_to_wall();
-    Ok(ExtendReply { job: id, deadline: record.deadline.map(|d| host::rfc3339(d.saturating_add(wall))) })
+    Ok(ExtendReply { job: id, deadline: record.deadline.map(|d| rfc3339(d.saturating_add(wall))) })
 }
 
 fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
@@ -195,7 +196,7 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     }
     let mut alerts = core.engine.alerts(q.all);
     for a in &mut alerts {
-        a.subject.iter_mut().for_each(|p| core.looker.show(p));
+        a.subject.iter_mut().for_each(|p| core.proc_reader.show(p));
         core.redact.alert(a);
     }
     let _ = reply.send(Ok(Alerts { alerts, undelivered: BTreeMap::new() }));
@@ -204,7 +205,7 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
 /// The process that has this pid in this container (its id, or the beginning of it).
 fn inside(core: &mut Core, pid: u32, container: &str) -> Result<Key, ApiError> {
     let all = tree(core, &AskedTree::default())?.processes;
-    let theirs = |p: &&crate::contract::Process| {
+    let theirs = |p: &&crate::model::schema::Process| {
         p.state != State::Gone && p.container.as_ref().is_some_and(|c| c.id.starts_with(container))
     };
     let found: Vec<Key> = all.iter().filter(theirs).filter(|p| p.ns_pid == Some(pid)).map(|p| p.id).collect();
@@ -247,7 +248,7 @@ fn enforcement(core: &Core) -> EnforcementStatus {
     let s = core.engine.enforcement_state();
     EnforcementStatus {
         enabled: core.engine.enforcing(now),
-        until: s.until.map(|u| host::rfc3339(u.saturating_add(host::boot_to_wall()))),
+        until: s.until.map(|u| rfc3339(u.saturating_add(host::boot_to_wall()))),
         fuse_open: s.fuse_open,
         kills_last_minute: core.engine.kills_last_minute(now),
         max_kills_per_minute: core.config.enforcement.max_job_kills_per_minute,
@@ -272,7 +273,7 @@ fn status(core: &Core) -> Status {
     }
     let sum = |name: &str| g.processes.get(name).copied().unwrap_or(0);
     let alerts = core.engine.alerts(true);
-    let firing = alerts.iter().filter(|a| a.state == crate::contract::AlertState::Firing).count();
+    let firing = alerts.iter().filter(|a| a.state == crate::model::schema::AlertState::Firing).count();
     Status {
         version: crate::VERSION.to_owned(),
         revision: crate::REVISION.to_owned(),
@@ -280,7 +281,7 @@ fn status(core: &Core) -> Status {
         host: host::hostname(),
         kernel: host::kernel_release(),
         pid: std::process::id(),
-        started: host::rfc3339(core.started.saturating_add(host::boot_to_wall())),
+        started: rfc3339(core.started.saturating_add(host::boot_to_wall())),
         synced: core.counts.synced,
         not_ready,
         lost: counters.map(|c| by_kind(&|i| c[i].lost)).unwrap_or_default(),
@@ -387,7 +388,7 @@ pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
 /// The `lost` line of `events`.
 pub(super) fn lost_line(n: u64) -> EventLine {
     EventLine {
-        at: host::rfc3339(host::boot_now() + host::boot_to_wall()),
+        at: rfc3339(host::boot_now() + host::boot_to_wall()),
         kind: "lost".into(),
         process: None,
         more: BTreeMap::from([("count".into(), n.into()), ("where".into(), "ring".into())]),

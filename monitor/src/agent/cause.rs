@@ -10,15 +10,16 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
 use super::core::{Core, Internal};
-use super::look::Looker;
+use super::proc_reader::ProcReader;
 use crate::api::Reply;
 use crate::api::wire::Causes;
-use crate::contract::{Alert, AlertKind, Cause, State, Verdict};
 use crate::enforce::Lineage;
-use crate::host;
-use crate::kernel::Kernel;
-use crate::key::Key;
-use crate::why::{self, FdRow, Holders, Limits, Question};
+use crate::model::key::Key;
+use crate::model::question::Question;
+use crate::model::schema::{Alert, AlertKind, Cause, State, Verdict};
+use crate::sources::host;
+use crate::sources::kernel::Kernel;
+use crate::why::{self, FdRow, Holders, Limits};
 
 /// What was found this short a time ago is not sought again, even for who asks.
 const FRESH: Duration = Duration::from_secs(1);
@@ -73,7 +74,7 @@ const PLACED: usize = 64;
 type Slot = Arc<tokio::sync::Mutex<Vec<(Instant, Cause)>>>;
 
 struct Finder {
-    looker: Looker,
+    proc_reader: ProcReader,
     holders: Arc<dyn Holders>,
     parents: Mutex<HashMap<Key, Slot>>,
     for_alerts: Semaphore,
@@ -81,16 +82,16 @@ struct Finder {
 }
 
 /// Causes that were found, and when those of firing alerts were last sought.
-pub(super) struct Seeker {
+pub(super) struct CauseCache {
     finder: Arc<Finder>,
     /// By alert; and about which process.
     sought: HashMap<String, (Key, Instant)>,
 }
 
-impl Seeker {
-    pub(super) fn new(looker: Looker, holders: Arc<dyn Holders>) -> Self {
+impl CauseCache {
+    pub(super) fn new(proc_reader: ProcReader, holders: Arc<dyn Holders>) -> Self {
         let finder = Arc::new(Finder {
-            looker,
+            proc_reader,
             holders,
             parents: Mutex::default(),
             for_alerts: Semaphore::new(AT_ONCE),
@@ -132,14 +133,14 @@ impl Finder {
         if let Some((_, cause)) = known {
             return Some(Cause { alert: q.alert, ..cause.clone() });
         }
-        let (looker, holders) = (self.looker.clone(), Arc::clone(&self.holders));
+        let (proc_reader, holders) = (self.proc_reader.clone(), Arc::clone(&self.holders));
         let look = move || {
-            let host_ns = looker.own_pid_ns();
+            let host_ns = proc_reader.own_pid_ns();
             for p in std::iter::once(&mut q.subject).chain(q.family.iter_mut().take(PLACED)) {
-                looker.place(p, host_ns);
+                proc_reader.place(p, host_ns);
             }
-            let mut cause = why::explain(&q, &looker.proc, &*holders, &Limits::default());
-            looker.show(&mut cause.process);
+            let mut cause = why::explain(&q, &proc_reader.proc, &*holders, &Limits::default());
+            proc_reader.show(&mut cause.process);
             cause
         };
         let cause = tokio::task::spawn_blocking(look).await.ok()?;
@@ -322,8 +323,8 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::contract::Process;
-    use crate::proc::Proc;
+    use crate::model::schema::Process;
+    use crate::sources::proc::Proc;
 
     /// Answers slowly, and counts: how often it was asked, by how many at once, and by how many at most.
     #[derive(Default)]
@@ -360,8 +361,8 @@ mod tests {
         put(10, 'S', 1);
         (20..20 + zombies).for_each(|z| put(z, 'Z', 10));
         let slow = Arc::new(Slow::default());
-        let looker = Looker::new(Proc::at(dir.path()));
-        let seeker = Seeker::new(looker, Arc::clone(&slow) as Arc<dyn Holders>);
+        let proc_reader = ProcReader::new(Proc::at(dir.path()));
+        let seeker = CauseCache::new(proc_reader, Arc::clone(&slow) as Arc<dyn Holders>);
         (dir, slow, seeker.finder)
     }
 

@@ -12,26 +12,27 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::driver::Driver;
-use super::look::Looker;
-use super::notify::Notify;
-use super::reaps::Reaps;
+use super::missed_reaps::MissedReaps;
+use super::proc_reader::ProcReader;
 use super::reload::Reloads;
+use super::service_manager::ServiceManager;
 use super::storage::{Source, Storage};
 use super::sync::Sync;
 use super::{AgentError, Options};
-use crate::alert::{Center, Submission};
 use crate::api::{Feed, Peer, Readiness, Reloaded, Reply, Request};
 use crate::config::Config;
-use crate::contract::{Alert, AlertKind, Cause, EventLine, JobId, KillReport};
-use crate::enforce::{Audit, Enforcer, Reason};
-use crate::event::{self, Body, Event};
-use crate::forest::Facts;
-use crate::host;
-use crate::kernel::{Kernel, Ring};
-use crate::key::Key;
+use crate::enforce::{Audit, Enforcer};
+use crate::engine::forest::Facts;
+use crate::engine::{AlertChange, Effect, EventContext, Gauges, Observation};
 use crate::metrics::Counts;
-use crate::policy::{AlertChange, Effect, Gauges, Moment, Observation};
+use crate::model::event::{self, Body, Event};
+use crate::model::key::Key;
+use crate::model::kill::Reason;
+use crate::model::schema::{Alert, AlertKind, Cause, EventLine, JobId, KillReport};
+use crate::notify::{AlertService, Submission};
 use crate::redact::Redactor;
+use crate::sources::host;
+use crate::sources::kernel::{Kernel, Ring};
 use crate::state::{Kill, Store};
 
 /// How often the loss counters are read, and programs that the kernel skipped counted.
@@ -88,10 +89,10 @@ pub(super) enum Internal {
 pub(super) struct Core {
     pub engine: Driver,
     pub kernel: Arc<Kernel>,
-    pub looker: Looker,
+    pub proc_reader: ProcReader,
     pub enforcer: Enforcer,
     pub audit: Arc<Audit>,
-    pub center: Center,
+    pub center: AlertService,
     /// To the task that hands alerts over for delivery, one after the other.
     pub alerts: mpsc::UnboundedSender<Submission>,
     pub redact: Arc<Redactor>,
@@ -105,7 +106,7 @@ pub(super) struct Core {
     pub internal: mpsc::UnboundedSender<Internal>,
     /// Where all that takes time runs.
     pub beside: Handle,
-    pub causes: super::cause::Seeker,
+    pub causes: super::cause::CauseCache,
     /// New alerts that wait for their cause, as they are to be sent.
     waiting: HashMap<String, Alert>,
     /// Jobs that are labelled but could not be: what went wrong, for whoever asked.
@@ -114,7 +115,7 @@ pub(super) struct Core {
     pub cgroups: HashMap<JobId, PathBuf>,
     /// What operators have ordered and is not done, in the order of its coming.
     pub(super) kills: BTreeMap<u64, Kill>,
-    pub(super) notify: Notify,
+    pub(super) service_manager: ServiceManager,
     pub(super) store: Store,
     pub(super) storage: Storage,
     pub(super) reloads: Reloads,
@@ -126,7 +127,7 @@ pub(super) struct Core {
     /// Time of the last record that was read.
     read_to: u64,
     pub(super) sync: Sync,
-    pub(super) reaps: Reaps,
+    pub(super) reaps: MissedReaps,
     /// Lost records that an earlier agent has told of.
     told: u64,
 }
@@ -135,10 +136,10 @@ pub(super) struct Core {
 pub(super) struct Parts {
     pub engine: Driver,
     pub kernel: Arc<Kernel>,
-    pub looker: Looker,
+    pub proc_reader: ProcReader,
     pub enforcer: Enforcer,
     pub audit: Arc<Audit>,
-    pub center: Center,
+    pub center: AlertService,
     /// To the task that hands alerts over for delivery, one after the other.
     pub alerts: mpsc::UnboundedSender<Submission>,
     pub redact: Arc<Redactor>,
@@ -162,10 +163,10 @@ impl Core {
         counts.reload_at = wall_seconds();
         let holders = Arc::clone(&p.kernel) as Arc<dyn crate::why::Holders>;
         Self {
-            causes: super::cause::Seeker::new(p.looker.clone(), holders),
+            causes: super::cause::CauseCache::new(p.proc_reader.clone(), holders),
             engine: p.engine,
             kernel: p.kernel,
-            looker: p.looker,
+            proc_reader: p.proc_reader,
             enforcer: p.enforcer,
             audit: p.audit,
             center: p.center,
@@ -184,7 +185,7 @@ impl Core {
             label_error: None,
             cgroups: HashMap::new(),
             kills: (0..).zip(p.kills).collect(),
-            notify: Notify::from_env(),
+            service_manager: ServiceManager::from_env(),
             store: p.store,
             storage: Storage::default(),
             reloads: Reloads::default(),
@@ -197,7 +198,7 @@ impl Core {
             looks_wanted: Vec::new(),
             read_to: 0,
             sync: Sync::default(),
-            reaps: Reaps::default(),
+            reaps: MissedReaps::default(),
             told: p.told,
         }
     }
@@ -249,7 +250,7 @@ impl Core {
             }
             self.settle(&mut ring);
         }
-        self.notify.stopping();
+        self.service_manager.stopping();
         self.drain(&mut ring);
         self.settle(&mut ring);
         self.stop();
@@ -306,7 +307,7 @@ impl Core {
         // A fork's child has its jobs only now, a reaped process only before.
         let jobs = before.or_else(|| self.feed.chain(self.engine.named_jobs(e.process)));
         if !matches!(e.body, Body::Reap { .. }) || self.reaps.came(e.process) {
-            self.feed.publish(e, bytes, moment, jobs, &teller(&self.engine, &self.redact));
+            self.feed.publish(e, bytes, moment, jobs, &event_formatter(&self.engine, &self.redact));
         }
         if fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. } | Effect::Enter { .. })) {
             let taken = std::mem::take(fx);
@@ -360,7 +361,7 @@ impl Core {
         }
     }
 
-    fn label(&self, job: &crate::policy::JobRecord) -> std::io::Result<()> {
+    fn label(&self, job: &crate::engine::JobRecord) -> std::io::Result<()> {
         crate::enforce::Lineage::label(&*self.kernel, job.number, job.outer, job.id.root)
     }
 
@@ -374,7 +375,7 @@ impl Core {
     }
 
     fn alert(&mut self, change: AlertChange, mut alert: Alert) {
-        alert.subject.iter_mut().for_each(|p| self.looker.show(p));
+        alert.subject.iter_mut().for_each(|p| self.proc_reader.show(p));
         self.redact.alert(&mut alert);
         match change {
             AlertChange::Pending | AlertChange::Dropped => {}
@@ -471,7 +472,8 @@ impl Core {
     /// process that /proc has no more may still have children in it, and would be forgotten with its lineage.
     fn look(&mut self, ring: &mut Ring) {
         let wanted = std::mem::take(&mut self.looks_wanted);
-        let seen: Vec<_> = wanted.into_iter().map(|k| (k, host::boot_now(), self.looker.look(k))).collect();
+        let seen: Vec<_> =
+            wanted.into_iter().map(|k| (k, host::boot_now(), self.proc_reader.look(k))).collect();
         let until = host::boot_now();
         while self.drain(ring) == DRAIN_MAX && self.read_to < until {}
         let mut fx = Vec::new();
@@ -498,12 +500,12 @@ impl Core {
             }
             self.look(ring);
         }
-        // Beside the core: the file is written under a lock that a slow change of cgroups holds.
+        // BackgroundTasks the core: the file is written under a lock that a slow change of cgroups holds.
         let wanted = std::mem::take(&mut self.cgroups_wanted);
         if !wanted.is_empty() {
-            let (looker, tx) = (self.looker.clone(), self.internal.clone());
+            let (proc_reader, tx) = (self.proc_reader.clone(), self.internal.clone());
             self.beside.spawn_blocking(move || {
-                let all = wanted.into_iter().map(|(k, id)| looker.cgroup(k, id)).collect();
+                let all = wanted.into_iter().map(|(k, id)| proc_reader.cgroup(k, id)).collect();
                 let _ = tx.send(Internal::Cgroups(all));
             });
         }
@@ -513,14 +515,14 @@ impl Core {
         }
         let wanted = std::mem::take(&mut self.facts_wanted);
         for keys in wanted.chunks(FACTS_BATCH) {
-            let (keys, looker, tx) = (keys.to_vec(), self.looker.clone(), self.internal.clone());
+            let (keys, proc_reader, tx) = (keys.to_vec(), self.proc_reader.clone(), self.internal.clone());
             let turns = self.facts_turns.clone();
             self.beside.spawn(async move {
                 // As many at a time as there are processors, so that the core keeps its own; readers that are held up keep the
                 // others waiting no longer than this.
                 let turn = tokio::time::timeout(FACTS_WAIT, turns.acquire_owned()).await;
                 tokio::task::spawn_blocking(move || {
-                    let all = keys.into_iter().map(|k| (k, looker.facts(k))).collect();
+                    let all = keys.into_iter().map(|k| (k, proc_reader.facts(k))).collect();
                     let _ = tx.send(Internal::Facts(all));
                     drop(turn);
                 });
@@ -546,10 +548,10 @@ impl Core {
 }
 
 /// Makes a line of `events`, secrets masked.
-pub(super) fn teller(
+pub(super) fn event_formatter(
     engine: &Driver,
     redact: &Redactor,
-) -> impl Fn(&Event<'_>, &Moment, Option<JobId>) -> EventLine {
+) -> impl Fn(&Event<'_>, &EventContext, Option<JobId>) -> EventLine {
     |e, m, job| {
         let mut line = engine.event_line(e, m, job);
         redact.event_line(&mut line);

@@ -5,12 +5,12 @@ use std::ops::Deref;
 use std::time::Duration;
 
 use crate::config::Config;
-use crate::contract::{AlertKind, Cause, JobId, KillReport};
-use crate::enforce::Reason;
-use crate::event::Event;
-use crate::forest::{Merge, Snapshot};
-use crate::key::Key;
-use crate::policy::{Effect, Engine, ExecJob, JobRecord, Observation, Refused, Settings};
+use crate::engine::forest::{Merge, Snapshot};
+use crate::engine::{Effect, Engine, ExecJob, JobRecord, Observation, Refused, Settings};
+use crate::model::event::Event;
+use crate::model::key::Key;
+use crate::model::kill::Reason;
+use crate::model::schema::{AlertKind, Cause, JobId, KillReport};
 use crate::recording::{Frame, Input, Recorder, RecordingError};
 use crate::state::State;
 
@@ -82,7 +82,7 @@ impl Driver {
 
     pub(super) fn restore_alerts(
         &mut self,
-        alerts: Vec<crate::contract::Alert>,
+        alerts: Vec<crate::model::schema::Alert>,
         this_boot: bool,
         now: u64,
         fx: &mut Vec<Effect>,

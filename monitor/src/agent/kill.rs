@@ -6,11 +6,12 @@ use std::time::Duration;
 use super::core::{Core, Internal};
 use crate::api::{ApiError, Class, ExecEnd, ExecEnded, ExecSignal, KillRequest, Matched, Peer, Reply};
 use crate::config::DEFAULT_GRACE;
-use crate::contract::{JobId, KillReport, Spared, State};
-use crate::enforce::{AskedBy, Order, Outcome, Rails, Reason, What, audit};
-use crate::host;
-use crate::key::Key;
-use crate::policy::{KillOrder, Target, TreeQuery};
+use crate::enforce::{Guards, Order, Outcome, audit};
+use crate::engine::{KillOrder, Target, TreeQuery};
+use crate::model::key::Key;
+use crate::model::kill::{AskedBy, Reason, What};
+use crate::model::schema::{JobId, KillReport, Spared, State};
+use crate::sources::host;
 use crate::state::Kill;
 
 const SIGTERM: u8 = libc::SIGTERM as u8;
@@ -58,19 +59,19 @@ fn numbers(core: &mut Core, n: usize) -> u64 {
 }
 
 /// Whom no kill may touch. Without knowing whom to spare nobody is signalled.
-fn rails(core: &Core, client: Option<u32>) -> Result<Rails, String> {
+fn guards(core: &Core, client: Option<u32>) -> Result<Guards, String> {
     let e = &core.config.enforcement;
-    let mut rails = Rails::new(e.protect.clone(), e.protect_defaults);
-    let mut keep = |pid, who| rails.keep(pid, who, &core.looker.proc, &*core.kernel);
+    let mut guards = Guards::new(e.protect.clone(), e.protect_defaults);
+    let mut keep = |pid, who| guards.keep(pid, who, &core.proc_reader.proc, &*core.kernel);
     keep(std::process::id(), "the agent")
         .and_then(|()| client.filter(|&p| p != 0).map_or(Ok(()), |p| keep(p, "the caller")))
         .map_err(|e| format!("who must be spared could not be found out: {e}"))?;
-    Ok(rails)
+    Ok(guards)
 }
 
 fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
     let Job { order, id, whole, client, kept } = job;
-    let rails = match rails(core, client) {
+    let guards = match guards(core, client) {
         Ok(mut r) => {
             for k in kept {
                 r.keep_key(k, "the caller or an ancestor of it");
@@ -99,14 +100,14 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
     }
     let place = (order.reason == Reason::Operator && !order.dry_run).then(|| {
         let place = core.kills.last_key_value().map_or(0, |(n, _)| n + 1);
-        core.kills.insert(place, written(&order, &rails));
+        core.kills.insert(place, written(&order, &guards));
         // Before the first signal: it is not lost should this agent be.
         core.save();
         place
     });
     let (enforcer, tx) = (core.enforcer.clone(), core.internal.clone());
     core.beside.spawn(async move {
-        let result = enforcer.run(&order, &rails).await;
+        let result = enforcer.run(&order, &guards).await;
         if let Some(reply) = reply {
             let answer = match &result {
                 Ok(o) => Ok(o.report.clone()),
@@ -129,7 +130,7 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
     });
 }
 
-fn written(order: &Order, rails: &Rails) -> Kill {
+fn written(order: &Order, guards: &Guards) -> Kill {
     let grace = u64::try_from(order.grace.as_nanos()).unwrap_or(u64::MAX);
     Kill {
         job: order.id,
@@ -142,7 +143,7 @@ fn written(order: &Order, rails: &Rails) -> Kill {
         signal: order.signal,
         until: host::boot_now().saturating_add(grace),
         asked_by: order.asked_by.clone(),
-        kept: rails.kept_keys(),
+        kept: guards.kept_keys(),
     }
 }
 
@@ -412,7 +413,7 @@ fn kept(core: &Core, job: JobId, now: u64) -> KillReport {
 /// A signal that `exec` got, to all members of its job.
 pub(super) fn exec_signal(core: &mut Core, s: &ExecSignal, peer: &Peer) -> Result<usize, ApiError> {
     let record = core.engine.job_record(s.job).ok_or_else(|| ApiError::not_found("job", s.job))?;
-    let rails = rails(core, Some(peer.pid)).map_err(ApiError::failed)?;
+    let guards = guards(core, Some(peer.pid)).map_err(ApiError::failed)?;
     let order = Order {
         job: record.number,
         id: Some(record.id),
@@ -429,7 +430,7 @@ pub(super) fn exec_signal(core: &mut Core, s: &ExecSignal, peer: &Peer) -> Resul
         dry_run: false,
         cgroup: None,
     };
-    let sent = core.enforcer.pass(&order, &rails, s.signal).map_err(|e| ApiError::failed(e.to_string()))?;
+    let sent = core.enforcer.pass(&order, &guards, s.signal).map_err(|e| ApiError::failed(e.to_string()))?;
     *core.counts.signals_passed.entry(s.signal).or_default() += sent as u64;
     Ok(sent)
 }

@@ -2,17 +2,17 @@
 //! start's error, and nothing half-starts.
 
 mod answer;
+mod capacity;
 mod cause;
 mod core;
 mod driver;
 mod kill;
-mod look;
-mod notify;
-mod reaps;
+mod missed_reaps;
+mod proc_reader;
 mod reload;
 mod scrape;
+mod service_manager;
 mod storage;
-mod stores;
 mod sync;
 
 use std::collections::BTreeMap;
@@ -28,18 +28,20 @@ use tokio::task::JoinHandle;
 
 use self::core::{Core, Internal, Parts};
 use self::driver::Driver;
-use self::look::Looker;
-use crate::alert::{self, Center, Submission};
+use self::proc_reader::ProcReader;
 use crate::api::{self, Backend, Listeners, Readiness, Server};
 use crate::config::{Config, Overrides};
 use crate::enforce::{self, Audit, Enforcer};
-use crate::kernel::{self, Kernel, Tracer};
-use crate::key::Key;
-use crate::policy::Settings;
-use crate::proc::Proc;
+use crate::engine::Settings;
+use crate::model::key::Key;
+use crate::notify::{self, AlertService, Submission};
+use crate::privileges;
+use crate::recording;
 use crate::redact::Redactor;
+use crate::sources::host;
+use crate::sources::kernel::{self, Kernel, Tracer};
+use crate::sources::proc::Proc;
 use crate::state::{Held, State, StateError, Store};
-use crate::{host, privileges, recording};
 
 /// How long deliveries under way may take at a stop; what is left is sent after the next start.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -73,7 +75,7 @@ pub enum AgentError {
     #[error(transparent)]
     Serve(#[from] api::ServeError),
     #[error(transparent)]
-    Alerts(#[from] alert::AlertError),
+    Alerts(#[from] notify::AlertError),
     #[error(transparent)]
     Recording(#[from] recording::RecordingError),
     #[error("the probes' own lines cannot be shown: {0}")]
@@ -97,7 +99,7 @@ pub enum AgentError {
 /// The core has this thread and a runtime of its own, which waits for the ring and for the clock right here. A runtime of several
 /// threads has one of them wait for all, and wake the others: two switches more at each turn of the core.
 pub fn run(options: Options) -> Result<(), AgentError> {
-    let begun = Begun::new(&options)?;
+    let begun = Privileged::new(&options)?;
     let others = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(16)
@@ -120,7 +122,7 @@ pub fn run(options: Options) -> Result<(), AgentError> {
 }
 
 /// What needs privileges that are given up then: made by the one thread that there is.
-struct Begun {
+struct Privileged {
     /// The state directory is this agent's alone while it runs.
     held: Held,
     boot_id: String,
@@ -133,7 +135,7 @@ struct Begun {
     tracer: Option<Tracer>,
 }
 
-impl Begun {
+impl Privileged {
     fn new(options: &Options) -> Result<Self, AgentError> {
         let agent = &options.config.agent;
         let dir = &agent.state_dir;
@@ -155,7 +157,7 @@ impl Begun {
             tracing::warn!(%error, "the agent has no preference by the scheduler: a fork bomb delays its own end");
         }
         let written: Vec<&Path> = agent.socket.parent().into_iter().chain([dir.as_path()]).collect();
-        let left = privileges::shed(&|| kernel.rehearse(), &written)?;
+        let left = privileges::drop_capabilities(&|| kernel.self_test(), &written)?;
         tracing::info!(
             kept = left.kept.join(","),
             bounding = left.bounding,
@@ -183,15 +185,15 @@ impl Waiting {
 }
 
 /// What runs beside the core, and ends after it.
-struct Beside {
+struct BackgroundTasks {
     _held: Held,
     stores: JoinHandle<()>,
     server: Server,
     delivery: JoinHandle<()>,
-    center: Center,
+    center: AlertService,
 }
 
-impl Beside {
+impl BackgroundTasks {
     async fn end(self) {
         self.stores.abort();
         self.server.stop().await;
@@ -202,8 +204,8 @@ impl Beside {
     }
 }
 
-async fn serve(mut options: Options, begun: Begun) -> Result<(Waiting, Beside), AgentError> {
-    let Begun { held, boot_id, store, saved, audit, recorder, listeners, kernel, tracer } = begun;
+async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, BackgroundTasks), AgentError> {
+    let Privileged { held, boot_id, store, saved, audit, recorder, listeners, kernel, tracer } = begun;
     let config = options.config.clone();
     let dir = &config.agent.state_dir;
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
@@ -223,9 +225,9 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(Waiting, Beside), 
             }
         });
     }
-    let center = Center::start(&config, dir, alert::Clock::system())?;
+    let center = AlertService::start(&config, dir, notify::Clock::system())?;
     page.set_center(center.clone());
-    let watch = stores::watch(Arc::clone(&kernel), center.clone(), Arc::clone(&page), internal_tx.clone());
+    let watch = capacity::watch(Arc::clone(&kernel), center.clone(), Arc::clone(&page), internal_tx.clone());
     let stores = tokio::spawn(watch);
     let (alerts_tx, alerts) = mpsc::unbounded_channel();
     let delivery = tokio::spawn(deliver(center.clone(), alerts, internal_tx.clone()));
@@ -240,7 +242,7 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(Waiting, Beside), 
         engine,
         told,
         kills,
-        looker: Looker::new(proc.clone()),
+        proc_reader: ProcReader::new(proc.clone()),
         enforcer: Enforcer {
             lineage: Arc::clone(&kernel) as Arc<dyn crate::enforce::Lineage>,
             proc,
@@ -266,7 +268,7 @@ async fn serve(mut options: Options, begun: Begun) -> Result<(Waiting, Beside), 
     let listening = server.tcp_address().map(|a| a.to_string());
     tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
     let core = Waiting { parts, requests, internal, stop, reload };
-    Ok((core, Beside { _held: held, stores, server, delivery, center }))
+    Ok((core, BackgroundTasks { _held: held, stores, server, delivery, center }))
 }
 
 /// How many alerts are written in one transaction when they come faster than the disk.
@@ -275,7 +277,7 @@ const TOGETHER: usize = 256;
 /// Hands alerts over in the core's order, those that wait together, and tells the core whether the disk takes them: what it
 /// refused it may take later without another alert.
 async fn deliver(
-    center: Center,
+    center: AlertService,
     mut alerts: mpsc::UnboundedReceiver<Submission>,
     core: mpsc::UnboundedSender<Internal>,
 ) {
@@ -314,7 +316,7 @@ async fn engine(
     config: &Config,
     boot_id: &str,
     kernel: &Kernel,
-    center: &Center,
+    center: &AlertService,
     saved: Option<State>,
     recorder: Option<recording::Recorder>,
 ) -> Driver {

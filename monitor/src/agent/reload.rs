@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::core::{Core, Internal, default_config, wall_seconds};
 use crate::api::{ApiError, Class, Peer, Reloaded, Reply};
 use crate::config::Config;
-use crate::host;
 use crate::redact::Redactor;
+use crate::sources::host;
 
 /// One is under way; the others wait for its end, so that the last config that was read is the one in force.
 #[derive(Debug, Default)]
@@ -31,7 +31,7 @@ impl Core {
         }
         let Some((peer, reply)) = self.reloads.waiting.pop_front() else { return };
         self.reloads.under_way = true;
-        self.notify.reloading(host::monotonic_us());
+        self.service_manager.reloading(host::monotonic_us());
         let o = &self.options;
         let config = match crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides) {
             Ok(c) => Box::new(c),
@@ -51,7 +51,7 @@ impl Core {
         reply: Option<Reply<Reloaded>>,
     ) {
         self.reloads.under_way = false;
-        self.notify.reloaded();
+        self.service_manager.reloaded();
         let done = result.map(|c| self.swap(*c)).map_err(|e| {
             self.counts.reload_ok = false;
             tracing::error!(error = %e, "the new config is refused, the old one stays");

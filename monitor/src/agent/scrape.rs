@@ -7,20 +7,21 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use super::core::Internal;
-use crate::alert::Center;
 use crate::api::{Metrics, MetricsPage};
-use crate::host;
-use crate::kernel::{self, Kernel};
-use crate::metrics::{self, Counts, Sources, StoreNumbers, encode::Format};
-use crate::policy::Gauges;
-use crate::proc::Proc;
+use crate::engine::Gauges;
+use crate::metrics::{self, Counts, Sources, encode::Format};
+use crate::model::stats::StoreNumbers;
+use crate::notify::AlertService;
+use crate::sources::host;
+use crate::sources::kernel::{self, Kernel};
+use crate::sources::proc::Proc;
 
 const WAIT: Duration = Duration::from_millis(500);
 
 struct Inner {
     core: mpsc::UnboundedSender<Internal>,
     kernel: OnceLock<Arc<Kernel>>,
-    center: OnceLock<Center>,
+    center: OnceLock<AlertService>,
     last: Mutex<Option<(Gauges, Counts)>>,
     stores: Mutex<Vec<StoreNumbers>>,
 }
@@ -38,7 +39,7 @@ impl Page {
         let _ = self.0.kernel.set(k);
     }
 
-    pub(super) fn set_center(&self, c: Center) {
+    pub(super) fn set_center(&self, c: AlertService) {
         let _ = self.0.center.set(c);
     }
 
@@ -70,7 +71,7 @@ impl Inner {
         };
         let mut kernel = numbers(self.kernel.get()?);
         kernel.stores.clone_from(&self.stores.lock().unwrap_or_else(PoisonError::into_inner));
-        let notifications = self.center.get().map(Center::notifications).unwrap_or_default();
+        let notifications = self.center.get().map(AlertService::notifications).unwrap_or_default();
         Some(metrics::encode(
             &Sources {
                 version: crate::VERSION,

@@ -2,8 +2,8 @@
 //! one of them takes again what it is given.
 
 use super::core::Core;
-use crate::contract::AlertKind;
-use crate::host;
+use crate::model::schema::AlertKind;
+use crate::sources::host;
 use crate::state::State;
 
 /// The stores of the state directory.

@@ -12,11 +12,11 @@ use tokio::time::Instant;
 use super::AgentError;
 use super::core::Core;
 use crate::api::Readiness;
-use crate::contract::AlertKind;
-use crate::host;
-use crate::kernel::Ring;
-use crate::key::Key;
-use crate::policy::Effect;
+use crate::engine::Effect;
+use crate::model::key::Key;
+use crate::model::schema::AlertKind;
+use crate::sources::host;
+use crate::sources::kernel::Ring;
 
 /// Resyncs back off up to this while records go on being lost.
 const RESYNC_MAX: Duration = Duration::from_secs(8);
@@ -87,7 +87,7 @@ impl Core {
 
     /// Each second: whatever the probes lost since the last look makes the forest doubtful until the next snapshot.
     pub(super) fn check(&mut self, ring: &mut Ring) {
-        self.notify.alive();
+        self.service_manager.alive();
         self.engine.set_clock(host::boot_to_wall().cast_signed());
         self.engine.flush();
         // A doom that nobody renewed has run out in the kernel; its probe costs each system call until it is detached.
@@ -179,7 +179,7 @@ impl Core {
             self.counts.synced = true;
             self.engine.ready(now, &mut fx);
             let _ = self.ready.send(Readiness { ready: true, reasons: Vec::new() });
-            self.notify.ready();
+            self.service_manager.ready();
             host::trim();
         } else {
             self.resync_later();
@@ -232,7 +232,7 @@ impl Core {
         }
         self.sync.swept_at = entries;
         let kernel = Arc::clone(&self.kernel);
-        self.sync.sweep = Some(self.beside.spawn_blocking(move || match kernel.bury_missed() {
+        self.sync.sweep = Some(self.beside.spawn_blocking(move || match kernel.sweep_stale_lineage() {
             Ok(n) => tracing::debug!(entries = n, "the lineage map was swept"),
             Err(e) => tracing::warn!(error = %e, "the lineage map could not be swept"),
         }));

@@ -24,9 +24,9 @@ use super::{
     AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, ExecSignal, KillRequest, NAMELESS, Peer,
     Reply, Request, Subscription, Target, TreeQuery, WhyQuery,
 };
-use crate::contract::Tree;
-use crate::host;
+use crate::model::schema::Tree;
 use crate::render::{self, Style};
+use crate::sources::host;
 
 /// How long the core may take for an answer that needs no waiting for processes.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -178,11 +178,11 @@ async fn tree_text(core: &Core, q: TreeQuery, tree: Tree) -> Result<Response, Ap
     Ok(([content], [(NAMELESS, nameless)], text).into_response())
 }
 
-async fn jobs(State(core): State<Core>) -> Answer<crate::contract::Jobs> {
+async fn jobs(State(core): State<Core>) -> Answer<crate::model::schema::Jobs> {
     ask(&core, Some(ANSWER), Request::Jobs).await.map(Json)
 }
 
-async fn alerts(State(core): State<Core>, Args(q): Args<AlertQuery>) -> Answer<crate::contract::Alerts> {
+async fn alerts(State(core): State<Core>, Args(q): Args<AlertQuery>) -> Answer<crate::model::schema::Alerts> {
     if let Some(s) = q.since_s {
         seconds("since", s)?;
     }
@@ -231,12 +231,12 @@ async fn kill(
     State(core): State<Core>,
     Privileged(peer): Privileged,
     request: HttpRequest,
-) -> Answer<crate::contract::KillReport> {
+) -> Answer<crate::model::schema::KillReport> {
     let kill: KillRequest = body(request).await?;
     if let Some(g) = kill.grace_s {
         seconds("grace", g)?;
     }
-    if kill.signal.is_some_and(|s| !(1..=crate::signal::MAX).contains(&s)) {
+    if kill.signal.is_some_and(|s| !(1..=crate::model::signal::MAX).contains(&s)) {
         return Err(ApiError::usage("signal: expected a number from 1 to 64"));
     }
     // As long as its grace and its members take; a client that goes away does not stop it.

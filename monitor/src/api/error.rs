@@ -3,7 +3,7 @@
 use axum::response::IntoResponse as _;
 use serde::{Deserialize, Serialize};
 
-use crate::contract::{ErrorBody, ErrorInfo};
+use crate::model::schema::{ErrorBody, ErrorInfo};
 
 /// What kind of failure: decides the HTTP status and the command's exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use tokio::sync::mpsc::{self, error::TrySendError};
 
 use super::{ApiError, Class, EventFilter, Target};
-use crate::contract::{EventLine, JobId};
-use crate::event::{self, Event};
-use crate::policy::Moment;
+use crate::engine::EventContext;
+use crate::model::event::{self, Event};
+use crate::model::schema::{EventLine, JobId};
 
 /// Lines that one reader may be behind.
 const BEHIND: usize = 4096;
@@ -28,7 +28,7 @@ pub type Subscription = mpsc::Receiver<EventLine>;
 pub type Chain = Option<Arc<[(JobId, String)]>>;
 
 /// Makes the line of an event.
-pub type Teller<'a> = &'a dyn Fn(&Event<'_>, &Moment, Option<JobId>) -> EventLine;
+pub type Teller<'a> = &'a dyn Fn(&Event<'_>, &EventContext, Option<JobId>) -> EventLine;
 
 #[derive(Debug)]
 struct Reader {
@@ -45,7 +45,7 @@ enum Past {
         at: u64,
         pid: u32,
         len: usize,
-        moment: Moment,
+        moment: EventContext,
         jobs: Chain,
     },
     Line {
@@ -137,7 +137,14 @@ impl Feed {
     }
 
     /// One event, whose record is `bytes`, of a process that belongs to `jobs`.
-    pub fn publish(&mut self, e: &Event<'_>, bytes: &[u8], moment: Moment, jobs: Chain, tell: Teller<'_>) {
+    pub fn publish(
+        &mut self,
+        e: &Event<'_>,
+        bytes: &[u8],
+        moment: EventContext,
+        jobs: Chain,
+        tell: Teller<'_>,
+    ) {
         let pid = e.process.pid;
         let mut line = None;
         self.readers.retain_mut(|r| {
@@ -224,9 +231,9 @@ fn missed(at: &str, count: u64) -> EventLine {
 mod tests {
     use super::*;
     use crate::config::{self, Overrides};
-    use crate::contract::Ref;
-    use crate::key::Key;
-    use crate::policy::{Engine, Settings};
+    use crate::engine::{Engine, Settings};
+    use crate::model::key::Key;
+    use crate::model::schema::Ref;
 
     /// The record of a reap.
     fn record(pid: u32, at: u64) -> Vec<u8> {
@@ -262,7 +269,7 @@ mod tests {
         }
     }
 
-    fn tell(e: &Event<'_>, _: &Moment, job: Option<JobId>) -> EventLine {
+    fn tell(e: &Event<'_>, _: &EventContext, job: Option<JobId>) -> EventLine {
         let process = Ref { id: e.process, pid: e.process.pid, comm: "c".into(), argv: vec![] };
         let more = BTreeMap::from([("job".into(), serde_json::json!(job))]);
         EventLine { at: "t".into(), kind: "reap".into(), process: Some(process), more }

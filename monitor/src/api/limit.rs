@@ -35,13 +35,13 @@ impl Rate {
 
 /// A stream whose writes fail when the other end has taken nothing for `patience`.
 #[derive(Debug)]
-pub(super) struct Impatient<S> {
+pub(super) struct TimeoutStream<S> {
     io: S,
     patience: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> Impatient<S> {
+impl<S> TimeoutStream<S> {
     pub(super) const fn new(io: S, patience: Duration) -> Self {
         Self { io, patience, stalled: None }
     }
@@ -57,7 +57,7 @@ impl<S> Impatient<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for TimeoutStream<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -67,7 +67,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for TimeoutStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let done = Pin::new(&mut self.io).poll_write(cx, buf);
         self.watch(cx, done)
@@ -101,7 +101,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_takes_nothing_is_given_up() {
         let (ours, _theirs) = tokio::net::UnixStream::pair().unwrap();
-        let mut io = Impatient::new(ours, Duration::from_millis(50));
+        let mut io = TimeoutStream::new(ours, Duration::from_millis(50));
         let e = io.write_all(&vec![0; 8 << 20]).await.unwrap_err();
         assert_eq!(e.kind(), io::ErrorKind::TimedOut);
     }

@@ -4,7 +4,6 @@
 //! not touch the forest, the kernel or the store, so a busy client cannot hold them up.
 
 mod bind;
-mod client;
 mod control;
 mod error;
 mod feed;
@@ -19,7 +18,6 @@ mod tests;
 pub mod wire;
 
 pub use bind::ServeError;
-pub use client::{Client, ClientError};
 pub use error::{ApiError, Class, Matched};
 pub(crate) use feed::innermost;
 pub use feed::{Chain, Feed, Subscription, Teller};

@@ -24,7 +24,7 @@ pub(super) fn peer(stream: &UnixStream) -> io::Result<Peer> {
     let same_ns = pid != 0 && std::fs::read_link(proc.join("ns/pid")).is_ok_and(|n| n == ours);
     let exe = std::fs::read_link(proc.join("exe"))
         .ok()
-        .map(|p| crate::contract::text(std::os::unix::ffi::OsStrExt::as_bytes(p.as_os_str())));
+        .map(|p| crate::model::schema::text(std::os::unix::ffi::OsStrExt::as_bytes(p.as_os_str())));
     let sure = pidfd.is_none_or(|fd| alive(fd.as_fd()));
     Ok(Peer {
         pid,

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::{ApiError, Matched, Subscription, Target};
-use crate::contract::{Alerts, JobId, Jobs, KillReport, Tree};
 use crate::enforce::audit;
-use crate::enforce::order::AskedBy;
+use crate::model::kill::AskedBy;
+use crate::model::schema::{Alerts, JobId, Jobs, KillReport, Tree};
 
 pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
 

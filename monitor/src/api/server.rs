@@ -23,7 +23,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::bind::{self, Bound, ServeError};
-use super::limit::{Impatient, Rate};
+use super::limit::{Rate, TimeoutStream};
 use super::{Request, control, peer, public};
 use crate::metrics::encode::Format;
 
@@ -269,7 +269,7 @@ async fn connection<S>(
             hyper::service::Service::call(&TowerToHyperService::new(router), request).await
         }
     });
-    let io = TokioIo::new(Impatient::new(stream, PATIENCE));
+    let io = TokioIo::new(TimeoutStream::new(stream, PATIENCE));
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(PATIENCE)

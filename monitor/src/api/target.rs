@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::contract::JobId;
-use crate::key::Key;
+use crate::model::key::Key;
+use crate::model::schema::JobId;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Target {
@@ -71,7 +71,7 @@ impl Serialize for Target {
 
 impl<'de> Deserialize<'de> for Target {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        crate::key::parsed(d)
+        crate::model::key::parsed(d)
     }
 }
 

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
 use super::*;
-use crate::contract::{Jobs, KillReport, Tree};
+use crate::client::Client;
+use crate::model::schema::{Jobs, KillReport, Tree};
 
 struct Running {
     server: Option<Server>,

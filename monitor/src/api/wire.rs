@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{ApiError, Matched, Target};
-use crate::contract::{Cause, Tree};
-use crate::key::Key;
+use crate::model::key::Key;
+use crate::model::schema::{Cause, Tree};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
 use jobwarden::api::AlertQuery;
-use jobwarden::contract::Alerts;
+use jobwarden::model::schema::Alerts;
 use jobwarden::render;
 
 use super::output::Context;

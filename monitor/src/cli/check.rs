@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use jobwarden::alert;
 use jobwarden::config::{self, Overrides};
+use jobwarden::notify;
 use jobwarden::render::escape;
 use serde_json::json;
 
@@ -37,7 +37,7 @@ impl Args {
         let path = self.config.unwrap_or_else(|| config::DEFAULT_PATH.into());
         let there = path.exists();
         // The file may be meant for another host, so this is no mistake of it.
-        let here: Vec<String> = alert::check(&c).iter().map(ToString::to_string).collect();
+        let here: Vec<String> = notify::check(&c).iter().map(ToString::to_string).collect();
         let mut value = json!({
             "valid": true,
             "warnings": here,

@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use jobwarden::kernel::{Finding, Grade, Kernel, Offer, Options};
 use jobwarden::privileges;
 use jobwarden::render::{Paint, Style, Table, escape};
+use jobwarden::sources::kernel::{Finding, Grade, HostFeatures, Kernel, Options};
 use serde::Serialize;
 
 use super::Outcome;
@@ -21,7 +21,7 @@ pub(crate) struct Args {}
 
 /// Of the probe object in this program.
 pub(super) fn object_hash() -> &'static str {
-    jobwarden::kernel::object_hash()
+    jobwarden::sources::kernel::object_hash()
 }
 
 #[derive(Serialize)]
@@ -29,13 +29,13 @@ struct Report {
     /// Whether the agent can run here.
     ok: bool,
     findings: Vec<Finding>,
-    offer: Offer,
+    offer: HostFeatures,
 }
 
 impl Args {
     pub(super) fn run(self, context: &Context) -> Outcome {
         let Self {} = self;
-        let offer = Offer::read();
+        let offer = HostFeatures::read();
         let mut findings = offer.findings();
         if findings.iter().all(|f| f.grade != Grade::Fatal) {
             findings.extend(probes());
@@ -60,7 +60,7 @@ fn probes() -> Vec<Finding> {
         },
     };
     let (stats, kept) = stats;
-    let finding = |p: jobwarden::kernel::ProbeStat| match p.off {
+    let finding = |p: jobwarden::sources::kernel::ProbeStat| match p.off {
         None => Finding {
             what: "probe",
             grade: Grade::Ok,
@@ -80,7 +80,7 @@ fn probes() -> Vec<Finding> {
 /// What an agent would keep here once it runs.
 fn privileges(kernel: &Kernel) -> Finding {
     let what = "privileges";
-    match privileges::asked_for(&|| kernel.rehearse()) {
+    match privileges::asked_for(&|| kernel.self_test()) {
         Ok(asked) => {
             let kept = privileges::KEPT.iter().fold(asked, |s, k| s | k.0);
             let found =

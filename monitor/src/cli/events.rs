@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use jobwarden::api::{Class, EventFilter, Target};
-use jobwarden::contract::EventLine;
+use jobwarden::model::schema::EventLine;
 use jobwarden::render;
 
 use super::output::{Context, print};

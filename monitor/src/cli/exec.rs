@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use jobwarden::config::parse_duration;
 use jobwarden::exec::{self, Options};
-use jobwarden::signal;
+use jobwarden::model::signal;
 
 use super::Failure;
 

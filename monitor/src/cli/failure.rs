@@ -2,8 +2,9 @@
 
 use std::process::ExitCode;
 
-use jobwarden::api::{ApiError, Class, ClientError};
-use jobwarden::contract::{ErrorBody, ErrorInfo};
+use jobwarden::api::{ApiError, Class};
+use jobwarden::client::ClientError;
+use jobwarden::model::schema::{ErrorBody, ErrorInfo};
 use jobwarden::render::escape;
 
 use super::journal;

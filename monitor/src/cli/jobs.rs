@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use jobwarden::api::wire::ExtendBody;
 use jobwarden::api::{ExtendReply, Target};
-use jobwarden::contract::Jobs;
+use jobwarden::model::schema::Jobs;
 use jobwarden::render;
 
 use super::output::Context;

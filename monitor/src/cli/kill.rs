@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use jobwarden::api::{KillRequest, Target};
-use jobwarden::contract::KillReport;
+use jobwarden::model::schema::KillReport;
 use jobwarden::render;
 
 use super::output::Context;

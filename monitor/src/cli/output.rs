@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal as _, Write as _};
 use std::path::PathBuf;
 
 use clap::ValueEnum;
-use jobwarden::api::Client;
+use jobwarden::client::Client;
 use jobwarden::config;
 use jobwarden::render::Style;
 use serde::Serialize;

@@ -3,9 +3,10 @@
 use std::process::ExitCode;
 
 use axum::http::HeaderMap;
-use jobwarden::api::{AlertQuery, Client, NAMELESS, Target, TreeQuery};
+use jobwarden::api::{AlertQuery, NAMELESS, Target, TreeQuery};
+use jobwarden::client::Client;
 use jobwarden::config::user_name;
-use jobwarden::contract::Tree;
+use jobwarden::model::schema::Tree;
 use jobwarden::render::{self, Style};
 
 use super::output::{Context, print};

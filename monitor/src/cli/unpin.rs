@@ -33,7 +33,7 @@ impl Args {
                 .map_or_else(|_| config::DEFAULT_BPFFS.into(), |c| c.agent.bpffs)
         });
         let removed =
-            jobwarden::kernel::unpin(&root).map_err(|e| Failure::failed("failed", e.to_string()))?;
+            jobwarden::sources::kernel::unpin(&root).map_err(|e| Failure::failed("failed", e.to_string()))?;
         context.show(&Removed { bpffs: root, removed }, |_| format!("{removed} pins removed\n"))?;
         Ok(ExitCode::SUCCESS)
     }

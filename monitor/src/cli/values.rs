@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use jobwarden::api::{Target, WhyQuery};
-use jobwarden::{config, signal};
+use jobwarden::config;
+use jobwarden::model::signal;
 
 /// `90s`, `1h30m`, `500ms`; a bare 0 is clear too.
 pub(super) fn duration(s: &str) -> Result<Duration, String> {

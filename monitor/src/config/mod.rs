@@ -24,7 +24,7 @@ pub use self::error::{ConfigError, Place, Problem};
 pub use self::names::{group_id, user_id, user_name};
 pub use self::read::{environment, load, parse};
 pub use self::value::{duration_text, parse_duration};
-use crate::contract::{AlertKind, Severity};
+use crate::model::schema::{AlertKind, Severity};
 
 /// Where the config is looked for when no `--config` is given; absent is fine.
 pub const DEFAULT_PATH: &str = "/etc/jobwarden/jobwarden.toml";

@@ -107,7 +107,7 @@ fn rule(out: &mut Out, r: &Rule) {
     out.key("on_orphan", action(r.on_orphan));
     out.key("kill_daemons", r.kill_daemons);
     out.key("enforce_existing", r.enforce_existing);
-    out.key("stop_signal", crate::signal::name(r.stop_signal));
+    out.key("stop_signal", crate::model::signal::name(r.stop_signal));
     out.key("grace", duration_text(r.grace));
     if let Some(s) = r.severity {
         out.key("severity", s.as_str());

@@ -16,7 +16,7 @@ use super::{
     Action, Agent, Config, DEFAULT_AFTER, DEFAULT_GRACE, DEFAULT_PATH, DEFAULT_RECEIVER_TIMEOUT, Enforcement,
     Match, Overrides, PAGERDUTY_URL, Receiver, ReceiverKind, Rule, Zombies,
 };
-use crate::contract::{AlertKind, Severity};
+use crate::model::schema::{AlertKind, Severity};
 
 const MAX_BYTES: u64 = 4 << 20;
 /// `parent = { parent = { .. } }` goes no deeper.
@@ -326,7 +326,7 @@ fn rule(mut s: Section<'_, '_>) -> Option<Rule> {
         on_orphan: s.read("on_orphan", value::choice(&ACTIONS)).unwrap_or(Action::Alert),
         kill_daemons: s.read("kill_daemons", value::boolean).unwrap_or_default(),
         enforce_existing: s.read("enforce_existing", value::boolean).unwrap_or_default(),
-        stop_signal: s.read("stop_signal", value::signal_number).unwrap_or(crate::signal::SIGTERM),
+        stop_signal: s.read("stop_signal", value::signal_number).unwrap_or(crate::model::signal::SIGTERM),
         grace: s.read("grace", value::duration).unwrap_or(DEFAULT_GRACE),
         severity: s.read("severity", value::choice(&SEVERITIES)),
     };

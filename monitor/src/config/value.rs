@@ -10,7 +10,7 @@ use toml::de::DeValue;
 
 use super::User;
 use super::names;
-use crate::signal;
+use crate::model::signal;
 
 /// Longer than any job; keeps sums of times far from overflow.
 const MAX_DURATION: Duration = Duration::from_hours(10 * 365 * 24);

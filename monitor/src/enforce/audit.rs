@@ -13,8 +13,8 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::order::{AskedBy, Reason};
-use crate::contract::{JobId, Ref, SignalledOutcome};
+use crate::model::kill::{AskedBy, Reason};
+use crate::model::schema::{JobId, Ref, SignalledOutcome};
 
 /// Bytes after which a file is put aside.
 pub const FILE_MAX: u64 = 16 << 20;
@@ -34,7 +34,7 @@ pub enum What {
     Kill,
     /// One signal to one process.
     Signal,
-    /// A process that the rails keep out of it: `detail` says why.
+    /// A process that the guards keep out of it: `detail` says why.
     Spared,
     /// A job's end is over: `detail` has the counts.
     Done,

@@ -4,8 +4,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::container::Cgroups;
-use crate::proc::Proc;
+use crate::model::container::Cgroups;
+use crate::sources::proc::Proc;
 
 /// Where a hierarchy is mounted: the first mount in `/proc/self/mountinfo` whose type is `kind` and whose options name
 /// `controller` ("" = any).
@@ -30,7 +30,7 @@ pub fn v2_root(proc: &Proc) -> Option<PathBuf> {
 /// The v2 cgroup folder that a process is in.
 #[must_use]
 pub fn of(proc: &Proc, pid: u32) -> Option<PathBuf> {
-    let path = Cgroups::parse(&crate::proc::read(&proc.path(pid, "cgroup")).ok()?).v2?;
+    let path = Cgroups::parse(&crate::sources::proc::read(&proc.path(pid, "cgroup")).ok()?).v2?;
     Some(v2_root(proc)?.join(path.trim_start_matches('/')))
 }
 

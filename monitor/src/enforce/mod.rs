@@ -2,9 +2,9 @@
 
 pub mod audit;
 pub mod cgroup;
+mod guards;
 pub mod order;
 pub mod pidfd;
-mod rails;
 mod stages;
 mod stuck;
 
@@ -12,11 +12,11 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use self::audit::Audit;
-pub use self::order::{AskedBy, EnforceError, Order, Outcome, Reason, What};
-pub use self::rails::Rails;
+pub use self::guards::Guards;
+pub use self::order::{EnforceError, Order, Outcome};
 pub use self::stages::{DOOM, Enforcer, preferred};
-use crate::event::Comm;
-use crate::key::Key;
+use crate::model::event::Comm;
+use crate::model::key::Key;
 
 /// A member of a job, as the kernel's iterator gives it at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
-use crate::key::Key;
+use crate::model::key::Key;
 
 /// A handle on one process (Linux 5.3).
 #[derive(Debug)]
@@ -59,7 +59,7 @@ impl AsFd for Pidfd {
 
 /// Processes whose end is awaited: one epoll instance over their pidfds.
 #[derive(Debug)]
-pub struct Ends {
+pub struct PidfdSet {
     epoll: AsyncFd<OwnedFd>,
     held: HashMap<u64, (Key, Pidfd)>,
     tokens: HashMap<Key, u64>,
@@ -69,7 +69,7 @@ pub struct Ends {
 /// Most ends that one look takes from the kernel.
 const BATCH: usize = 256;
 
-impl Ends {
+impl PidfdSet {
     /// Needs a tokio runtime with I/O.
     pub fn new() -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -175,7 +175,7 @@ mod tests {
 
     #[tokio::test]
     async fn ends_are_noticed_without_asking() {
-        let mut ends = Ends::new().unwrap();
+        let mut ends = PidfdSet::new().unwrap();
         let mut children: Vec<Child> = (0..300).map(|_| sleeper()).collect();
         for c in &children {
             ends.add(Key::new(c.id(), 1), Pidfd::open(c.id()).unwrap().unwrap()).unwrap();

@@ -12,16 +12,17 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::audit::{self, Audit, Entry};
-use super::order::{EnforceError, Order, Outcome, Reason, What};
-use super::pidfd::Ends;
-use super::rails::{Judge, Rails, Spare, Verdicts};
+use super::guards::{Guards, Judge, Spare, Verdicts};
+use super::order::{EnforceError, Order, Outcome};
+use super::pidfd::PidfdSet;
 use super::{Lineage, Member, OrderId, cgroup};
-use crate::contract::{KillReport, SignalledOutcome};
-use crate::host::boot_now;
-use crate::key::Key;
-use crate::proc::Proc;
+use crate::model::key::Key;
+use crate::model::kill::{Reason, What};
+use crate::model::schema::{KillReport, SignalledOutcome};
+use crate::model::signal::{self, SIGKILL};
 use crate::redact::Redactor;
-use crate::signal::{self, SIGKILL};
+use crate::sources::host::boot_now;
+use crate::sources::proc::Proc;
 
 /// Doom runs out in the kernel after this long unless it is renewed.
 pub const DOOM: Duration = Duration::from_mins(1);
@@ -63,8 +64,8 @@ impl Enforcer {
     /// which one holds the other may run at the same time.
     ///
     /// What the thread reads of /proc keeps nobody else of the agent waiting.
-    pub async fn run(&self, order: &Order, rails: &Rails) -> Result<Outcome, EnforceError> {
-        let (e, o, r) = (self.clone(), order.clone(), rails.clone());
+    pub async fn run(&self, order: &Order, guards: &Guards) -> Result<Outcome, EnforceError> {
+        let (e, o, r) = (self.clone(), order.clone(), guards.clone());
         let (tx, rx) = tokio::sync::oneshot::channel();
         let thread = std::thread::Builder::new().name("jobwarden-kill".into()).spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -77,7 +78,7 @@ impl Enforcer {
         });
         if thread.is_err() {
             // A bomb has taken the last thread of our own cgroup too.
-            return self.run_here(order, rails).await;
+            return self.run_here(order, guards).await;
         }
         rx.await.unwrap_or_else(|_| {
             let source = io::Error::other("it panicked");
@@ -86,9 +87,9 @@ impl Enforcer {
     }
 
     /// The same in this task. Needs a tokio runtime with time and I/O. Dropping the future at any point lifts the doom.
-    pub async fn run_here(&self, order: &Order, rails: &Rails) -> Result<Outcome, EnforceError> {
+    pub async fn run_here(&self, order: &Order, guards: &Guards) -> Result<Outcome, EnforceError> {
         let failed = |doing| move |source| EnforceError { doing, job: order.job, source };
-        let mut run = Run::new(self, order, rails).map_err(failed("the preparation of the end"))?;
+        let mut run = Run::new(self, order, guards).map_err(failed("the preparation of the end"))?;
         if order.dry_run {
             return run.dry().map_err(failed("the dry run"));
         }
@@ -109,9 +110,9 @@ impl Enforcer {
     }
 
     /// Signals nobody: the report names who is left, as spared for the reason `why`.
-    pub fn let_go(&self, order: &Order, rails: &Rails, why: &str) -> Result<KillReport, EnforceError> {
+    pub fn let_go(&self, order: &Order, guards: &Guards, why: &str) -> Result<KillReport, EnforceError> {
         let failed = |source| EnforceError { doing: "the letting go", job: order.job, source };
-        let mut run = Run::new(self, order, rails).map_err(failed)?;
+        let mut run = Run::new(self, order, guards).map_err(failed)?;
         let (alive, _) = run.look().map_err(failed)?;
         run.spared.extend(alive.iter().map(|m| (m.key, why.to_owned())));
         let zombies = run.zombies().map_err(failed)?;
@@ -119,9 +120,9 @@ impl Enforcer {
     }
 
     /// One signal to all members, root first, with nothing to follow it: what `exec` passes on. How many got it.
-    pub fn pass(&self, order: &Order, rails: &Rails, number: u8) -> Result<usize, EnforceError> {
+    pub fn pass(&self, order: &Order, guards: &Guards, number: u8) -> Result<usize, EnforceError> {
         let failed = |source| EnforceError { doing: "the passing on of a signal", job: order.job, source };
-        let mut run = Run::new(self, order, rails).map_err(failed)?;
+        let mut run = Run::new(self, order, guards).map_err(failed)?;
         let (alive, _) = run.look().map_err(failed)?;
         run.send(&alive, number).map_err(failed)?;
         Ok(run.sent.len())
@@ -158,7 +159,7 @@ struct Run<'a> {
     /// The jobs that are ended.
     jobs: Vec<u64>,
     marks: Marks,
-    ends: Ends,
+    ends: PidfdSet,
     sent: Vec<Sent>,
     /// Who had which signal.
     had: HashSet<(Key, u8)>,
@@ -178,7 +179,7 @@ impl Drop for Run<'_> {
 }
 
 impl<'a> Run<'a> {
-    fn new(e: &'a Enforcer, order: &'a Order, rails: &'a Rails) -> io::Result<Self> {
+    fn new(e: &'a Enforcer, order: &'a Order, guards: &'a Guards) -> io::Result<Self> {
         let mut marks = Marks { lineage: e.lineage.clone(), id: OrderId::fresh(), labelled: Vec::new() };
         let jobs = match &order.what {
             What::Whole => vec![order.job],
@@ -190,10 +191,10 @@ impl<'a> Run<'a> {
             (What::Descendants { roots, .. }, _) => roots.clone(),
         };
         Ok(Self {
-            judge: Judge::new(rails, &e.proc, &*e.lineage, &e.redact, tops),
+            judge: Judge::new(guards, &e.proc, &*e.lineage, &e.redact, tops),
             jobs,
             marks,
-            ends: Ends::new()?,
+            ends: PidfdSet::new()?,
             sent: Vec::new(),
             had: HashSet::new(),
             over: HashSet::new(),

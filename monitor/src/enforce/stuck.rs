@@ -1,9 +1,9 @@
 //! What a process that SIGKILL does not end waits for. Reads /proc only.
 
 use super::Lineage;
-use crate::contract::{Ref, Stuck, text};
-use crate::key::Key;
-use crate::proc::Proc;
+use crate::model::key::Key;
+use crate::model::schema::{Ref, Stuck, text};
+use crate::sources::proc::Proc;
 
 /// Looks at the thread that holds the process back: one in uninterruptible sleep or in a tracer's stop before any other.
 pub(super) fn look(proc: &Proc, lineage: &dyn Lineage, process: Ref) -> Stuck {
@@ -24,8 +24,8 @@ pub(super) fn look(proc: &Proc, lineage: &dyn Lineage, process: Ref) -> Stuck {
         .filter(|w| !w.is_empty() && w != "0");
     let tracer = worst
         .and_then(|(t, _)| {
-            let b = crate::proc::read(&proc.path(pid, &format!("task/{t}/status"))).ok()?;
-            Some(crate::proc::parse_status(&b).tracer).filter(|&t| t > 0)
+            let b = crate::sources::proc::read(&proc.path(pid, &format!("task/{t}/status"))).ok()?;
+            Some(crate::sources::proc::parse_status(&b).tracer).filter(|&t| t > 0)
         })
         .and_then(|t| reference(proc, lineage, t));
     Stuck {

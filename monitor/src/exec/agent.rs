@@ -9,8 +9,9 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 
 use super::options::Options;
-use crate::api::{Class, Client, ExecEnd, ExecEnded, ExecRegistered, ExecRequest, ExecSignal};
-use crate::contract::JobId;
+use crate::api::{Class, ExecEnd, ExecEnded, ExecRegistered, ExecRequest, ExecSignal};
+use crate::client::Client;
+use crate::model::schema::JobId;
 
 /// An agent that restarts, or has all its connections taken, is asked again for as long as this.
 const PATIENCE: Duration = Duration::from_secs(10);

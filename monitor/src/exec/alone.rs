@@ -16,14 +16,15 @@ use rustix::process::{Pid, WaitOptions, setsid, waitpid};
 use super::options::{ExecError, Options};
 use crate::api::ExecEnded;
 use crate::config;
-use crate::contract::JobId;
-use crate::enforce::{AskedBy, Audit, Enforcer, Lineage as _, Order, Rails, Reason, What, preferred};
-use crate::host::boot_now;
-use crate::kernel::{self, Kernel};
-use crate::key::Key;
-use crate::proc::Proc;
+use crate::enforce::{Audit, Enforcer, Guards, Lineage as _, Order, preferred};
+use crate::model::key::Key;
+use crate::model::kill::{AskedBy, Reason, What};
+use crate::model::schema::JobId;
+use crate::model::signal::SIGKILL;
 use crate::redact::Redactor;
-use crate::signal::SIGKILL;
+use crate::sources::host::boot_now;
+use crate::sources::kernel::{self, Kernel};
+use crate::sources::proc::Proc;
 
 /// Nobody reads the ring here; the smallest there is.
 const RING_BYTES: u32 = 4096;
@@ -31,7 +32,7 @@ const RING_BYTES: u32 = 4096;
 /// A job that this process holds.
 pub(super) struct Alone {
     enforcer: Enforcer,
-    rails: Rails,
+    guards: Guards,
     job: u64,
     root: Key,
     cgroup: Option<PathBuf>,
@@ -69,8 +70,8 @@ impl Alone {
         kernel.label(job, 0, root).map_err(io("register the job"))?;
         let proc = Proc::default();
         let e = &config.enforcement;
-        let mut rails = Rails::new(e.protect.clone(), e.protect_defaults);
-        rails
+        let mut guards = Guards::new(e.protect.clone(), e.protect_defaults);
+        guards
             .keep(std::process::id(), "exec", &proc, &kernel)
             .map_err(io("ask for this process's ancestors"))?;
         let audit = Audit::open(&config.agent.state_dir).unwrap_or_else(|_| Audit::log_only());
@@ -80,7 +81,7 @@ impl Alone {
             audit: Arc::new(audit),
             redact: Arc::new(Redactor::new(config.agent.redact)),
         };
-        Ok(Self { enforcer, rails, job, root, cgroup: o.cage.clone(), watcher: None })
+        Ok(Self { enforcer, guards, job, root, cgroup: o.cage.clone(), watcher: None })
     }
 
     fn order(&self, o: &Options) -> Order {
@@ -112,18 +113,18 @@ impl Alone {
         let delay = if timed_out { Duration::ZERO } else { o.orphan_after };
         let order = Order { delay, ..self.order(o) };
         let report = if o.keep_orphans && !timed_out {
-            self.enforcer.let_go(&order, &self.rails, "left running (--keep-orphans)")
+            self.enforcer.let_go(&order, &self.guards, "left running (--keep-orphans)")
         } else {
             // In this thread: a bomb may have taken the last one that the cgroup allows.
             // Without the capability it goes on as it is.
             let _ = preferred();
-            self.enforcer.run_here(&order, &self.rails).await.map(|out| out.report)
+            self.enforcer.run_here(&order, &self.guards).await.map(|out| out.report)
         };
         Ok(ExecEnded { report: Some(report.map_err(|e| e.to_string())?), left_s: None })
     }
 
     pub(super) fn pass(&self, o: &Options, signal: u8) -> Result<usize, String> {
-        self.enforcer.pass(&self.order(o), &self.rails, signal).map_err(|e| e.to_string())
+        self.enforcer.pass(&self.order(o), &self.guards, signal).map_err(|e| e.to_string())
     }
 
     fn watch(&self, o: &Options) -> Result<Watcher, Box<ExecError>> {
@@ -164,7 +165,7 @@ impl Alone {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         // Without the capability it goes on as it is.
         let _ = preferred();
-        runtime.block_on(self.enforcer.run_here(&order, &self.rails)).map_err(io::Error::other)?;
+        runtime.block_on(self.enforcer.run_here(&order, &self.guards)).map_err(io::Error::other)?;
         if let Some(dir) = &self.cgroup {
             crate::enforce::cgroup::remove(dir)?;
         }

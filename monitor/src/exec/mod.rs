@@ -20,7 +20,7 @@ use self::report::{Ended, Report};
 pub use self::status::Finish;
 use self::supervise::{Followed, Supervisor};
 use crate::enforce::cgroup;
-use crate::proc::Proc;
+use crate::sources::proc::Proc;
 
 /// Where the job is held: by the agent, or by this process and its watcher.
 enum Warden {
@@ -53,7 +53,7 @@ pub fn run(o: &Options) -> Result<Finish, ExecError> {
     let terminal = terminal::Terminal::remember();
     let held = command::fork(&prepared, &signals)?;
     let begun = Instant::now();
-    let mut cage = Cage::default();
+    let mut cage = ExecCgroup::default();
     let pid = held.pid.as_raw_nonzero().get() as u32;
     let warden = match cage.shut(o, pid).and_then(|()| Warden::of(&cage.with(o), pid)) {
         Ok(w) => w,
@@ -87,9 +87,9 @@ pub fn run(o: &Options) -> Result<Finish, ExecError> {
 
 /// The cgroup of `--cgroup`, removed when it is dropped.
 #[derive(Default)]
-struct Cage(Option<std::path::PathBuf>);
+struct ExecCgroup(Option<std::path::PathBuf>);
 
-impl Cage {
+impl ExecCgroup {
     fn shut(&mut self, o: &Options, pid: u32) -> Result<(), ExecError> {
         if !o.cgroup {
             return Ok(());
@@ -108,7 +108,7 @@ impl Cage {
     }
 }
 
-impl Drop for Cage {
+impl Drop for ExecCgroup {
     fn drop(&mut self) {
         if let Some(dir) = self.0.take()
             && let Err(e) = cgroup::remove(&dir)

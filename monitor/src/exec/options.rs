@@ -42,7 +42,7 @@ impl Options {
             command,
             timeout: None,
             grace: Duration::from_secs(10),
-            signal: crate::signal::SIGTERM,
+            signal: crate::model::signal::SIGTERM,
             orphan_after: Duration::ZERO,
             keep_orphans: false,
             preserve_status: false,
@@ -76,7 +76,7 @@ pub enum ExecError {
     Threads(usize),
     #[error("--cgroup needs a mounted cgroup v2 hierarchy")]
     NoCgroup,
-    #[error("the rails cannot be read: {0}")]
+    #[error("the guards cannot be read: {0}")]
     Config(#[from] crate::config::ConfigError),
     #[error("no agent holds the job ({agent}), and without one: {alone}")]
     NoWarden { agent: String, alone: Box<ExecError> },

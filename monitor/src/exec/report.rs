@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use super::options::{ExecError, Options};
 use super::status::Finish;
-use crate::contract::{Exit, KillReport, text};
-use crate::event::WaitStatus;
+use crate::model::event::WaitStatus;
+use crate::model::schema::{Exit, KillReport, text};
 
 /// The file, made before the command starts, so that a path that cannot be written stops it.
 pub(super) struct Report {
@@ -55,7 +55,7 @@ impl Report {
     pub(super) fn write(mut self, e: &Ended<'_>) {
         use std::os::unix::ffi::OsStrExt as _;
         let exit = e.status.map(|s| match s.signal() {
-            Some(n) => Exit::Signal { signal: crate::signal::name(n), core: s.core(), sender: None },
+            Some(n) => Exit::Signal { signal: crate::model::signal::name(n), core: s.core(), sender: None },
             None => Exit::Code { code: s.code().unwrap_or_default() },
         });
         let body = Body {

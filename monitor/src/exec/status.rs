@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use crate::event::WaitStatus;
+use crate::model::event::WaitStatus;
 
 /// The deadline has passed.
 pub(super) const TIMED_OUT: u8 = 124;

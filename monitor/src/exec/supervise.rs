@@ -11,9 +11,9 @@ use super::signals::{Came, Signals, Stream};
 use super::terminal::Terminal;
 use super::{Warden, alone};
 use crate::api::ExecEnded;
-use crate::contract::KillReport;
-use crate::event::WaitStatus;
-use crate::proc::Proc;
+use crate::model::event::WaitStatus;
+use crate::model::schema::KillReport;
+use crate::sources::proc::Proc;
 
 /// A command that stops for the terminal is looked at again after this long: Ctrl-Z stops and continues the whole group, and
 /// this process may be told of the command's stop when all go on already.
@@ -105,7 +105,7 @@ impl<'a> Supervisor<'a> {
     async fn end(&mut self, stream: &Stream, timed_out: bool) -> io::Result<Option<ExecEnded>> {
         let o = self.o;
         if timed_out && o.verbose {
-            let (signal, grace) = (crate::signal::name(o.signal), o.grace.as_secs_f64());
+            let (signal, grace) = (crate::model::signal::name(o.signal), o.grace.as_secs_f64());
             eprintln!("jobwarden: the deadline has passed: {signal} to the job, SIGKILL after {grace} s");
         }
         let warden = self.warden;
@@ -180,7 +180,7 @@ impl<'a> Supervisor<'a> {
             Warden::Alone(a) => a.pass(self.o, number),
         };
         if let Err(e) = passed {
-            self.trouble.push(format!("{} was not passed on: {e}", crate::signal::name(number)));
+            self.trouble.push(format!("{} was not passed on: {e}", crate::model::signal::name(number)));
         }
     }
 

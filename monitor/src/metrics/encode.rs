@@ -5,6 +5,8 @@
 
 use std::fmt::Write as _;
 
+use crate::model::stats::Histogram;
+
 /// Which of the two text formats is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -160,32 +162,6 @@ fn escape(out: &mut String, s: &str, quotes: bool) {
             '"' if quotes => out.push_str("\\\""),
             c => out.push(c),
         }
-    }
-}
-
-/// A histogram with fixed bounds; its last count is that of `+Inf`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Histogram {
-    bounds: &'static [f64],
-    counts: Vec<u64>,
-    sum: f64,
-}
-
-impl Histogram {
-    #[must_use]
-    pub fn new(bounds: &'static [f64]) -> Self {
-        Self { bounds, counts: vec![0; bounds.len() + 1], sum: 0.0 }
-    }
-
-    pub fn observe(&mut self, v: f64) {
-        let i = self.bounds.partition_point(|b| *b < v);
-        self.counts[i] += 1;
-        self.sum += v;
-    }
-
-    #[must_use]
-    pub fn count(&self) -> u64 {
-        self.counts.iter().sum()
     }
 }
 

@@ -1,7 +1,7 @@
 //! The agent's own cost, as the `process_*` metrics that every Prometheus client library exports.
 
 use crate::metrics::encode::Encoder;
-use crate::proc::Proc;
+use crate::sources::proc::Proc;
 
 /// Writes `process_cpu_seconds_total` and its kin. What cannot be read is left out rather than given as 0.
 pub fn encode(e: &mut Encoder, proc: &Proc, boot_to_wall_ns: u64) {

@@ -2,11 +2,12 @@
 //! yet: a rate over a series that appears with its first event misses that event.
 
 use super::encode::Encoder;
-use super::{Counts, Kernel, Notifications, Outcome, StoreNumbers, alert_state_label, kinds};
-use crate::contract::{AlertKind, AlertState, SignalledOutcome};
-use crate::enforce::Reason;
-use crate::policy::Gauges;
-use crate::signal;
+use super::{Counts, Kernel, Notifications, kinds};
+use crate::engine::Gauges;
+use crate::model::kill::Reason;
+use crate::model::schema::{AlertKind, AlertState, SignalledOutcome};
+use crate::model::signal;
+use crate::model::stats::{Outcome, StoreNumbers, alert_state_label};
 
 const JOB_STATES: [&str; 5] = ["running", "lingering", "expired", "killing", "done"];
 const SIGNALS: [u8; 3] = [libc::SIGTERM as u8, libc::SIGCONT as u8, libc::SIGKILL as u8];

@@ -7,11 +7,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Config, ConfigError, Overrides};
-use crate::contract::{Alert, AlertKind, Cause, JobId, KillReport};
-use crate::enforce::Reason;
-use crate::forest::Snapshot;
-use crate::key::Key;
-use crate::policy::{Effect, EnforcementState, Engine, ExecJob, JobRecord, Observation, Settings};
+use crate::engine::forest::Snapshot;
+use crate::engine::{Effect, EnforcementState, Engine, ExecJob, JobRecord, Observation, Settings};
+use crate::model::key::Key;
+use crate::model::kill::Reason;
+use crate::model::schema::{Alert, AlertKind, Cause, JobId, KillReport};
 
 /// One call of the engine; times are boot-time nanoseconds. See [`Engine`]'s methods of these names.
 #[derive(Clone, Debug, Serialize, Deserialize)]

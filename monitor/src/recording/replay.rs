@@ -9,9 +9,9 @@ use serde::Serialize;
 use super::input::{Input, config};
 use super::{Frame, Player, RecordingError};
 use crate::config::ConfigError;
-use crate::contract::{Alert, EventLine, Job, Tree};
-use crate::event;
-use crate::policy::{AlertChange, Effect, Engine, TreeQuery};
+use crate::engine::{AlertChange, Effect, Engine, TreeQuery};
+use crate::model::event;
+use crate::model::schema::{Alert, EventLine, Job, Tree};
 
 /// What a replay tells, in order; as JSON a line each.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -3,10 +3,10 @@
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
+use super::escape::{age, between, escape};
 use super::style::{Paint, Style};
 use super::table::Table;
-use super::words::{age, between, escape};
-use crate::contract::{Alert, AlertState, Alerts, Severity};
+use crate::model::schema::{Alert, AlertState, Alerts, Severity};
 
 /// A line for each alert; `none` is what is said where there is none.
 #[must_use]
@@ -57,7 +57,7 @@ fn summary(a: &Alert) -> String {
 }
 
 const fn state_word(s: AlertState) -> &'static str {
-    crate::metrics::alert_state_label(s)
+    crate::model::stats::alert_state_label(s)
 }
 
 const fn state_paint(s: AlertState) -> Paint {

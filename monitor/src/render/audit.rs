@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
+use super::escape::escape;
 use super::style::{Paint, Style};
-use super::words::escape;
 use crate::enforce::audit::{Entry, What};
 
 /// One line an entry: when, what, whom, why, by whom.

@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
+use super::escape::{argv, clock, escape};
 use super::style::{Paint, Style};
-use super::words::{argv, clock, escape};
-use crate::contract::{EventLine, Exit, Ref};
+use crate::model::schema::{EventLine, Exit, Ref};
 
 /// `12:00:00.123  exec  4123 (sh) sh -c true`.
 #[must_use]

@@ -2,10 +2,10 @@
 
 use std::time::SystemTime;
 
+use super::escape::{age, between, escape};
 use super::style::{Paint, Style};
 use super::table::Table;
-use super::words::{age, between, escape};
-use crate::contract::{Job, JobState, Jobs};
+use crate::model::schema::{Job, JobState, Jobs};
 
 /// A line for each job; `now` is for ages and for the time left.
 #[must_use]

@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
+use super::escape::{age, argv, count, escape};
 use super::style::{Paint, Style};
-use super::words::{age, argv, count, escape};
-use crate::contract::{KillReport, Ref, SignalledOutcome};
+use crate::model::schema::{KillReport, Ref, SignalledOutcome};
 
 /// What was done to whom, and what is left.
 #[must_use]

@@ -5,6 +5,7 @@
 
 mod alerts;
 mod audit;
+mod escape;
 mod event;
 mod jobs;
 mod kill;
@@ -15,10 +16,10 @@ mod table;
 mod tests;
 mod tree;
 mod why;
-mod words;
 
 pub use alerts::alerts;
 pub use audit::audit;
+pub use escape::{age, argv, escape, exit, process, wall};
 pub use event::event;
 pub use jobs::jobs;
 pub use kill::kill;
@@ -27,4 +28,3 @@ pub use style::{Paint, Style};
 pub use table::Table;
 pub use tree::{TreeView, tree, tree_with};
 pub use why::why;
-pub use words::{age, argv, escape, exit, process, wall};

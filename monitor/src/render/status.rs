@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
+use super::escape::{age, between, count, escape};
 use super::style::{Paint, Style};
-use super::words::{age, between, count, escape};
 use crate::api::{EnforcementStatus, Status};
 
 #[must_use]

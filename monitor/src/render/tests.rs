@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
 use super::*;
-use crate::contract::{
+use crate::model::key::Key;
+use crate::model::schema::{
     Alert, AlertKind, AlertState, Alerts, Cause, Container, EventLine, Evidence, Exit, Job, JobId, JobState,
     Jobs, KillReport, LineageKnown, Process, Ref, Severity, SignalBy, SignalOutcome, Signalled,
     SignalledOutcome, Spared, State, Tree, Undelivered, Verdict,
 };
-use crate::key::Key;
 
 const NOW: &str = "2026-11-23T12:01:00Z";
 

@@ -4,13 +4,13 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::time::SystemTime;
 
+use super::escape::{age, argv, between, count, escape, exit, process, wall};
 use super::style::{Paint, Style, cut, width};
 use super::why::word;
-use super::words::{age, argv, between, count, escape, exit, process, wall};
-use crate::contract::{
+use crate::model::key::Key;
+use crate::model::schema::{
     Alert, AlertKind, AlertState, Alerts, JobId, Jobs, LineageKnown, Process, State, Tree, Verdict,
 };
-use crate::key::Key;
 
 /// What is drawn, and what is needed to know beside it.
 pub struct TreeView<'a> {
@@ -291,7 +291,7 @@ impl Lines<'_> {
 /// Of a namespace's PID 1: what it is the init of.
 fn init(p: &Process) -> String {
     if p.ns_pid == Some(1) && p.pid != 1 {
-        format!(", {}", escape(&crate::container::init_of(p.container.as_ref(), p.pid_ns)))
+        format!(", {}", escape(&crate::model::container::init_of(p.container.as_ref(), p.pid_ns)))
     } else {
         String::new()
     }

@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
+use super::escape::{age, argv, escape, exit, process};
 use super::style::{Paint, Style, cut};
-use super::words::{age, argv, escape, exit, process};
-use crate::contract::{Cause, Evidence, Process, Ref, SignalBy, SignalOutcome, State, Verdict};
+use crate::model::schema::{Cause, Evidence, Process, Ref, SignalBy, SignalOutcome, State, Verdict};
 
 #[must_use]
 pub fn why(c: &Cause, style: Style) -> String {

@@ -4,9 +4,9 @@ use rustix::fs::{AtFlags, StatxFlags};
 
 use super::family::{Closeness, Family, Relation};
 use super::holders::{FdRow, rows_of};
-use crate::contract::Ref;
-use crate::key::Key;
-use crate::proc::{FdLink, Stat};
+use crate::model::key::Key;
+use crate::model::schema::Ref;
+use crate::sources::proc::{FdLink, Stat};
 
 /// Files of one poll, select or epoll set that are looked at.
 const SET: usize = 256;

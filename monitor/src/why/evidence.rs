@@ -5,12 +5,13 @@ use std::fmt::Write as _;
 use super::ends::{End, Kind};
 use super::family::{Family, ago, short};
 use super::look::{Doing, Look, Thread};
-use super::{SignalSeen, verdict};
-use crate::contract::{Evidence, Exit, Ref, SignalBy, SignalOutcome, State};
-use crate::event::SignalResult;
-use crate::key::Key;
-use crate::proc::Status;
-use crate::signal;
+use super::verdict;
+use crate::model::event::SignalResult;
+use crate::model::key::Key;
+use crate::model::question::SignalSeen;
+use crate::model::schema::{Evidence, Exit, Ref, SignalBy, SignalOutcome, State};
+use crate::model::signal;
+use crate::sources::proc::Status;
 
 /// Files of one wait that are shown, and holders of one file.
 const ENDS: usize = 8;

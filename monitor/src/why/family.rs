@@ -4,10 +4,11 @@
 use std::cell::OnceCell;
 use std::time::Instant;
 
-use super::{Holders, Limits, Question};
-use crate::contract::{LineageKnown, Process, Ref, State, text};
-use crate::key::Key;
-use crate::proc::{Proc, Stat};
+use super::{Holders, Limits};
+use crate::model::key::Key;
+use crate::model::question::Question;
+use crate::model::schema::{LineageKnown, Process, Ref, State, text};
+use crate::sources::proc::{Proc, Stat};
 
 /// Ancestors that are followed, as many as the forest keeps.
 const ANCESTORS: usize = 64;
@@ -171,7 +172,7 @@ pub(super) struct Relation {
     pub orphan: bool,
     pub parent: Option<Key>,
     pub adopter: Option<Ref>,
-    pub job: Option<crate::contract::JobId>,
+    pub job: Option<crate::model::schema::JobId>,
     pub ancestors: Vec<Key>,
 }
 

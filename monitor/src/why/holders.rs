@@ -3,8 +3,8 @@
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 
-use crate::key::Key;
-use crate::proc::{FdLink, Proc};
+use crate::model::key::Key;
+use crate::sources::proc::{FdLink, Proc};
 
 /// An open file of a process. A hint: inode numbers are unique only within one file system, so the reader of rows
 /// compares /proc/PID/fd/N before it believes one.

@@ -6,9 +6,9 @@ use std::io;
 use super::ends::{self, End, Kind, Want};
 use super::family::Family;
 use super::syscalls;
-use crate::contract::Ref;
-use crate::key::Key;
-use crate::proc::{InSyscall, Stat, Status};
+use crate::model::key::Key;
+use crate::model::schema::Ref;
+use crate::sources::proc::{InSyscall, Stat, Status};
 
 /// Threads whose system call is looked at; a process may have thousands.
 const THREADS: usize = 64;
@@ -229,7 +229,7 @@ impl Family<'_> {
         let mut buf = vec![0; (PAGE - at % PAGE).min(256) as usize];
         self.proc.memory(pid, at, &mut buf).ok()?;
         let end = buf.iter().position(|&b| b == 0).unwrap_or(buf.len());
-        Some(crate::contract::text(buf.get(..end)?)).filter(|s| !s.is_empty())
+        Some(crate::model::schema::text(buf.get(..end)?)).filter(|s| !s.is_empty())
     }
 
     fn waits(&self, look: &Look, target: WaitFor, zombie: Key) -> Doing {

@@ -3,10 +3,9 @@
 
 use std::time::Duration;
 
-use crate::contract::{Cause, Evidence, Process, Ref, SignalBy, State, Verdict};
-use crate::event::SignalResult;
-use crate::key::Key;
-use crate::proc::Proc;
+use crate::model::question::Question;
+use crate::model::schema::{Cause, Evidence, State, Verdict};
+use crate::sources::proc::Proc;
 
 mod ends;
 mod evidence;
@@ -22,42 +21,7 @@ mod zombie;
 
 use family::Family;
 pub use holders::{FdRow, Holders, ProcHolders};
-pub use orphan::daemonized;
 pub use python::helper_main;
-
-/// A signal that the probes saw, as the forest remembers it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SignalSeen {
-    /// Boot-time nanoseconds.
-    pub at: u64,
-    pub signal: u8,
-    pub by: SignalBy,
-    pub sender: Option<Ref>,
-    pub target: Ref,
-    pub result: SignalResult,
-}
-
-/// What the forest knows about a process that is asked about. The reader adds what /proc says at that moment.
-#[derive(Clone, Debug)]
-pub struct Question {
-    pub subject: Process,
-    /// The subject's ancestors by lineage (nearest first, the dead included), its present parent and adopter, its
-    /// children, and the members of its jobs; each once.
-    pub family: Vec<Process>,
-    /// Signals seen by the subject, its parents and the members of its jobs, oldest first.
-    pub signals: Vec<SignalSeen>,
-    /// When records were last lost (boot-time ns), a second later at most: signals may be among them.
-    pub lost: Option<u64>,
-    /// The firing alert that this is asked for, if any.
-    pub alert: Option<String>,
-}
-
-impl Question {
-    #[must_use]
-    pub fn process(&self, key: Key) -> Option<&Process> {
-        std::iter::once(&self.subject).chain(&self.family).find(|p| p.id == key)
-    }
-}
 
 /// What one `explain` may cost.
 #[derive(Clone, Copy, Debug)]
@@ -103,7 +67,7 @@ const LINES: usize = 3;
 
 /// A cause in the making.
 #[derive(Debug)]
-struct Told {
+struct CauseDraft {
     verdict: Verdict,
     lines: Vec<String>,
     /// A line that is said if there is room for it.
@@ -112,7 +76,7 @@ struct Told {
     remedy: String,
 }
 
-impl Told {
+impl CauseDraft {
     fn new(verdict: Verdict) -> Self {
         Self { verdict, lines: Vec::new(), python: None, evidence: Vec::new(), remedy: String::new() }
     }
@@ -126,7 +90,7 @@ impl Told {
 const PF_EXITING: u32 = 4;
 
 impl Family<'_> {
-    fn explain(&self) -> Told {
+    fn explain(&self) -> CauseDraft {
         let me = &self.q.subject;
         let who = family::short(&me.to_ref());
         let stat = self.proc.stat(me.pid);
@@ -134,7 +98,7 @@ impl Family<'_> {
             Ok(s) if self.same(me.id, &s) => s,
             Err(e) if !matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
                 let line = format!("{who} could not be looked at: {e}");
-                return Told::plain(
+                return CauseDraft::plain(
                     Verdict::Unknown,
                     line,
                     "Look as root, with /proc of all processes visible.".into(),
@@ -144,7 +108,7 @@ impl Family<'_> {
         };
         let dead = matches!(stat.state, b'Z' | b'X' | b'x');
         let live = if dead { self.live_threads(stat.pid) } else { Vec::new() };
-        let exiting = |s: &crate::proc::Stat| s.flags & PF_EXITING != 0;
+        let exiting = |s: &crate::sources::proc::Stat| s.flags & PF_EXITING != 0;
         if let Some(thread) = live.first().filter(|_| live.iter().all(exiting)) {
             return self.still_exiting(stat.pid, thread, &who);
         }
@@ -170,38 +134,44 @@ impl Family<'_> {
             return self.zombie(&oldest);
         }
         let text = format!("{who} is alive, has its parent, and has no zombie");
-        Told::plain(Verdict::NotAZombie, text, "Nothing is to be done.".into())
+        CauseDraft::plain(Verdict::NotAZombie, text, "Nothing is to be done.".into())
     }
 
     /// Seconds as a zombie; what the forest has not seen die counts as oldest.
-    fn age(&self, s: &crate::proc::Stat) -> f64 {
+    fn age(&self, s: &crate::sources::proc::Stat) -> f64 {
         let known = self.q.process(self.key(s)).filter(|p| p.state == State::Zombie);
         known.map_or(f64::INFINITY, |p| p.state_s)
     }
 
-    fn gone(&self, who: &str) -> Told {
+    fn gone(&self, who: &str) -> CauseDraft {
         let remedy = "Nothing is to be done.".to_owned();
         if self.q.subject.state == State::Zombie {
-            return Told::plain(Verdict::BeingReaped, format!("{who} has been reaped meanwhile"), remedy);
+            return CauseDraft::plain(
+                Verdict::BeingReaped,
+                format!("{who} has been reaped meanwhile"),
+                remedy,
+            );
         }
-        Told::plain(Verdict::NotAZombie, format!("{who} is gone"), remedy)
+        CauseDraft::plain(Verdict::NotAZombie, format!("{who} is gone"), remedy)
     }
 
-    fn live_threads(&self, pid: u32) -> Vec<crate::proc::Stat> {
+    fn live_threads(&self, pid: u32) -> Vec<crate::sources::proc::Stat> {
         let tids = self.proc.threads(pid).unwrap_or_default();
         let stats = tids.into_iter().filter_map(|t| self.proc.thread_stat(pid, t).ok());
         stats.filter(|s| !matches!(s.state, b'Z' | b'X' | b'x')).collect()
     }
 
-    fn leader_exited(&self, who: &str, live: &[crate::proc::Stat]) -> Told {
-        let name = |s: &crate::proc::Stat| format!("{} ({})", crate::contract::text(s.comm.bytes()), s.pid);
+    fn leader_exited(&self, who: &str, live: &[crate::sources::proc::Stat]) -> CauseDraft {
+        let name = |s: &crate::sources::proc::Stat| {
+            format!("{} ({})", crate::model::schema::text(s.comm.bytes()), s.pid)
+        };
         let names: Vec<String> = live.iter().take(THREADS_NAMED).map(name).collect();
         let more = live.len().saturating_sub(names.len());
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         let text =
             format!("{who} is no zombie: its main thread has exited, {} live on{more}", names.join(", "));
         let remedy = "Nobody fails to reap it: it ends with its last thread.".to_owned();
-        let mut told = Told::plain(Verdict::LeaderExited, text, remedy);
+        let mut told = CauseDraft::plain(Verdict::LeaderExited, text, remedy);
         if let Ok(look) = self.look(self.q.subject.pid, self.q.subject.id) {
             for t in look.threads.iter().take(THREADS_NAMED) {
                 told.evidence.extend(evidence::blocked(&look, t));
@@ -211,14 +181,14 @@ impl Family<'_> {
     }
 
     /// `stat` is that of its thread which is at it.
-    fn still_exiting(&self, pid: u32, stat: &crate::proc::Stat, who: &str) -> Told {
+    fn still_exiting(&self, pid: u32, stat: &crate::sources::proc::Stat, who: &str) -> CauseDraft {
         let wchan = self.proc.wchan(pid, stat.pid);
         let at = wchan.as_ref().map_or_else(String::new, |w| format!(", in {w}"));
         let line =
             format!("{who} is still exiting (state {}{at}); its parent is not to blame", stat.state as char);
         let remedy =
             "It waits for what it has open (a file server, a disk, memory to be freed): see the evidence.";
-        let mut told = Told::plain(Verdict::StillExiting, line, remedy.into());
+        let mut told = CauseDraft::plain(Verdict::StillExiting, line, remedy.into());
         let process = self.name(pid).unwrap_or_else(|| self.q.subject.to_ref());
         told.evidence.extend(wchan.map(|wchan| Evidence::Wchan { process, thread: stat.pid, wchan }));
         if let Ok(stack) = self.proc.stack(pid, stat.pid)

@@ -1,15 +1,16 @@
 //! Why an orphan was left: how its parent ended and by whom, which of the family got the signal, what it did with it
 //! itself, and whom it blocks.
 
-use super::Told;
+use super::CauseDraft;
 use super::ends::{End, Want};
 use super::evidence::{bit, meant_to_end, note};
 use super::family::{Family, ago, short};
 use super::look::{Doing, Look};
 use super::verdict;
-use crate::contract::{Evidence, Exit, Process, SignalOutcome, State, Verdict};
-use crate::proc::{Stat, Status};
-use crate::signal;
+use crate::model::daemon::daemonized;
+use crate::model::schema::{Evidence, Exit, Process, SignalOutcome, State, Verdict};
+use crate::model::signal;
+use crate::sources::proc::{Stat, Status};
 
 /// Pipes of the orphan whose other ends are looked at, and processes that are asked whether they wait there.
 const PIPES: usize = 16;
@@ -37,31 +38,8 @@ pub(super) fn verdict_of(f: &OrphanFacts) -> Verdict {
     }
 }
 
-/// Whether a process put itself apart on purpose: a session that it or a dead ancestor made after a fork without an
-/// exec, and a parent that exited with 0 (`daemon(7)`, `daemon(3)`).
-///
-/// `session` is the process's own; `ancestors` are its lineage ancestors, nearest first. A shell's background job is none:
-/// its session's leader had executed the shell.
-#[must_use]
-pub fn daemonized(me: &Process, session: u32, ancestors: &[&Process]) -> bool {
-    let Some((parent, above)) = ancestors.split_first() else { return false };
-    if parent.exit != Some(Exit::Code { code: 0 }) {
-        return false;
-    }
-    // fork without exec leaves argv as it was.
-    let forked_only = |child: &Process, parent: &Process| !child.argv.is_empty() && child.argv == parent.argv;
-    if session == me.pid {
-        return forked_only(me, parent);
-    }
-    let mut chain = ancestors.iter().zip(above.iter().map(Some).chain(std::iter::once(None)));
-    let leader = chain.find(|(p, _)| p.pid == session);
-    leader.is_some_and(|(leader, its_parent)| {
-        leader.exit == Some(Exit::Code { code: 0 }) && its_parent.is_some_and(|p| forked_only(leader, p))
-    })
-}
-
 impl Family<'_> {
-    pub(super) fn orphan(&self, stat: &Stat) -> Told {
+    pub(super) fn orphan(&self, stat: &Stat) -> CauseDraft {
         let me = &self.q.subject;
         let status = self.proc.status(stat.pid).unwrap_or_default();
         let keys = self.ancestors(me.id);
@@ -80,7 +58,7 @@ impl Family<'_> {
             exit: parent.filter(|p| p.state != State::Running).and_then(|p| p.exit.clone()),
         };
         let v = verdict_of(&facts);
-        let mut told = Told::new(v);
+        let mut told = CauseDraft::new(v);
         let who = short(&self.name_of(stat));
         let adopter = me.adopter.clone().or_else(|| self.name(stat.ppid));
         let by = adopter.map_or_else(String::new, |a| format!(", adopted by {}", short(&a)));
@@ -137,7 +115,7 @@ impl Family<'_> {
     }
 
     /// Who of the family got the signal that ended the parent, and who did not.
-    fn who_else(&self, parent: Option<&Process>, stat: &Stat, told: &mut Told) {
+    fn who_else(&self, parent: Option<&Process>, stat: &Stat, told: &mut CauseDraft) {
         let Some((name, by)) = parent.and_then(|p| self.killed_by(p.id)) else { return };
         let me = &self.q.subject;
         let got = |p: &Process| !self.signals_to(p.id, |s| signal::name(s.signal) == name).is_empty();
@@ -175,7 +153,7 @@ impl Family<'_> {
     }
 
     /// Who waits for the orphan to close a pipe or socket.
-    fn waiters(&self, stat: &Stat, told: &mut Told) {
+    fn waiters(&self, stat: &Stat, told: &mut CauseDraft) {
         let Ok(fds) = self.proc.fds(stat.pid) else { return };
         let mut ends: Vec<End> = Vec::new();
         for fd in fds {

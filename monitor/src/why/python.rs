@@ -7,8 +7,8 @@
 
 use std::time::Duration;
 
-use crate::contract::Evidence;
-use crate::proc::Proc;
+use crate::model::schema::Evidence;
+use crate::sources::proc::Proc;
 
 /// The frames of one thread, innermost first. Empty: not CPython, no such thread, or not within `limit`.
 #[cfg(not(feature = "python"))]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use crate::proc::Proc;
+use crate::sources::proc::Proc;
 
 /// A unix socket, seen from its other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use super::ends::{self, End};
 use super::family::Closeness;
 use super::look::{Doing, Init, Look, Thread};
-use crate::contract::Verdict;
+use crate::model::schema::Verdict;
 
 /// A thread that had the CPU for at least this share of the time between two looks is busy, whatever it was doing at
 /// the moment of the looks.
@@ -146,10 +146,10 @@ mod tests {
     use super::super::ends::{Holder, Kind, Want};
     use super::super::family::Relation;
     use super::*;
-    use crate::contract::Ref;
-    use crate::event::Comm;
-    use crate::key::Key;
-    use crate::proc::{FdLink, Stat, Status};
+    use crate::model::event::Comm;
+    use crate::model::key::Key;
+    use crate::model::schema::Ref;
+    use crate::sources::proc::{FdLink, Stat, Status};
 
     fn name(pid: u32) -> Ref {
         Ref { id: Key::new(pid, 1), pid, comm: "x".into(), argv: Vec::new() }

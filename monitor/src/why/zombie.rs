@@ -7,11 +7,11 @@ use super::evidence::{blocked, note, wchan};
 use super::family::{Closeness, Family, ago, full, short};
 use super::look::{Doing, Look, Thread};
 use super::verdict::{self, ZombieFacts};
-use super::{Told, python};
-use crate::contract::{Evidence, Ref, SignalOutcome, State, Verdict};
-use crate::key::Key;
-use crate::proc::Stat;
-use crate::signal;
+use super::{CauseDraft, python};
+use crate::model::key::Key;
+use crate::model::schema::{Evidence, Ref, SignalOutcome, State, Verdict};
+use crate::model::signal;
+use crate::sources::proc::Stat;
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(25);
@@ -27,7 +27,7 @@ struct Case {
 }
 
 impl Family<'_> {
-    pub(super) fn zombie(&self, stat: &Stat) -> Told {
+    pub(super) fn zombie(&self, stat: &Stat) -> CauseDraft {
         let mut case = self.case(stat);
         let (mut v, mut thread) = verdict::zombie(&case.facts);
         let uninterruptible =
@@ -80,12 +80,12 @@ impl Family<'_> {
         })
     }
 
-    fn tell(&self, case: &Case, v: Verdict, thread: Option<usize>) -> Told {
+    fn tell(&self, case: &Case, v: Verdict, thread: Option<usize>) -> CauseDraft {
         let z = short(&case.name);
         let age =
             if case.facts.age.is_finite() { format!(" for {}", ago(case.facts.age)) } else { String::new() };
         let Some(p) = &case.facts.parent else { return no_parent(case, v) };
-        let mut told = Told::new(v);
+        let mut told = CauseDraft::new(v);
         let who = short(&p.who);
         let mut first = |s: String| told.lines.push(format!("{z} has been a zombie{age}: {s}"));
         let t = thread.and_then(|i| p.threads.get(i));
@@ -143,7 +143,7 @@ impl Family<'_> {
         told
     }
 
-    fn held_by_tracer(&self, case: &Case, mut told: Told, z: &str, age: &str) -> Told {
+    fn held_by_tracer(&self, case: &Case, mut told: CauseDraft, z: &str, age: &str) -> CauseDraft {
         let Some((tracer, tid)) = &case.tracer else { return told };
         let what = if *tid == case.name.pid { "it".into() } else { format!("its dead thread {tid}") };
         told.lines.push(format!(
@@ -157,7 +157,7 @@ impl Family<'_> {
         told
     }
 
-    fn stopped(&self, p: &Look, told: &mut Told) {
+    fn stopped(&self, p: &Look, told: &mut CauseDraft) {
         if let Some(s) = self.stopped_by(p.who.id) {
             let by = s.sender.as_ref().map_or_else(|| "the kernel".into(), short);
             told.lines.push(format!("{} from {by} stopped it.", signal::name(s.signal)));
@@ -172,7 +172,7 @@ impl Family<'_> {
         told.remedy = format!("Let {} go on, if the stop is not meant: kill -CONT {}", p.who.id, p.who.pid);
     }
 
-    fn uninterruptible(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut Told) {
+    fn uninterruptible(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut CauseDraft) {
         let Some(t) = t else { return };
         told.evidence.extend(blocked(p, t));
         told.evidence.extend(wchan(p, t));
@@ -217,7 +217,7 @@ impl Family<'_> {
         }
     }
 
-    fn init_not_reaping(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut Told) {
+    fn init_not_reaping(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut CauseDraft) {
         if let Some(l) = self.lineage_parent(case.key).filter(|_| case.facts.adopted == Some(true)) {
             let by = self.name_key(l).map_or_else(|| l.to_string(), |r| short(&r));
             told.lines.push(format!("It was forked by {by}, which is dead, and adopted."));
@@ -237,7 +237,7 @@ impl Family<'_> {
                 .into();
     }
 
-    fn on_pipe(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut Told, age: &str) {
+    fn on_pipe(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut CauseDraft, age: &str) {
         let Some((t, ends)) = t.and_then(|t| match &t.doing {
             Doing::Files { ends, .. } => Some((t, ends)),
             _ => None,
@@ -312,7 +312,7 @@ impl Family<'_> {
         Some(format!("{name}{by} ended {dead}; {who} got it too and lives on{how}."))
     }
 
-    fn other_child(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut Told) {
+    fn other_child(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut CauseDraft) {
         let Some((t, children)) = t.and_then(|t| match &t.doing {
             Doing::OtherChild(c) => Some((t, c)),
             _ => None,
@@ -331,7 +331,7 @@ impl Family<'_> {
         }
     }
 
-    fn blocked_otherwise(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut Told, age: &str) {
+    fn blocked_otherwise(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut CauseDraft, age: &str) {
         let (z, who) = (short(&case.name), short(&p.who));
         let Some(t) = t else { return };
         let call = t.syscall.as_deref().unwrap_or("a system call");
@@ -365,7 +365,7 @@ impl Family<'_> {
     }
 
     /// What may matter whatever the verdict: SIGCHLD, a tracer that does not stop it, what could not be read, frames.
-    fn further(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut Told) {
+    fn further(&self, case: &Case, p: &Look, t: Option<&Thread>, told: &mut CauseDraft) {
         if told.verdict == Verdict::BeingReaped && !case.facts.there {
             return;
         }
@@ -392,7 +392,7 @@ impl Family<'_> {
     }
 }
 
-fn traced(p: &Look, told: &mut Told) {
+fn traced(p: &Look, told: &mut CauseDraft) {
     let Some(tracer) = &p.tracer else {
         told.evidence.push(note("its tracer could not be named"));
         told.remedy = "Let the tracer detach or go on.".into();
@@ -452,15 +452,15 @@ fn remedy_for(pipes: &[&End]) -> String {
     commands.join(" && ")
 }
 
-fn no_parent(case: &Case, v: Verdict) -> Told {
+fn no_parent(case: &Case, v: Verdict) -> CauseDraft {
     let z = short(&case.name);
     if v == Verdict::BeingReaped {
-        return Told::plain(
+        return CauseDraft::plain(
             v,
             format!("{z} was reaped while it was looked at"),
             "Nothing is to be done.".into(),
         );
     }
     let line = format!("{z} is a zombie; its parent could not be looked at");
-    Told::plain(v, line, format!("Look again: jobwarden why {}", case.key))
+    CauseDraft::plain(v, line, format!("Look again: jobwarden why {}", case.key))
 }

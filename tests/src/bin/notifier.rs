@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use jobwarden::alert::{Center, Clock};
+use jobwarden::notify::{AlertService, Clock};
 use jobwarden_tests::alerts::{alert, resolved, webhook};
 
 const BEGAN: &str = "2026-01-01T00:00:00.000Z";
@@ -26,7 +26,7 @@ async fn main() -> Result<()> {
     let first: u64 = args.get(3).context("no number")?.parse()?;
     let last = args.get(4).is_some_and(|a| a == "last");
     // Twenty times as fast: a retry after a second comes after 50 ms.
-    let center = Center::start(&webhook(url)?, Path::new(dir), Clock::fast(20))?;
+    let center = AlertService::start(&webhook(url)?, Path::new(dir), Clock::fast(20))?;
     for a in center.restore().await {
         // Half of them end now, the others at the next round, or in the last.
         if last || u64::from_str_radix(&a.id, 16)?.is_multiple_of(2) {

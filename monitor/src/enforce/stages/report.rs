@@ -5,12 +5,12 @@ use std::io;
 use std::time::Duration;
 
 use super::{Run, SIGKILL, Sent};
-use crate::contract::{KillReport, Ref, Signalled, SignalledOutcome, Spared, Stuck};
 use crate::enforce::audit::{self, Entry};
 use crate::enforce::order::Outcome;
 use crate::enforce::stuck;
-use crate::key::Key;
-use crate::signal::{self, SIGCONT};
+use crate::model::key::Key;
+use crate::model::schema::{KillReport, Ref, Signalled, SignalledOutcome, Spared, Stuck};
+use crate::model::signal::{self, SIGCONT};
 
 impl Run<'_> {
     /// What would be done.

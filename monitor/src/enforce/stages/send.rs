@@ -4,12 +4,12 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 
 use super::{Run, Sent};
-use crate::contract::SignalledOutcome;
 use crate::enforce::Member;
 use crate::enforce::audit::{self, Entry};
 use crate::enforce::pidfd::Pidfd;
-use crate::key::Key;
-use crate::signal::{self, SIGCONT, SIGKILL};
+use crate::model::key::Key;
+use crate::model::schema::SignalledOutcome;
+use crate::model::signal::{self, SIGCONT, SIGKILL};
 
 /// What became of members for whom handles were wanted.
 #[derive(Default)]

@@ -13,7 +13,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::contract::{Exit, JobId, LineageKnown, text};
+use crate::model::event::SignalResult;
+use crate::model::key::Key;
+use crate::model::question::SignalSeen;
+use crate::model::schema::{Exit, JobId, LineageKnown, Process, Ref, SignalBy, text};
 
 /// The environment variable that marks what a test started, whoever has adopted it.
 const MARK: &str = "JOBWARDEN_WHY_TEST";
@@ -148,7 +151,7 @@ fn until_zombie(pid: u32) {
 fn until_in(pid: u32, calls: &[&str]) {
     until(&format!("{pid} in {calls:?}"), || {
         let call = Proc::default().syscall(pid, pid);
-        matches!(call, Ok(crate::proc::InSyscall::Call { number, .. })
+        matches!(call, Ok(crate::sources::proc::InSyscall::Call { number, .. })
             if calls.contains(&syscalls::name(number).as_str()))
     });
 }

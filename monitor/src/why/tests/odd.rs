@@ -218,8 +218,8 @@ time.sleep(3000)
         );
     };
     time("/proc", &ProcHolders(proc.clone()));
-    let options = crate::kernel::Options::default();
-    match crate::kernel::Kernel::start(&options) {
+    let options = crate::sources::kernel::Options::default();
+    match crate::sources::kernel::Kernel::start(&options) {
         Ok(kernel) => time("iter/task_file", &kernel),
         Err(e) => println!("no kernel side: {e}"),
     }

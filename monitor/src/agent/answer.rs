@@ -1,5 +1,6 @@
 //! The answers to what clients ask of the agent's core.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use crate::api::{
 };
 use crate::config::Config;
 use crate::enforce::audit;
-use crate::engine::{ExecJob, JobPolicy, Refused, Target, TreeQuery};
+use crate::engine::{Answer, ExecJob, Input, JobPolicy, JobRecord, Output, Refused, Target, TreeQuery};
 use crate::model::key::Key;
 use crate::model::schema::{Alerts, EventLine, JobId, Jobs, State, Tree, text};
 use crate::model::time::rfc3339;
@@ -50,9 +51,9 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         }
         Request::Status(reply) => drop(reply.send(Ok(status(core)))),
         Request::Enforcement { on, lasting, peer, reply } => {
-            let mut fx = Vec::new();
-            core.engine.enforcement(on, lasting, host::boot_now(), &mut fx);
-            core.apply(fx);
+            let mut out = Output::default();
+            core.engine.handle(Input::Enforcement { on, lasts: lasting }, host::boot_now(), &mut out);
+            core.apply(out);
             audited(core, &peer, if on { "enforcement on" } else { "enforcement off" }, &Ok(()));
             let _ = reply.send(Ok(enforcement(core)));
         }
@@ -100,6 +101,14 @@ pub(super) fn refused(r: Refused) -> ApiError {
         Refused::TooDeep(..) => (Class::Failed, "too-deep"),
     };
     ApiError::new(class, code, r.to_string())
+}
+
+/// The record that a command about a job gives.
+pub(super) fn job_of(answer: Answer) -> Result<Box<JobRecord>, ApiError> {
+    match answer {
+        Answer::Job(done) => done.map_err(refused),
+        _ => Err(ApiError::failed("the engine gave no record of the job")),
+    }
 }
 
 /// What a target means now; never empty.
@@ -156,19 +165,19 @@ fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
         core.redact.process(p);
     }
     // The next view need not read it again.
-    let mut fx = Vec::new();
+    let mut out = Output::default();
     for o in read {
-        core.engine.observe(o, host::boot_now(), &mut fx);
+        core.engine.handle(Input::Observation(Cow::Owned(o)), host::boot_now(), &mut out);
     }
-    core.apply(fx);
+    core.apply(out);
     Ok(tree)
 }
 
 fn extend(core: &mut Core, job: &Asked, by: Duration) -> Result<ExtendReply, ApiError> {
     let id = one_job(core, job)?;
-    let mut fx = Vec::new();
-    let record = core.engine.extend(id, by, host::boot_now(), &mut fx).map_err(refused)?;
-    core.apply(fx);
+    let mut out = Output::default();
+    let record = job_of(core.engine.handle(Input::ExtendJob { job: id, by }, host::boot_now(), &mut out))?;
+    core.apply(out);
     let wall = host::boot_to_wall();
     Ok(ExtendReply { job: id, deadline: record.deadline.map(|d| rfc3339(d.saturating_add(wall))) })
 }
@@ -349,10 +358,10 @@ fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegister
             severity: None,
         },
     };
-    let mut fx = Vec::new();
-    let record = core.engine.register_exec_job(job, now, &mut fx).map_err(refused)?;
+    let mut out = Output::default();
+    let record = job_of(core.engine.handle(Input::RegisterJob(Cow::Owned(job)), now, &mut out))?;
     core.label_error = None;
-    core.apply(fx);
+    core.apply(out);
     match core.label_error.take() {
         None => {
             if let Some(dir) = e.cgroup {

@@ -2,6 +2,7 @@
 //! or passes on what the engine wants done. Everything slow (reading a process's memory, killing, explaining, sending)
 //! runs beside it and comes back as an [`Internal`] message, so the ring is always read in time.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,9 +12,9 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use super::driver::Driver;
 use super::missed_reaps::MissedReaps;
 use super::proc_reader::ProcReader;
+use super::recorded_engine::RecordedEngine;
 use super::reload::Reloads;
 use super::service_manager::ServiceManager;
 use super::storage::{Source, Storage};
@@ -23,12 +24,12 @@ use crate::api::{Feed, Peer, Readiness, Reloaded, Reply, Request};
 use crate::config::Config;
 use crate::enforce::{Audit, Enforcer};
 use crate::engine::forest::Facts;
-use crate::engine::{AlertChange, Effect, EventContext, Gauges, Observation};
+use crate::engine::{AlertChange, Change, Effect, EventContext, Gauges, Input, Observation, Output};
 use crate::metrics::Counts;
 use crate::model::event::{self, Body, Event};
 use crate::model::key::Key;
 use crate::model::kill::Reason;
-use crate::model::schema::{Alert, AlertKind, Cause, EventLine, JobId, KillReport};
+use crate::model::schema::{Alert, AlertKind, Cause, EventLine, JobId};
 use crate::notify::{AlertService, Submission};
 use crate::redact::Redactor;
 use crate::sources::host;
@@ -87,7 +88,7 @@ pub(super) enum Internal {
 }
 
 pub(super) struct Core {
-    pub engine: Driver,
+    pub engine: RecordedEngine,
     pub kernel: Arc<Kernel>,
     pub proc_reader: ProcReader,
     pub enforcer: Enforcer,
@@ -134,7 +135,7 @@ pub(super) struct Core {
 
 /// What [`Core::new`] is made of.
 pub(super) struct Parts {
-    pub engine: Driver,
+    pub engine: RecordedEngine,
     pub kernel: Arc<Kernel>,
     pub proc_reader: ProcReader,
     pub enforcer: Enforcer,
@@ -273,7 +274,7 @@ impl Core {
     /// Reads what is in the ring, up to a bound of its own. A job's registration is saved and labelled before its exec
     /// record is let go: after a SIGKILL in between, the record comes again.
     pub(super) fn drain(&mut self, ring: &mut Ring) -> usize {
-        let (mut fx, mut forkers) = (Vec::new(), Vec::new());
+        let (mut out, mut forkers) = (Output::default(), Vec::new());
         let mut read = 0;
         while read < DRAIN_MAX {
             // Reading the clock costs more than handling a record.
@@ -282,7 +283,7 @@ impl Core {
             forkers.extend(ring.unread().take(BATCH).filter_map(event::forker));
             self.engine.expect(&forkers);
             let batch = ring.drain(BATCH, &mut |bytes| match event::decode(bytes) {
-                Ok(e) => self.event(&e, bytes, now, &mut fx),
+                Ok(e) => self.event(&e, bytes, now, &mut out),
                 Err(e) => tracing::error!(error = %e, "a record of the ring is unreadable"),
             });
             read += batch;
@@ -290,74 +291,82 @@ impl Core {
                 break;
             }
         }
-        self.apply(fx);
+        self.apply(out);
         read
     }
 
-    fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, fx: &mut Vec<Effect>) {
+    fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, out: &mut Output) {
         self.read_to = e.at;
         self.counts.events[usize::from(e.kind())] += 1;
         // What pinned maps kept from before the start did not lag; it waited for an agent.
         if e.at >= self.started {
             self.counts.event_lag.observe(now.saturating_sub(e.at) as f64 / 1e9);
         }
-        let moment = self.engine.moment(e);
+        let moment = self.engine.event_context(e);
         let before = self.feed.chain(self.engine.named_jobs(e.process));
-        self.engine.event(e, bytes, fx);
+        self.engine.handle(Input::Record { event: e, bytes }, e.at, out);
         // A fork's child has its jobs only now, a reaped process only before.
         let jobs = before.or_else(|| self.feed.chain(self.engine.named_jobs(e.process)));
         if !matches!(e.body, Body::Reap { .. }) || self.reaps.came(e.process) {
             self.feed.publish(e, bytes, moment, jobs, &event_formatter(&self.engine, &self.redact));
         }
-        if fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. } | Effect::Enter { .. })) {
-            let taken = std::mem::take(fx);
+        let at_once = |f: &Effect| matches!(f, Effect::LabelJob(_) | Effect::EnterProcess { .. });
+        if out.effects.iter().any(at_once) {
+            let taken = std::mem::take(out);
             self.apply(taken);
         }
     }
 
     fn tick(&mut self) {
-        let mut fx = Vec::new();
-        self.engine.tick(host::boot_now(), &mut fx);
-        self.apply(fx);
+        let mut out = Output::default();
+        self.engine.handle(Input::Tick, host::boot_now(), &mut out);
+        self.apply(out);
     }
 
     /// Does what the engine wants done. Looks and facts are only collected; [`Self::settle`] sees to them.
-    pub(super) fn apply(&mut self, fx: Vec<Effect>) {
-        for f in fx {
-            match f {
+    pub(super) fn apply(&mut self, out: Output) {
+        for change in out.changes {
+            self.apply_change(change);
+        }
+        for effect in out.effects {
+            match effect {
                 Effect::Look(key) => self.looks_wanted.push(key),
                 Effect::ReadFacts(key) => self.facts_wanted.push(key),
                 Effect::ReadCgroup { key, id } => self.cgroups_wanted.push((key, id)),
-                Effect::Job { job, label } => {
-                    self.state_dirty = true;
-                    if label && let Err(e) = self.label(&job) {
+                Effect::LabelJob(job) => {
+                    if let Err(e) = self.label(&job) {
                         tracing::error!(job = %job.id, error = %e, "the job could not be entered into the kernel");
                         self.label_error = Some(e.to_string());
                     }
-                    if label {
-                        tracing::info!(job = %job.id, name = %job.name, "job");
-                        // Before its record in the ring is let go: after a SIGKILL in between, the record comes again.
-                        self.save();
-                    }
+                    tracing::info!(job = %job.id, name = %job.name, "job registered");
+                    // Before its record leaves the ring: after a SIGKILL in between, the record comes again.
+                    self.save();
                 }
-                Effect::Enter { process, parent, job, missed } => self.enter(process, parent, job, missed),
-                Effect::Emptied(number) => self.sync.emptied.push(number),
-                Effect::JobEnded(job) => {
-                    self.state_dirty = true;
-                    self.cgroups.remove(&job.id);
-                    if let Err(e) = crate::enforce::Lineage::forget(&*self.kernel, job.number) {
-                        tracing::warn!(job = %job.id, error = %e, "the job could not be taken out of the kernel");
-                    }
-                    let took = job.ended.saturating_sub(job.started) as f64 / 1e9;
-                    tracing::info!(job = %job.id, name = %job.name, outcome = job.outcome.as_str(), took_s = took, "job ended");
+                Effect::EnterProcess { process, parent, job, missed } => {
+                    self.enter(process, parent, job, missed)
                 }
-                Effect::Alert { change, alert } => self.alert(change, *alert),
+                Effect::CountMembers(number) => self.sync.emptied.push(number),
                 Effect::Kill(order) => super::kill::policy(self, *order),
-                Effect::Enforcement(_) => self.state_dirty = true,
             }
         }
         if self.state_dirty {
             self.save();
+        }
+    }
+
+    fn apply_change(&mut self, change: Change) {
+        match change {
+            Change::Job(_) | Change::Enforcement(_) => self.state_dirty = true,
+            Change::JobEnded(job) => {
+                self.state_dirty = true;
+                self.cgroups.remove(&job.id);
+                if let Err(e) = crate::enforce::Lineage::forget(&*self.kernel, job.number) {
+                    tracing::warn!(job = %job.id, error = %e, "the job could not be taken out of the kernel");
+                }
+                let took = job.ended.saturating_sub(job.started) as f64 / 1e9;
+                tracing::info!(job = %job.id, name = %job.name, outcome = job.outcome.as_str(), took_s = took, "job ended");
+            }
+            Change::Alert { change, alert } => self.alert(change, *alert),
         }
     }
 
@@ -366,9 +375,9 @@ impl Core {
     }
 
     /// Not `apply`: an alert about what is done there must not come back to it. It is submitted like any other.
-    pub(super) fn alerts_of(&mut self, fx: Vec<Effect>) {
-        for f in fx {
-            if let Effect::Alert { change, alert } = f {
+    pub(super) fn alerts_of(&mut self, out: Output) {
+        for change in out.changes {
+            if let Change::Alert { change, alert } = change {
                 self.alert(change, *alert);
             }
         }
@@ -410,23 +419,31 @@ impl Core {
 
     fn internal(&mut self, m: Internal) {
         let now = host::boot_now();
-        let mut fx = Vec::new();
+        let mut out = Output::default();
         match m {
             Internal::Facts(all) => {
                 for (key, facts) in all {
-                    self.engine.observe(Observation::Facts { key, facts }, now, &mut fx);
+                    self.engine.handle(
+                        Input::Observation(Cow::Owned(Observation::Facts { key, facts })),
+                        now,
+                        &mut out,
+                    );
                 }
             }
             Internal::Cgroups(all) => {
                 for o in all {
-                    self.engine.observe(o, now, &mut fx);
+                    self.engine.handle(Input::Observation(Cow::Owned(o)), now, &mut out);
                 }
             }
             Internal::Cause { alert, cause } => {
                 if let Some(cause) = cause {
-                    self.engine.set_cause(&alert, *cause, now, &mut fx);
+                    self.engine.handle(
+                        Input::Cause { alert: Cow::Borrowed(&alert), cause: Cow::Borrowed(&cause) },
+                        now,
+                        &mut out,
+                    );
                 }
-                self.apply(std::mem::take(&mut fx));
+                self.apply(std::mem::take(&mut out));
                 if let Some(a) = self.waiting.remove(&alert) {
                     self.submit(a);
                 }
@@ -440,16 +457,20 @@ impl Core {
                         *self.counts.signals_sent.entry(*k).or_default() += n;
                     }
                 }
-                let report: Result<&KillReport, &str> =
-                    result.as_ref().map(|o| &o.report).map_err(String::as_str);
+                let report =
+                    result.as_ref().map(|o| Cow::Borrowed(&o.report)).map_err(|e| Cow::Borrowed(e.as_str()));
                 match job {
                     Some(id) => {
                         let ended = result.as_ref().is_ok_and(|o| o.ended());
                         let outcome = if ended { "ended" } else { "survived" };
                         *self.counts.job_kills.entry((reason, outcome)).or_default() += 1;
-                        self.engine.kill_finished(id, reason, whole, report, now, &mut fx);
+                        let input = Input::KillFinished { job: id, reason, whole, report };
+                        self.engine.handle(input, now, &mut out);
                     }
-                    None => self.engine.process_killed(root, report, now, &mut fx),
+                    None => {
+                        let input = Input::ProcessKillFinished { root, report };
+                        self.engine.handle(input, now, &mut out);
+                    }
                 }
             }
             Internal::Storage(wrong) => {
@@ -458,14 +479,14 @@ impl Core {
             }
             Internal::Full(wrong) => {
                 self.sync.stores_full = wrong;
-                self.capacity(&mut fx);
+                self.capacity(&mut out);
             }
             Internal::Reloaded { result, peer, reply } => self.reloaded(result, peer, reply),
             Internal::Scrape(reply) => {
                 let _ = reply.send((self.engine.gauges(now), self.counts.clone()));
             }
         }
-        self.apply(fx);
+        self.apply(out);
     }
 
     /// Looks at /proc for the engine. What happened before the look is handed over before what it saw: where the ring lags, a
@@ -476,19 +497,23 @@ impl Core {
             wanted.into_iter().map(|k| (k, host::boot_now(), self.proc_reader.look(k))).collect();
         let until = host::boot_now();
         while self.drain(ring) == DRAIN_MAX && self.read_to < until {}
-        let mut fx = Vec::new();
+        let mut out = Output::default();
         for (key, at, seen) in seen {
             let Some(seen) = seen else {
                 self.sync.unseen.push(key);
                 continue;
             };
             let reap = self.before_reap(key, at);
-            self.engine.observe(Observation::Look { key, at, seen }, host::boot_now(), &mut fx);
+            self.engine.handle(
+                Input::Observation(Cow::Owned(Observation::Look { key, at, seen })),
+                host::boot_now(),
+                &mut out,
+            );
             if let Some(reap) = reap.filter(|_| self.engine.is_gone(key)) {
                 self.reaps.gone(key, reap);
             }
         }
-        self.apply(fx);
+        self.apply(out);
     }
 
     /// After each turn: what was only collected is sent off.
@@ -549,7 +574,7 @@ impl Core {
 
 /// Makes a line of `events`, secrets masked.
 pub(super) fn event_formatter(
-    engine: &Driver,
+    engine: &RecordedEngine,
     redact: &Redactor,
 ) -> impl Fn(&Event<'_>, &EventContext, Option<JobId>) -> EventLine {
     |e, m, job| {

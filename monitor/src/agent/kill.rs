@@ -7,7 +7,7 @@ use super::core::{Core, Internal};
 use crate::api::{ApiError, Class, ExecEnd, ExecEnded, ExecSignal, KillRequest, Matched, Peer, Reply};
 use crate::config::DEFAULT_GRACE;
 use crate::enforce::{Guards, Order, Outcome, audit};
-use crate::engine::{KillOrder, Target, TreeQuery};
+use crate::engine::{Answer, Input, KillOrder, Output, Target, TreeQuery};
 use crate::model::key::Key;
 use crate::model::kill::{AskedBy, Reason, What};
 use crate::model::schema::{JobId, KillReport, Spared, State};
@@ -51,11 +51,11 @@ pub(super) fn policy(core: &mut Core, k: KillOrder) {
 
 /// As many free job numbers in a row as there are roots; the first.
 fn numbers(core: &mut Core, n: usize) -> u64 {
-    let first = core.engine.free_number(host::boot_now());
-    for _ in 1..n {
-        core.engine.free_number(host::boot_now());
+    let input = Input::ReserveNumbers { count: n as u32 };
+    match core.engine.handle(input, host::boot_now(), &mut Output::default()) {
+        Answer::Number(first) => first,
+        _ => 0,
     }
-    first
 }
 
 /// Whom no kill may touch. Without knowing whom to spare nobody is signalled.
@@ -96,7 +96,11 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
     if let Some(id) = id
         && !order.dry_run
     {
-        core.engine.kill_started(id, order.reason);
+        core.engine.handle(
+            Input::KillStarted { job: id, reason: order.reason },
+            host::boot_now(),
+            &mut Output::default(),
+        );
     }
     let place = (order.reason == Reason::Operator && !order.dry_run).then(|| {
         let place = core.kills.last_key_value().map_or(0, |(n, _)| n + 1);
@@ -354,9 +358,10 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<E
     };
     let now = host::boot_now();
     if e.keep {
-        let mut fx = Vec::new();
-        let done = core.engine.release(e.job, now, &mut fx).map_err(super::answer::refused);
-        core.apply(fx);
+        let mut out = Output::default();
+        let done = super::answer::job_of(core.engine.handle(Input::ReleaseJob { job: e.job }, now, &mut out))
+            .map(drop);
+        core.apply(out);
         let report = kept(core, e.job, now);
         let _ = reply.send(done.map(|()| ExecEnded { report: Some(report), left_s: None }));
         return;

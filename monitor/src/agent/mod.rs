@@ -5,16 +5,17 @@ mod answer;
 mod capacity;
 mod cause;
 mod core;
-mod driver;
 mod kill;
 mod missed_reaps;
 mod proc_reader;
+mod recorded_engine;
 mod reload;
 mod scrape;
 mod service_manager;
 mod storage;
 mod sync;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -27,12 +28,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use self::core::{Core, Internal, Parts};
-use self::driver::Driver;
 use self::proc_reader::ProcReader;
+use self::recorded_engine::RecordedEngine;
 use crate::api::{self, Backend, Listeners, Readiness, Server};
 use crate::config::{Config, Overrides};
 use crate::enforce::{self, Audit, Enforcer};
-use crate::engine::Settings;
+use crate::engine::{Input, Output, Settings};
 use crate::model::key::Key;
 use crate::notify::{self, AlertService, Submission};
 use crate::privileges;
@@ -319,7 +320,7 @@ async fn engine(
     center: &AlertService,
     saved: Option<State>,
     recorder: Option<recording::Recorder>,
-) -> Driver {
+) -> RecordedEngine {
     let pid = std::process::id();
     let settings = Settings {
         host: host::hostname(),
@@ -331,20 +332,26 @@ async fn engine(
         boot_to_wall_ns: host::boot_to_wall().cast_signed(),
         ..Settings::default()
     };
-    let mut engine = Driver::new(settings, config, recorder);
+    let mut engine = RecordedEngine::new(settings, config, recorder);
     let now = host::boot_now();
-    let mut fx = Vec::new();
+    let mut out = Output::default();
     let same_boot = saved.as_ref().is_none_or(|s| s.boot_id == boot_id);
     if let Some(s) = saved {
-        engine.restore(if same_boot { s } else { s.on_another_boot(boot_id, host::boot_to_wall()) });
+        let s = if same_boot { s } else { s.on_another_boot(boot_id, host::boot_to_wall()) };
+        engine.handle(Input::RestoreEnforcement(Cow::Owned(s.enforcement)), now, &mut out);
+        engine.handle(Input::RestoreJobs(s.jobs.into()), now, &mut out);
     }
-    engine.restore_alerts(center.restore().await, same_boot, now, &mut fx);
+    engine.handle(
+        Input::RestoreAlerts { alerts: center.restore().await.into(), this_boot: same_boot },
+        now,
+        &mut out,
+    );
     engine
 }
 
 /// An agent that was killed in the middle of a job's end leaves dooms, flags and jobs of its own in the pinned maps. Before
 /// the ring is read: a job whose registration it did not get to save is registered anew by the record that is still there.
-fn leftovers(kernel: &Kernel, engine: &Driver) {
+fn leftovers(kernel: &Kernel, engine: &RecordedEngine) {
     let known = engine.job_records().iter().map(|r| r.number).collect();
     match kernel.take_leftovers_away(&known) {
         Ok(0) => {}

@@ -1,12 +1,14 @@
 //! The config read anew while the agent runs: one reload after the other, each whole or not at all. What the new config means
 //! is the engine's and the receivers'.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::core::{Core, Internal, default_config, wall_seconds};
 use crate::api::{ApiError, Class, Peer, Reloaded, Reply};
 use crate::config::Config;
+use crate::engine::{Input, Output};
 use crate::redact::Redactor;
 use crate::sources::host;
 
@@ -69,8 +71,8 @@ impl Core {
 
     fn swap(&mut self, config: Config) -> Reloaded {
         let needs_restart = super::answer::needs_restart(&self.config, &config);
-        let mut fx = Vec::new();
-        self.engine.reload(&config, host::boot_now(), &mut fx);
+        let mut out = Output::default();
+        self.engine.handle(Input::Reload(Cow::Borrowed(&config)), host::boot_now(), &mut out);
         self.redact = Arc::new(Redactor::new(config.agent.redact.clone()));
         self.enforcer.redact = Arc::clone(&self.redact);
         self.counts.reload_ok = true;
@@ -82,7 +84,7 @@ impl Core {
             needs_restart,
         };
         self.config = config;
-        self.apply(fx);
+        self.apply(out);
         tracing::info!(jobs = reloaded.jobs, receivers = reloaded.receivers, "config reloaded");
         reloaded
     }

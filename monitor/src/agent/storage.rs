@@ -2,9 +2,11 @@
 //! one of them takes again what it is given.
 
 use super::core::Core;
+use crate::engine::{Input, Output};
 use crate::model::schema::AlertKind;
 use crate::sources::host;
 use crate::state::State;
+use std::borrow::Cow;
 
 /// The stores of the state directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,9 +102,13 @@ impl Core {
     pub(super) fn tell_storage(&mut self) {
         let ready = self.ready.borrow().ready;
         let Some(health) = self.storage.news(ready) else { return };
-        let mut fx = Vec::new();
-        self.engine.condition(AlertKind::StorageFailed, health.wrong(), host::boot_now(), &mut fx);
-        self.alerts_of(fx);
+        let mut out = Output::default();
+        self.engine.handle(
+            Input::Condition { kind: AlertKind::StorageFailed, problem: health.wrong().map(Cow::Owned) },
+            host::boot_now(),
+            &mut out,
+        );
+        self.alerts_of(out);
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use sha2::{Digest as _, Sha256};
 
 use super::timers::Timer;
-use super::{AlertChange, Effect, Engine, SECOND};
+use super::{AlertChange, Change, Engine, Output, SECOND};
 use crate::engine::forest::{Idx, NO_UID};
 use crate::model::key::Key;
 use crate::model::schema::{Alert, AlertKind, AlertState, Cause, Severity};
@@ -115,8 +115,8 @@ impl Engine {
     }
 
     /// The reason holds (again). Pending alerts may become firing, firing ones stay so.
-    pub(super) fn raise(&mut self, name: Name, r: &Raise, now: u64, fx: &mut Vec<Effect>) {
-        if !self.alerts.table.contains_key(&name) && !self.enter(name, r, now, fx) {
+    pub(super) fn raise(&mut self, name: Name, r: &Raise, now: u64, out: &mut Output) {
+        if !self.alerts.table.contains_key(&name) && !self.enter(name, r, now, out) {
             return;
         }
         let subject = r.subject.and_then(|i| self.describe(i, now));
@@ -132,7 +132,7 @@ impl Engine {
             e.alert.severity = s;
         }
         match e.alert.state {
-            AlertState::Firing => self.update(name, now, fx),
+            AlertState::Firing => self.update(name, now, out),
             _ if r.firing => {
                 let labels = self.labels(&self.alerts.table[&name].alert, r);
                 let Some(e) = self.alerts.table.get_mut(&name) else { return };
@@ -143,18 +143,19 @@ impl Engine {
                 let past = self.alerts.past.get(&name).filter(|p| now.saturating_sub(p.1) < FLAP_WINDOW);
                 e.fired = past.map_or(0, |p| p.0) + 1;
                 *self.alerts.fired.entry(name.0).or_default() += 1;
-                fx.push(Effect::Alert { change: AlertChange::Fired, alert: Box::new(e.alert.clone()) });
+                out.changes
+                    .push(Change::Alert { change: AlertChange::Fired, alert: Box::new(e.alert.clone()) });
             }
             _ => {}
         }
     }
 
     /// A new entry, pending; or, if it was firing before a restart, firing as it was.
-    fn enter(&mut self, name: Name, r: &Raise, now: u64, fx: &mut Vec<Effect>) -> bool {
+    fn enter(&mut self, name: Name, r: &Raise, now: u64, out: &mut Output) -> bool {
         // The few about the host always have a place.
         if name.1 != About::Host && self.alerts.table.len() >= self.settings.limits.alerts {
             self.alerts.refused += 1;
-            self.check_capacity(now, fx);
+            self.check_capacity(now, out);
             return false;
         }
         let job = r.job.and_then(|g| self.jobs.get(g)).map(|j| &j.record);
@@ -200,7 +201,7 @@ impl Engine {
         if !again && !r.firing {
             let mut shown = e.alert.clone();
             shown.summary.clone_from(&r.summary);
-            fx.push(Effect::Alert { change: AlertChange::Pending, alert: Box::new(shown) });
+            out.changes.push(Change::Alert { change: AlertChange::Pending, alert: Box::new(shown) });
         }
         self.alerts.table.insert(name, e);
         self.alerts.by_id.insert(id, name);
@@ -209,7 +210,7 @@ impl Engine {
     }
 
     /// Tells the receivers if something changed materially, but not too often.
-    fn update(&mut self, name: Name, now: u64, fx: &mut Vec<Effect>) {
+    fn update(&mut self, name: Name, now: u64, out: &mut Output) {
         let Some(e) = self.alerts.table.get_mut(&name) else { return };
         let (count, cause, severity) = &e.sent;
         let (few, many) = (e.alert.count.min(*count), e.alert.count.max(*count));
@@ -232,11 +233,11 @@ impl Engine {
         }
         e.sent_at = now;
         e.sent = (e.alert.count, e.alert.cause.clone(), e.alert.severity);
-        fx.push(Effect::Alert { change: AlertChange::Updated, alert: Box::new(e.alert.clone()) });
+        out.changes.push(Change::Alert { change: AlertChange::Updated, alert: Box::new(e.alert.clone()) });
     }
 
     /// The reason has gone. `end`: the last summary, in plain words.
-    pub(super) fn clear(&mut self, name: Name, end: String, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn clear(&mut self, name: Name, end: String, now: u64, out: &mut Output) {
         let Some(e) = self.alerts.table.get_mut(&name) else { return };
         if e.alert.state == AlertState::Firing && e.fired >= FLAPS {
             e.end = end;
@@ -246,10 +247,10 @@ impl Engine {
             }
             return;
         }
-        self.resolve_alert(name, end, now, fx);
+        self.resolve_alert(name, end, now, out);
     }
 
-    fn resolve_alert(&mut self, name: Name, end: String, now: u64, fx: &mut Vec<Effect>) {
+    fn resolve_alert(&mut self, name: Name, end: String, now: u64, out: &mut Output) {
         let Some(mut e) = self.alerts.remove(name) else { return };
         let change = if e.alert.state == AlertState::Firing {
             if self.alerts.past.len() >= PAST_MAX {
@@ -263,7 +264,7 @@ impl Engine {
             AlertChange::Dropped
         };
         self.finish(&mut e.alert, end, now);
-        fx.push(Effect::Alert { change, alert: Box::new(e.alert) });
+        out.changes.push(Change::Alert { change, alert: Box::new(e.alert) });
     }
 
     fn finish(&self, a: &mut Alert, end: String, now: u64) {
@@ -276,26 +277,26 @@ impl Engine {
         }
     }
 
-    pub(super) fn alert_timer(&mut self, serial: u64, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn alert_timer(&mut self, serial: u64, now: u64, out: &mut Output) {
         let Some(name) = self.alerts.by_serial.get(&serial).copied() else { return };
         let Some(e) = self.alerts.table.get_mut(&name) else { return };
         e.timer = false;
         match e.calm_since {
             Some(since) if since + CALM <= now => {
                 let end = std::mem::take(&mut e.end);
-                self.resolve_alert(name, end, now, fx);
+                self.resolve_alert(name, end, now, out);
             }
             Some(_) => {}
-            None => self.update(name, now, fx),
+            None => self.update(name, now, out),
         }
     }
 
-    pub(super) fn cause(&mut self, id: &str, cause: Cause, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn cause(&mut self, id: &str, cause: Cause, now: u64, out: &mut Output) {
         let Some(name) = self.alerts.by_id.get(id).copied() else { return };
         if let Some(e) = self.alerts.table.get_mut(&name) {
             e.alert.cause = Some(cause);
             if e.alert.state == AlertState::Firing {
-                self.update(name, now, fx);
+                self.update(name, now, out);
             }
         }
     }
@@ -322,25 +323,25 @@ impl Engine {
     }
 
     /// Those from before a restart, now that it is known what still holds.
-    pub(super) fn settle_alerts(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn settle_alerts(&mut self, now: u64, out: &mut Output) {
         let mut restored: Vec<Alert> = self.alerts.restored.values().cloned().collect();
         restored.sort_unstable_by(|a, b| a.id.cmp(&b.id));
         for a in restored {
             match a.kind {
-                AlertKind::Zombie => self.zombie_restored(a.subject.as_ref().map(|p| p.id), now, fx),
+                AlertKind::Zombie => self.zombie_restored(a.subject.as_ref().map(|p| p.id), now, out),
                 AlertKind::KillFailed if a.job.is_none() => {
                     if let Some(root) = a.subject.as_ref().map(|p| p.id) {
-                        self.process_alert_restored(root, now, fx);
+                        self.process_alert_restored(root, now, out);
                     }
                 }
                 AlertKind::Orphan | AlertKind::JobTimeout | AlertKind::KillFailed => {
-                    self.job_alert_restored(a.kind, a.job, now, fx);
+                    self.job_alert_restored(a.kind, a.job, now, out);
                 }
-                AlertKind::EventsLost => self.loss_restored(&a, now, fx),
-                AlertKind::EnforcementStopped => self.fuse_alert(now, fx),
+                AlertKind::EventsLost => self.loss_restored(&a, now, out),
+                AlertKind::EnforcementStopped => self.fuse_alert(now, out),
                 AlertKind::StorageFailed | AlertKind::Capacity => {
                     let r = Raise { summary: a.summary.clone(), ..Raise::host(now) };
-                    self.raise((a.kind, About::Host), &r, now, fx);
+                    self.raise((a.kind, About::Host), &r, now, out);
                     if a.kind == AlertKind::Capacity {
                         self.watch_room(now);
                     }
@@ -352,23 +353,17 @@ impl Engine {
         over.sort_unstable_by(|a, b| a.id.cmp(&b.id));
         for mut alert in over {
             self.finish(&mut alert, "It ended while jobwarden was down.".into(), now);
-            fx.push(Effect::Alert { change: AlertChange::Resolved, alert: Box::new(alert) });
+            out.changes.push(Change::Alert { change: AlertChange::Resolved, alert: Box::new(alert) });
         }
     }
 
-    pub(super) fn restore_alert_list(
-        &mut self,
-        list: Vec<Alert>,
-        here: bool,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
+    pub(super) fn restore_alert_list(&mut self, list: Vec<Alert>, here: bool, now: u64, out: &mut Output) {
         for mut a in list {
             if here {
                 self.alerts.restored.insert(a.id.clone(), a);
             } else {
                 self.finish(&mut a, "The host was booted anew: nothing of then is left.".into(), now);
-                fx.push(Effect::Alert { change: AlertChange::Resolved, alert: Box::new(a) });
+                out.changes.push(Change::Alert { change: AlertChange::Resolved, alert: Box::new(a) });
             }
         }
     }

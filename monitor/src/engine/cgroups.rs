@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use super::proc_poll::Budget;
-use super::{Effect, Engine};
+use super::{Effect, Engine, Output};
 use crate::engine::forest::{Fast, Flags, Idx, Str};
 use crate::model::key::Key;
 
@@ -31,7 +31,7 @@ impl Default for Cgroups {
 
 impl Engine {
     /// `key` has execed in the cgroup with this id (0: not told).
-    pub(super) fn execed_in(&mut self, key: Key, id: u64, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn execed_in(&mut self, key: Key, id: u64, now: u64, out: &mut Output) {
         let Some(i) = self.forest.find(key).filter(|&i| self.forest.node(i).alive()) else { return };
         if id == 0 || self.forest.node(i).flags.has(Flags::KERNEL) {
             return;
@@ -46,7 +46,7 @@ impl Engine {
             None if full || !self.cgroups.budget.take(now) => {}
             None => {
                 self.cgroups.asked.insert(id, Vec::new());
-                fx.push(Effect::ReadCgroup { key, id });
+                out.effects.push(Effect::ReadCgroup { key, id });
             }
         }
     }
@@ -58,7 +58,7 @@ impl Engine {
         cgroup: Option<&str>,
         by_id: bool,
         now: u64,
-        fx: &mut Vec<Effect>,
+        out: &mut Output,
     ) {
         let mut waiting = self.cgroups.asked.remove(&id).unwrap_or_default();
         if let Some(path) = cgroup {
@@ -77,7 +77,7 @@ impl Engine {
         // It told nothing about the others: each must be read.
         for k in waiting {
             if self.forest.find(k).is_some() && self.cgroups.budget.take(now) {
-                fx.push(Effect::ReadCgroup { key: k, id });
+                out.effects.push(Effect::ReadCgroup { key: k, id });
             }
         }
     }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use super::alerts::{About, Raise};
 use super::timers::Timer;
-use super::{Effect, EnforcementState, Engine, JobRecord, KillOrder, SECOND, summary};
+use super::{Change, Effect, EnforcementState, Engine, JobRecord, KillOrder, Output, SECOND, summary};
 use crate::config;
 use crate::engine::forest::Idx;
 use crate::model::key::Key;
@@ -66,7 +66,7 @@ impl Engine {
         self.timers.set(deadline.saturating_add(slack), Timer::Deadline(r.number));
     }
 
-    pub(super) fn deadline_due(&mut self, number: u64, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn deadline_due(&mut self, number: u64, now: u64, out: &mut Output) {
         let Some(g) = self.jobs.by_number(number) else { return };
         // Nothing is decided about those who run before it is known who runs; `become_ready` sets the timer again.
         let (Some(ready), Some(j)) = (self.ready, self.jobs.get_mut(g)) else { return };
@@ -74,7 +74,7 @@ impl Engine {
         if !j.record.expired {
             j.record.expired = true;
             let job = Box::new(j.record.clone());
-            fx.push(Effect::Job { job, label: false });
+            out.changes.push(Change::Job(job));
         }
         let mut kill = None;
         if j.record.policy.kill_on_timeout && j.killing.is_none() && !j.timed_kill {
@@ -83,23 +83,23 @@ impl Engine {
                 self.timers.set(waits, Timer::Deadline(number));
                 kill = Some("It passed while jobwarden was down; the job has one more grace.".to_owned());
             } else {
-                kill = Some(match self.may_kill(g, now, fx) {
+                kill = Some(match self.may_kill(g, now, out) {
                     Ok(()) => {
-                        self.order(g, Reason::Timeout, What::Whole, fx);
+                        self.order(g, Reason::Timeout, What::Whole, out);
                         "It is being ended.".to_owned()
                     }
                     Err(why) => format!("It would have been ended: {why}."),
                 });
             }
         }
-        self.timeout_alert(g, deadline, kill.as_deref(), now, fx);
+        self.timeout_alert(g, deadline, kill.as_deref(), now, out);
     }
 
-    fn timeout_alert(&mut self, g: Idx, deadline: u64, kill: Option<&str>, now: u64, fx: &mut Vec<Effect>) {
+    fn timeout_alert(&mut self, g: Idx, deadline: u64, kill: Option<&str>, now: u64, out: &mut Output) {
         let text = summary::timeout(self, g, deadline, kill, now);
         let raise = Raise { since: deadline, summary: text, ..self.about_job(g, now) };
         let Some(number) = self.number(g) else { return };
-        self.raise((AlertKind::JobTimeout, About::Job(number)), &raise, now, fx);
+        self.raise((AlertKind::JobTimeout, About::Job(number)), &raise, now, out);
     }
 
     fn number(&self, g: Idx) -> Option<u64> {
@@ -120,23 +120,23 @@ impl Engine {
         }
     }
 
-    pub(super) fn clear_timeout(&mut self, g: Idx, why: &str, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn clear_timeout(&mut self, g: Idx, why: &str, now: u64, out: &mut Output) {
         let Some(number) = self.number(g) else { return };
         let text = summary::job_over(self, g, why);
-        self.clear((AlertKind::JobTimeout, About::Job(number)), text, now, fx);
+        self.clear((AlertKind::JobTimeout, About::Job(number)), text, now, out);
     }
 
     /// The job has ended: nothing about it holds any more.
-    pub(super) fn clear_job_alerts(&mut self, g: Idx, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn clear_job_alerts(&mut self, g: Idx, now: u64, out: &mut Output) {
         let Some(number) = self.number(g) else { return };
         for kind in [AlertKind::Orphan, AlertKind::JobTimeout, AlertKind::KillFailed] {
             let text = summary::job_over(self, g, "no process of it is left");
-            self.clear((kind, About::Job(number)), text, now, fx);
+            self.clear((kind, About::Job(number)), text, now, out);
         }
     }
 
     /// Whether policy may end this job now; asked before its first signal. `Err` says why not. The fuse counts it here.
-    pub(super) fn may_kill(&mut self, g: Idx, now: u64, fx: &mut Vec<Effect>) -> Result<(), String> {
+    pub(super) fn may_kill(&mut self, g: Idx, now: u64, out: &mut Output) -> Result<(), String> {
         let Some(j) = self.jobs.get(g) else { return Err("the job is not known".into()) };
         let (number, root) = (j.record.number, j.record.id.root);
         if !self.enforcement.on(now) {
@@ -159,29 +159,29 @@ impl Engine {
         let counted = self.enforcement.count(number, now);
         self.enforcement.state.fuse_open = !counted;
         // Saved before the first signal: a restart must not give the fuse a new minute.
-        fx.push(Effect::Enforcement(self.enforcement.state.clone()));
+        out.changes.push(Change::Enforcement(self.enforcement.state.clone()));
         if counted {
             return Ok(());
         }
-        self.fuse_alert(now, fx);
+        self.fuse_alert(now, out);
         Err("the fuse has opened: too many jobs ended within a minute".into())
     }
 
-    pub(super) fn fuse_alert(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn fuse_alert(&mut self, now: u64, out: &mut Output) {
         if self.enforcement.state.fuse_open {
             let text = summary::fuse(self.enforcement.max_per_minute);
             let raise = Raise { summary: text, ..Raise::host(now) };
-            self.raise((AlertKind::EnforcementStopped, About::Host), &raise, now, fx);
+            self.raise((AlertKind::EnforcementStopped, About::Host), &raise, now, out);
         }
     }
 
-    pub(super) fn order(&mut self, g: Idx, reason: Reason, what: What, fx: &mut Vec<Effect>) {
+    pub(super) fn order(&mut self, g: Idx, reason: Reason, what: What, out: &mut Output) {
         let Some(j) = self.jobs.get_mut(g) else { return };
         j.killing = Some(reason);
         j.killed |= what == What::Whole;
         j.timed_kill |= reason == Reason::Timeout;
         let JobRecord { id, number, name, rule, policy, .. } = &j.record;
-        fx.push(Effect::Kill(Box::new(KillOrder {
+        out.effects.push(Effect::Kill(Box::new(KillOrder {
             job: *id,
             number: *number,
             job_name: name.clone(),
@@ -195,15 +195,15 @@ impl Engine {
     }
 
     /// A process died that may have supervised jobs: they end with it.
-    pub(super) fn supervisor_died(&mut self, key: Key, fx: &mut Vec<Effect>) {
+    pub(super) fn supervisor_died(&mut self, key: Key, out: &mut Output) {
         let mine = |j: &super::jobs::Job| j.record.supervisor == Some(key) && j.done.is_none();
         let jobs: Vec<Idx> = self.jobs.iter().filter(|(_, j)| mine(j)).map(|(g, _)| g).collect();
         for g in jobs {
             let live = self.forest.groups.get(g).is_some_and(|x| x.all.live > 0);
             if live && self.jobs.get(g).is_some_and(|j| j.killing.is_none()) {
-                self.order(g, Reason::Exec, What::Whole, fx);
+                self.order(g, Reason::Exec, What::Whole, out);
                 // As the watcher of an `exec` without an agent does it: nobody waits for a grace any more.
-                if let Some(Effect::Kill(k)) = fx.last_mut() {
+                if let Some(Effect::Kill(k)) = out.effects.last_mut() {
                     k.grace_ns = 0;
                 }
             }
@@ -224,7 +224,7 @@ impl Engine {
         whole: bool,
         report: Result<&KillReport, &str>,
         now: u64,
-        fx: &mut Vec<Effect>,
+        out: &mut Output,
     ) {
         let Some(g) = self.jobs.by_id(id) else { return };
         let Some(j) = self.jobs.get_mut(g) else { return };
@@ -247,10 +247,10 @@ impl Engine {
             let text = summary::kill_failed(self, g, &format!("{text} ({} kill)", reason.as_str()));
             let mut raise = Raise { summary: text, ..self.about_job(g, now) };
             (raise.count, raise.severity) = (count, None);
-            self.raise(name, &raise, now, fx);
+            self.raise(name, &raise, now, out);
         } else {
             let text = summary::job_over(self, g, "who survived was ended");
-            self.clear(name, text, now, fx);
+            self.clear(name, text, now, out);
         }
         self.plan_orphans(g, now);
     }
@@ -261,7 +261,7 @@ impl Engine {
         root: Key,
         report: Result<&KillReport, &str>,
         now: u64,
-        fx: &mut Vec<Effect>,
+        out: &mut Output,
     ) {
         let (why, left) = match report {
             Ok(r) => (summary::survivors(r), r.survivors.iter().map(|r| r.id).collect()),
@@ -272,10 +272,10 @@ impl Engine {
         if left.is_empty() {
             self.survivors.remove(&root);
             let text = summary::process_over(self, root);
-            return self.clear((AlertKind::KillFailed, About::Process(root)), text, now, fx);
+            return self.clear((AlertKind::KillFailed, About::Process(root)), text, now, out);
         }
         let text = summary::process_kill_failed(self, root, &why);
-        self.process_kill_failed(root, left, text, now, fx);
+        self.process_kill_failed(root, left, text, now, out);
     }
 
     fn process_kill_failed(
@@ -284,12 +284,12 @@ impl Engine {
         left: HashSet<Key>,
         summary: String,
         now: u64,
-        fx: &mut Vec<Effect>,
+        out: &mut Output,
     ) {
         let subject = self.forest.find(root);
         let raise = Raise { subject, whose: subject, count: left.len(), summary, ..Raise::host(now) };
         let name = (AlertKind::KillFailed, About::Process(root));
-        self.raise(name, &raise, now, fx);
+        self.raise(name, &raise, now, out);
         // No more of them than there are alerts, which are bounded.
         if self.alerts.get(name).is_some() {
             self.survivors.insert(root, left);
@@ -303,7 +303,7 @@ impl Engine {
     }
 
     /// Somebody has ended who may have survived a kill.
-    pub(super) fn survivor_ended(&mut self, key: Key, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn survivor_ended(&mut self, key: Key, now: u64, out: &mut Output) {
         let mut over = Vec::new();
         self.survivors.retain(|&root, left| {
             left.remove(&key);
@@ -314,18 +314,18 @@ impl Engine {
         });
         for root in over {
             let text = summary::process_over(self, root);
-            self.clear((AlertKind::KillFailed, About::Process(root)), text, now, fx);
+            self.clear((AlertKind::KillFailed, About::Process(root)), text, now, out);
         }
     }
 
     /// After a restart nobody knows who the survivors were: all that descends from the target is taken for one.
-    pub(super) fn process_alert_restored(&mut self, root: Key, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn process_alert_restored(&mut self, root: Key, now: u64, out: &mut Output) {
         let Some(i) = self.forest.find(root) else { return };
         let below = self.forest.descend(i).map(|i| self.forest.node(i).key);
         let left: HashSet<Key> = below.filter(|&k| self.stays(k)).collect();
         if !left.is_empty() {
             let text = summary::process_kill_failed(self, root, "that was before jobwarden's restart");
-            self.process_kill_failed(root, left, text, now, fx);
+            self.process_kill_failed(root, left, text, now, out);
         }
     }
 
@@ -334,28 +334,28 @@ impl Engine {
         kind: AlertKind,
         job: Option<JobId>,
         now: u64,
-        fx: &mut Vec<Effect>,
+        out: &mut Output,
     ) {
         let Some(g) = job.and_then(|id| self.jobs.by_id(id)) else { return };
         let Some(j) = self.jobs.get(g).filter(|j| j.done.is_none()) else { return };
         match kind {
-            AlertKind::Orphan => self.orphans_restored(g, now, fx),
+            AlertKind::Orphan => self.orphans_restored(g, now, out),
             AlertKind::JobTimeout if j.record.expired => {
                 let number = j.record.number;
-                self.deadline_due(number, now, fx);
+                self.deadline_due(number, now, out);
             }
             AlertKind::KillFailed => {
                 let text = summary::kill_failed(self, g, "that was before jobwarden's restart");
                 let Some(number) = self.number(g) else { return };
                 let raise = Raise { summary: text, severity: None, ..self.about_job(g, now) };
-                self.raise((kind, About::Job(number)), &raise, now, fx);
+                self.raise((kind, About::Job(number)), &raise, now, out);
             }
             _ => {}
         }
     }
 
     /// `enforcement on|off`: the operator's word.
-    pub(super) fn word(&mut self, on: bool, until: Option<u64>, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn word(&mut self, on: bool, until: Option<u64>, now: u64, out: &mut Output) {
         self.enforcement.state.by_operator = Some(on);
         self.enforcement.state.until = until;
         if let Some(until) = until {
@@ -364,17 +364,17 @@ impl Engine {
         if on && std::mem::take(&mut self.enforcement.state.fuse_open) {
             self.enforcement.state.ended.clear();
             let text = "Enforcement was switched on again: the fuse is closed.".to_owned();
-            self.clear((AlertKind::EnforcementStopped, About::Host), text, now, fx);
+            self.clear((AlertKind::EnforcementStopped, About::Host), text, now, out);
         }
-        fx.push(Effect::Enforcement(self.enforcement.state.clone()));
+        out.changes.push(Change::Enforcement(self.enforcement.state.clone()));
         self.reconsider(now);
     }
 
-    pub(super) fn word_over(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn word_over(&mut self, now: u64, out: &mut Output) {
         let s = &mut self.enforcement.state;
         if s.until.is_some_and(|u| u <= now) {
             (s.by_operator, s.until) = (None, None);
-            fx.push(Effect::Enforcement(self.enforcement.state.clone()));
+            out.changes.push(Change::Enforcement(self.enforcement.state.clone()));
             self.reconsider(now);
         }
     }

@@ -38,7 +38,7 @@ impl Named {
 }
 
 impl Engine {
-    pub(super) fn moment_of(&self, e: &Event<'_>) -> EventContext {
+    pub(super) fn context_of(&self, e: &Event<'_>) -> EventContext {
         let mut by = None;
         let (comm, other) = match e.body {
             Body::Fork { parent, comm, .. } => (comm, Some((parent, self.named(parent, comm)))),

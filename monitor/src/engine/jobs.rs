@@ -6,7 +6,9 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use super::timers::Timer;
-use super::{Effect, Engine, ExecJob, JobEnded, JobPolicy, JobRecord, Refused, SECOND, nanos};
+use super::{
+    Change, Effect, Engine, ExecJob, JobEnded, JobPolicy, JobRecord, Output, Refused, SECOND, nanos,
+};
 use crate::config::{Action, Rule};
 use crate::engine::forest::groups::DEPTH;
 use crate::engine::forest::{Idx, NONE};
@@ -122,6 +124,13 @@ impl Jobs {
         self.last_number = now.max(self.last_number + 1);
         self.last_number
     }
+
+    /// `count` free numbers in a row; the first. None of them is given again.
+    pub(super) fn reserve_numbers(&mut self, count: u32, now: u64) -> u64 {
+        let first = self.free_number(now);
+        self.last_number = first.saturating_add(u64::from(count.max(1) - 1));
+        first
+    }
 }
 
 /// What a rule means for its jobs.
@@ -157,7 +166,7 @@ impl Engine {
         root: Idx,
         b: Begin,
         now: u64,
-        fx: &mut Vec<Effect>,
+        out: &mut Output,
     ) -> Result<JobRecord, Refused> {
         let outer = self.forest.node(root).group;
         let refused = if self.forest.groups.chain(outer).count() >= DEPTH {
@@ -196,8 +205,11 @@ impl Engine {
         self.jobs.insert(g, job);
         self.names.job(&record.name, now);
         self.enroll(g, outer, root);
-        fx.push(Effect::Job { job: Box::new(record.clone()), label: b.number.is_none() });
-        self.ask_place(root, fx);
+        out.changes.push(Change::Job(Box::new(record.clone())));
+        if b.number.is_none() {
+            out.effects.push(Effect::LabelJob(Box::new(record.clone())));
+        }
+        self.ask_place(root, out);
         self.set_deadline(g);
         self.watch_orphans(g, now);
         self.zombies_of_group(g, now);
@@ -234,12 +246,7 @@ impl Engine {
         inner.is_some_and(|i| self.forest.descends(i, root))
     }
 
-    pub(super) fn exec_job(
-        &mut self,
-        j: ExecJob,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) -> Result<JobRecord, Refused> {
+    pub(super) fn exec_job(&mut self, j: ExecJob, now: u64, out: &mut Output) -> Result<JobRecord, Refused> {
         let id = JobId { root: j.root, ordinal: 0 };
         if let Some(known) = self.jobs.by_id(id).and_then(|g| self.jobs.get(g)) {
             return Ok(known.record.clone());
@@ -255,13 +262,13 @@ impl Engine {
             supervisor: j.supervisor,
             number: j.number,
         };
-        let r = self.begin(root, begin, now, fx);
-        self.settle(now, fx);
+        let r = self.begin(root, begin, now, out);
+        self.settle(now, out);
         r
     }
 
     /// No member of `g` has a live thread any more.
-    pub(super) fn end(&mut self, g: Idx, at: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn end(&mut self, g: Idx, at: u64, out: &mut Output) {
         let restoring = self.ready.is_none();
         let Some(j) = self.jobs.get_mut(g).filter(|j| j.done.is_none() && !(j.restored && restoring)) else {
             return;
@@ -270,12 +277,12 @@ impl Engine {
         let number = j.record.number;
         self.jobs.done += 1;
         self.timers.set(at + SETTLES, Timer::Ended(number));
-        self.clear_job_alerts(g, at, fx);
+        self.clear_job_alerts(g, at, out);
     }
 
     /// The job is still empty, nothing was lost and nobody is killing it. The forest may be wrong all the same, and a job
     /// that is forgotten lets its members go: the kernel is asked first.
-    pub(super) fn ended(&mut self, number: u64, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn ended(&mut self, number: u64, now: u64, out: &mut Output) {
         let Some(j) = self.jobs.by_number(number).and_then(|g| self.jobs.get(g)) else { return };
         if j.told || j.done.is_none() {
             return;
@@ -283,11 +290,11 @@ impl Engine {
         if self.unsynced || j.killing.is_some() {
             return self.timers.set(now + SETTLES, Timer::Ended(number));
         }
-        fx.push(Effect::Emptied(number));
+        out.effects.push(Effect::CountMembers(number));
     }
 
     /// What the kernel says to that.
-    pub(super) fn counted(&mut self, number: u64, alive: bool, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn counted(&mut self, number: u64, alive: bool, now: u64, out: &mut Output) {
         let Some(g) = self.jobs.by_number(number) else { return };
         let Some(j) = self.jobs.get(g).filter(|j| !j.told) else { return };
         let Some(at) = j.done else { return };
@@ -314,7 +321,7 @@ impl Engine {
         let numbers = self.names.ended(&ended.name, now);
         *numbers.finished.entry(outcome).or_default() += 1;
         numbers.duration.observe(at.saturating_sub(ended.started) as f64 / 1e9);
-        fx.push(Effect::JobEnded(Box::new(ended)));
+        out.changes.push(Change::JobEnded(Box::new(ended)));
         if let Some(j) = self.jobs.get_mut(g) {
             j.told = true;
         }
@@ -323,12 +330,12 @@ impl Engine {
     }
 
     /// A member that was not known of turned up alive: it had not ended.
-    pub(super) fn revive(&mut self, g: Idx, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn revive(&mut self, g: Idx, now: u64, out: &mut Output) {
         let Some(j) = self.jobs.get_mut(g) else { return };
         if !j.told && j.done.take().is_some() {
             let job = Box::new(j.record.clone());
             self.jobs.done -= 1;
-            fx.push(Effect::Job { job, label: false });
+            out.changes.push(Change::Job(job));
             self.set_deadline(g);
             self.watch_orphans(g, now);
         }
@@ -373,7 +380,7 @@ impl Engine {
         id: JobId,
         by: Duration,
         now: u64,
-        fx: &mut Vec<Effect>,
+        out: &mut Output,
     ) -> Result<JobRecord, Refused> {
         let g = self.jobs.by_id(id).ok_or_else(|| Refused::NoJob(id.to_string()))?;
         let j = self.jobs.get_mut(g).ok_or_else(|| Refused::NoJob(id.to_string()))?;
@@ -384,8 +391,8 @@ impl Engine {
         j.record.deadline = Some(deadline.max(now).saturating_add(nanos(by)));
         j.record.expired = false;
         let record = j.record.clone();
-        fx.push(Effect::Job { job: Box::new(record.clone()), label: false });
-        self.clear_timeout(g, "its deadline was extended", now, fx);
+        out.changes.push(Change::Job(Box::new(record.clone())));
+        self.clear_timeout(g, "its deadline was extended", now, out);
         self.set_deadline(g);
         Ok(record)
     }
@@ -416,7 +423,7 @@ impl Engine {
 
     /// After the first snapshot: roots are found again, members that only the saved state knows are entered, and what
     /// ended while the agent was down is ended.
-    pub(super) fn settle_restored(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn settle_restored(&mut self, now: u64, out: &mut Output) {
         let mut restored: Vec<(u64, Idx)> =
             self.jobs.iter().filter(|(_, j)| j.restored).map(|(g, j)| (j.record.number, g)).collect();
         // Outer ones first, as far as they were made first.
@@ -447,12 +454,14 @@ impl Engine {
         for (_, g) in restored {
             if self.forest.groups.get(g).is_some_and(|x| x.all.live > 0) {
                 let Some(j) = self.jobs.get(g) else { continue };
-                let (job, label) = (Box::new(j.record.clone()), !j.in_kernel);
-                fx.push(Effect::Job { job, label });
+                out.changes.push(Change::Job(Box::new(j.record.clone())));
+                if !j.in_kernel {
+                    out.effects.push(Effect::LabelJob(Box::new(j.record.clone())));
+                }
                 self.set_deadline(g);
                 self.watch_orphans(g, now);
             } else {
-                self.end(g, now, fx);
+                self.end(g, now, out);
             }
         }
     }

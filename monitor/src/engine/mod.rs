@@ -1,11 +1,9 @@
-//! What is a job, an alert or a kill: pure. [`Engine`] owns the forest and is the one thing that the agent drives: it is
-//! given events, snapshots, observations, commands and the time, and it answers with [`Effect`]s. It reads no clock and
-//! opens no file, so a recorded stream replays to the same result.
+//! Decides what is a job, an alert or a kill. Pure: it reads no clock and opens no file, so a recorded stream replays to the
+//! same result. [`Engine::handle`] takes every [`Input`] and adds to an [`Output`]; queries change nothing.
 
 mod alerts;
 mod cgroups;
 mod describe;
-pub mod effect;
 mod enforcement;
 mod event_context;
 mod exec;
@@ -14,8 +12,11 @@ pub mod input;
 mod jobs;
 mod names;
 mod orphans;
+pub mod output;
 mod proc_poll;
+pub mod query;
 mod react;
+pub mod record;
 mod rules;
 mod summary;
 #[cfg(test)]
@@ -24,22 +25,22 @@ mod timers;
 mod view;
 mod zombies;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
-pub use effect::{AlertChange, Effect, EnforcementState, JobEnded, JobPolicy, JobRecord, KillOrder};
 pub use event_context::EventContext;
-pub use input::{ExecJob, Gauges, Limits, Observation, Refused, Settings, Target, TreeQuery};
+pub use input::{ExecJob, Input, Limits, Observation, Settings};
+pub use output::{AlertChange, Answer, Change, Effect, KillOrder, Output, Refused};
+pub use query::{Gauges, Target, TreeQuery};
+pub use record::{EnforcementState, JobEnded, JobPolicy, JobRecord};
 
 use crate::config::{Config, Match};
-use crate::engine::forest::{Change, Fast, Forest, Idx, Merge, Snapshot};
+use crate::engine::forest::{Fast, Forest, Idx, NodeChange};
 use crate::model::event::{Event, WaitStatus};
 use crate::model::key::Key;
-use crate::model::kill::Reason;
 use crate::model::question::Question;
-use crate::model::schema::{
-    Alert, AlertKind, Cause, EventLine, Job, JobId, KillReport, Process, Ref, State, Tree,
-};
+use crate::model::schema::{Alert, AlertKind, EventLine, Job, JobId, Process, Ref, State, Tree};
 use crate::model::stats::Histogram;
 
 /// Most `Effect::Look`s a second, on average, for exits: one whose turn would come above that waits for its next.
@@ -62,8 +63,8 @@ const CLOCK_STEP: u64 = 10_000_000;
 /// The forest and all decisions over it. Times are boot-time nanoseconds and may not go back between two calls (a time
 /// that does is taken as the last one).
 ///
-/// Order of a start: `new`, `restore_*`, attach the probes, `snapshot_started`, take the snapshot while events go on
-/// being handed over or after it, `snapshot`, and when it was taken without loss, `ready`.
+/// Order of a start: `new`, the `Restore` inputs, attach the probes, `SnapshotStarted`, take the snapshot while records go on
+/// being handled or after it, `Snapshot`, and when it was taken without loss, `Ready`.
 #[derive(Debug)]
 pub struct Engine {
     settings: Settings,
@@ -103,7 +104,7 @@ pub struct Engine {
     lost: (u64, u64, u64),
     /// What the edge said is wrong about its stores.
     wrong: Option<String>,
-    changes: Vec<Change>,
+    changes: Vec<NodeChange>,
     now: u64,
 }
 
@@ -144,178 +145,83 @@ impl Engine {
         }
     }
 
-    /// Wall clock minus boot clock, ns. Followed when the wall clock was set: both run at one rate, and what is less comes from
-    /// reading one after the other. A process's start must not read otherwise each time.
-    pub fn set_clock(&mut self, boot_to_wall_ns: i64) {
+    /// The one door: applies an input at boot time `now` (ns) and adds to `out` what follows from it. A record brings its own time.
+    pub fn handle(&mut self, input: Input<'_>, now: u64, out: &mut Output) -> Answer {
+        let now = self.later(now);
+        match input {
+            Input::Record { event, .. } => self.apply(event, out),
+            Input::SnapshotStarted { t0 } => {
+                self.later(t0);
+                self.forest.snapshot_started(t0);
+            }
+            Input::Snapshot(s) => return Answer::Merged(self.merge(&s, now, out)),
+            Input::Ready => self.become_ready(now, out),
+            Input::Observation(o) => self.observed(o.into_owned(), now, out),
+            Input::Tick => self.run_timers(now, out),
+            Input::Clock { boot_to_wall_ns } => self.set_clock(boot_to_wall_ns),
+            Input::RestoreEnforcement(s) => self.restore_enforcement(s.into_owned()),
+            Input::RestoreJobs(jobs) => self.restore(jobs.into_owned()),
+            Input::RestoreAlerts { alerts, this_boot } => {
+                self.restore_alert_list(alerts.into_owned(), this_boot, now, out);
+            }
+            Input::Reload(config) => self.take_config(&config, now, out),
+            Input::RegisterJob(job) => {
+                return Answer::Job(self.exec_job(job.into_owned(), now, out).map(Box::new));
+            }
+            Input::ExtendJob { job, by } => {
+                return Answer::Job(self.extend_job(job, by, now, out).map(Box::new));
+            }
+            Input::ReleaseJob { job } => return Answer::Job(self.release(job, now, out).map(Box::new)),
+            Input::ReserveNumbers { count } => return Answer::Number(self.jobs.reserve_numbers(count, now)),
+            Input::KillStarted { job, reason } => self.started(job, reason),
+            Input::KillFinished { job, reason, whole, report } => {
+                self.finished(job, reason, whole, report.as_deref().map_err(AsRef::as_ref), now, out);
+            }
+            Input::ProcessKillFinished { root, report } => {
+                self.process_kill_over(root, report.as_deref().map_err(AsRef::as_ref), now, out);
+            }
+            Input::Enforcement { on, lasts } => {
+                let until = lasts.map(|d| now.saturating_add(nanos(d)));
+                self.word(on, until, now, out);
+            }
+            Input::EventsLost { count } => {
+                self.unsynced = true;
+                self.loss(count, now, out);
+            }
+            Input::Condition { kind, problem } => {
+                self.edge_condition(kind, problem.map(Cow::into_owned), now, out);
+            }
+            Input::JobCounted { number, alive } => self.counted(number, alive, now, out),
+            Input::Cause { alert, cause } => self.cause(&alert, cause.into_owned(), now, out),
+        }
+        Answer::None
+    }
+
+    /// Both clocks run at one rate, and a smaller difference comes from reading one after the other: the start of a process must
+    /// not read differently each time.
+    fn set_clock(&mut self, boot_to_wall_ns: i64) {
         if self.settings.boot_to_wall_ns.abs_diff(boot_to_wall_ns) >= CLOCK_STEP {
             self.settings.boot_to_wall_ns = boot_to_wall_ns;
         }
     }
 
-    /// Who forks in the records that come next ([`event::forker`](crate::model::event::forker)). Changes nothing: they are fetched from memory
-    /// beside each other. Among a million processes handling a fork is waiting for its forker, mostly; all others are young, and near.
-    pub fn expect(&self, forkers: &[Key]) {
-        self.forest.expect(forkers);
-    }
-
-    /// One record of the ring. Idempotent: records may come twice, and late ones never touch a pid's successor.
-    pub fn event(&mut self, e: &Event<'_>, fx: &mut Vec<Effect>) {
-        self.apply(e, fx);
-    }
-
-    /// From here on reaped keys leave tombstones, until `snapshot`. `t0`: boot time before the first row is read.
-    pub fn snapshot_started(&mut self, t0: u64) {
-        self.later(t0);
-        self.forest.snapshot_started(t0);
-    }
-
-    /// Merges a snapshot by key. May be called without `snapshot_started` when no event was handed over meanwhile.
-    #[expect(clippy::needless_pass_by_value, reason = "a snapshot is merged once")]
-    pub fn snapshot(&mut self, s: Snapshot, now: u64, fx: &mut Vec<Effect>) -> Merge {
-        let now = self.later(now);
-        self.merge(&s, now, fx)
-    }
-
-    /// First synced: rules are tried on those who already run, restored alerts are held or resolved, and the grace of
-    /// restored jobs whose deadline has passed begins. Once in the engine's life; further calls do nothing.
-    pub fn ready(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        self.become_ready(now, fx);
-    }
-
-    /// The answer to `Effect::Look` or `Effect::ReadFacts`.
-    pub fn observe(&mut self, o: Observation, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        self.observed(o, now, fx);
-    }
-
-    /// Lets the time pass: call at `next_wake`, or more often. Its cost does not depend on the number of processes.
-    pub fn tick(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        self.run_timers(now, fx);
-    }
-
-    /// When `tick` has something to do next.
-    #[must_use]
-    pub fn next_wake(&self) -> Option<u64> {
-        self.timers.next()
-    }
-
-    // Commands.
-
-    /// A job of `jobwarden exec`. Known by its root already (the client retried): the same record again.
-    pub fn register_exec_job(
-        &mut self,
-        j: ExecJob,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) -> Result<JobRecord, Refused> {
-        let now = self.later(now);
-        self.exec_job(j, now, fx)
-    }
-
-    /// `jobs extend JOB D`: the deadline moves by `by`, from now if it has passed.
-    pub fn extend(
-        &mut self,
-        id: JobId,
-        by: Duration,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) -> Result<JobRecord, Refused> {
-        let now = self.later(now);
-        self.extend_job(id, by, now, fx)
-    }
-
-    /// A new config. Jobs and alerts stay; jobs of a rule that is still there take its new settings; those who already
-    /// run are matched against the new rules.
-    pub fn reload(&mut self, config: &Config, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        self.take_config(config, now, fx);
-    }
-
-    /// Somebody began to kill this job (`kill`, `exec`, or an `Effect::Kill` that is being carried out).
-    pub fn kill_started(&mut self, id: JobId, reason: Reason) {
-        self.started(id, reason);
-    }
-
-    /// The kill is over. `Err`: it could not be carried out, and why. `whole`: the whole job was meant, not only some.
-    pub fn kill_finished(
-        &mut self,
-        id: JobId,
-        reason: Reason,
-        whole: bool,
-        report: Result<&KillReport, &str>,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
-        let now = self.later(now);
-        self.finished(id, reason, whole, report, now, fx);
-    }
-
-    /// The same for a kill of a process and what descends from it, outside of jobs.
-    pub fn process_killed(
-        &mut self,
-        root: Key,
-        report: Result<&KillReport, &str>,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
-        let now = self.later(now);
-        self.process_kill_over(root, report, now, fx);
-    }
-
-    /// `enforcement on|off [--for D]`. `on` closes the fuse.
-    pub fn enforcement(&mut self, on: bool, lasts: Option<Duration>, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        let until = lasts.map(|d| now.saturating_add(nanos(d)));
-        self.word(on, until, now, fx);
-    }
-
-    /// The kernel lost `n` records: `events-lost` fires, and resolves 5 minutes after the last call.
-    pub fn events_lost(&mut self, n: u64, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        self.unsynced = true;
-        self.loss(n, now, fx);
-    }
-
-    /// `storage-failed` or `capacity` as the edge finds it: what is wrong, or None when it is well again.
-    pub fn condition(&mut self, kind: AlertKind, wrong: Option<String>, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        self.edge_condition(kind, wrong, now, fx);
-    }
-
-    /// The answer to `Effect::Emptied`: whether the kernel knows somebody alive in the job. True also when it could not be
-    /// asked; then take a snapshot.
-    pub fn emptied(&mut self, number: u64, alive: bool, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        self.counted(number, alive, now, fx);
-    }
-
-    /// The cause of a firing alert, from `why`; makes an `Updated` if it differs materially.
-    pub fn set_cause(&mut self, alert: &str, cause: Cause, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        self.cause(alert, cause, now, fx);
-    }
-
-    // Restart. Before the first snapshot.
-
-    /// Jobs of this boot, as last saved. Records of another boot must not be given.
-    pub fn restore_jobs(&mut self, jobs: Vec<JobRecord>) {
-        self.restore(jobs);
-    }
-
-    /// Alerts that were firing. Of this boot: kept firing, silently, until `ready` decides. Of another boot: resolved at
-    /// once, with that reason.
-    pub fn restore_alerts(&mut self, alerts: Vec<Alert>, this_boot: bool, now: u64, fx: &mut Vec<Effect>) {
-        let now = self.later(now);
-        self.restore_alert_list(alerts, this_boot, now, fx);
-    }
-
-    pub fn restore_enforcement(&mut self, s: EnforcementState) {
+    fn restore_enforcement(&mut self, s: EnforcementState) {
         if let Some(until) = s.until {
             self.timers.set(until, timers::Timer::EnforcementOver);
         }
         self.enforcement.state = s;
+    }
+
+    /// The forkers of the records that come next ([`event::forker`](crate::model::event::forker)). Changes nothing: they are fetched from
+    /// memory beside each other. Among a million processes handling a fork is mostly waiting for its forker; all others are young, and near.
+    pub fn expect(&self, forkers: &[Key]) {
+        self.forest.expect(forkers);
+    }
+
+    /// When `Input::Tick` has something to do next.
+    #[must_use]
+    pub fn next_wake(&self) -> Option<u64> {
+        self.timers.next()
     }
 
     // Views.
@@ -408,8 +314,8 @@ impl Engine {
 
     /// For `events`: call before `event`, since a reaped process is forgotten with its record.
     #[must_use]
-    pub fn moment(&self, e: &Event<'_>) -> EventContext {
-        self.moment_of(e)
+    pub fn event_context(&self, e: &Event<'_>) -> EventContext {
+        self.context_of(e)
     }
 
     /// Not in the forest, or there only as a dead ancestor.
@@ -452,11 +358,6 @@ impl Engine {
     #[must_use]
     pub fn enforcing(&self, now: u64) -> bool {
         self.enforcement.on(now) && !self.enforcement.state.fuse_open
-    }
-
-    /// A free job number: boot-time ns, never given twice.
-    pub fn free_number(&mut self, now: u64) -> u64 {
-        self.jobs.free_number(now)
     }
 
     /// Time does not go back.

@@ -2,7 +2,7 @@
 
 use super::alerts::{About, Raise};
 use super::timers::Timer;
-use super::{Effect, Engine, MS, PENDING, summary};
+use super::{Effect, Engine, MS, Output, PENDING, summary};
 use crate::engine::forest::{Flags, Idx, NONE, Seen};
 use crate::model::daemon::daemonized;
 use crate::model::key::Key;
@@ -53,7 +53,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn orphans_due(&mut self, number: u64, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn orphans_due(&mut self, number: u64, now: u64, out: &mut Output) {
         let Some(g) = self.jobs.by_number(number) else { return };
         match self.jobs.get_mut(g) {
             Some(j) if j.orphans_at <= now => j.orphans_at = u64::MAX,
@@ -71,16 +71,16 @@ impl Engine {
         orphans.sort_unstable();
         let Some(&(since, oldest)) = orphans.first() else {
             let text = summary::orphans_over(self, g);
-            return self.clear(name, text, now, fx);
+            return self.clear(name, text, now, out);
         };
         // With the usual times this is at the pending alert, well before it fires and its labels are frozen.
-        self.ask_place(oldest, fx);
+        self.ask_place(oldest, out);
         let due: Vec<Idx> =
             orphans.iter().filter(|(s, _)| s.saturating_add(after) <= now).map(|&(_, i)| i).collect();
         if let Some(&(next, _)) = orphans.get(due.len()) {
             self.plan_orphans(g, next.saturating_add(after));
         }
-        let kill = if due.is_empty() { None } else { self.kill_orphans(g, &due, now, fx) };
+        let kill = if due.is_empty() { None } else { self.kill_orphans(g, &due, now, out) };
         let raise = Raise {
             firing: !due.is_empty(),
             severity: self.jobs.get(g).and_then(|j| j.record.policy.severity),
@@ -92,12 +92,12 @@ impl Engine {
             since,
             summary: summary::orphans(self, g, oldest, orphans.len(), kill.as_deref(), now),
         };
-        self.raise(name, &raise, now, fx);
+        self.raise(name, &raise, now, out);
     }
 
     /// Ends those who have been orphans for long enough, and what descends from them. Says in words what is done or why
     /// nothing is; None: the rule does not ask for it.
-    fn kill_orphans(&mut self, g: Idx, due: &[Idx], now: u64, fx: &mut Vec<Effect>) -> Option<String> {
+    fn kill_orphans(&mut self, g: Idx, due: &[Idx], now: u64, out: &mut Output) -> Option<String> {
         let j = self.jobs.get(g)?;
         let policy = &j.record.policy;
         if !policy.kill_on_orphan {
@@ -119,7 +119,7 @@ impl Engine {
                 (false, Some(_)) => {}
                 (false, None) => {
                     ask = true;
-                    fx.push(Effect::Look(key));
+                    out.effects.push(Effect::Look(key));
                 }
             }
         }
@@ -134,7 +134,7 @@ impl Engine {
                 if ask { "Its session is being looked at." } else { "It is daemonized: left alone." }.into(),
             );
         }
-        if let Err(why) = self.may_kill(g, now, fx) {
+        if let Err(why) = self.may_kill(g, now, out) {
             return Some(format!("It would have been ended: {why}."));
         }
         let root = self.jobs.get(g).and_then(|j| j.root);
@@ -152,13 +152,10 @@ impl Engine {
         let what = if whole {
             What::Whole
         } else {
-            let number = self.jobs.free_number(now);
-            for _ in 1..keys.len() {
-                self.jobs.free_number(now);
-            }
+            let number = self.jobs.reserve_numbers(keys.len() as u32, now);
             What::Descendants { number, roots: keys }
         };
-        self.order(g, Reason::Orphan, what, fx);
+        self.order(g, Reason::Orphan, what, out);
         Some("It is being ended.".into())
     }
 
@@ -185,11 +182,11 @@ impl Engine {
         }
     }
 
-    pub(super) fn orphans_restored(&mut self, g: Idx, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn orphans_restored(&mut self, g: Idx, now: u64, out: &mut Output) {
         if let Some(j) = self.jobs.get_mut(g) {
             j.orphans_at = now;
             let number = j.record.number;
-            self.orphans_due(number, now, fx);
+            self.orphans_due(number, now, out);
         }
     }
 }

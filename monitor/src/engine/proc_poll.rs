@@ -2,7 +2,7 @@
 //! get an adopter and the zombie stands; that can take microseconds or hours.
 
 use super::timers::Timer;
-use super::{Effect, Engine, LOOKS_PER_S, MS, SECOND};
+use super::{Effect, Engine, LOOKS_PER_S, MS, Output, SECOND};
 use crate::engine::forest::{Flags, Idx};
 use crate::model::schema::State;
 
@@ -70,7 +70,7 @@ impl Engine {
         self.timers.set(at + STEPS[0] * MS, Timer::Look(i, generation));
     }
 
-    pub(super) fn look_due(&mut self, i: Idx, generation: u32, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn look_due(&mut self, i: Idx, generation: u32, now: u64, out: &mut Output) {
         if !self.forest.is(i, generation) {
             return;
         }
@@ -85,7 +85,7 @@ impl Engine {
         let mut spread = 0;
         for k in whom.into_iter().flatten() {
             if self.looks.take(now) {
-                fx.push(Effect::Look(k));
+                out.effects.push(Effect::Look(k));
             } else {
                 // Those who got no turn do not all come back at the same moment.
                 spread = u64::from(i % SPREAD) * SECOND / u64::from(SPREAD);
@@ -100,38 +100,38 @@ impl Engine {
     }
 
     /// A process that is known by name only, or whose parent is not known.
-    pub(super) fn ask(&mut self, i: Idx, fx: &mut Vec<Effect>) {
+    pub(super) fn ask(&mut self, i: Idx, out: &mut Output) {
         let n = self.forest.node(i);
         if n.state != State::Gone {
-            fx.push(Effect::Look(n.key));
-            self.ask_facts(i, fx);
+            out.effects.push(Effect::Look(n.key));
+            self.ask_facts(i, out);
         }
     }
 
     /// Its argv was never heard, or is an older program's: /proc may have it.
-    pub(super) fn ask_facts(&mut self, i: Idx, fx: &mut Vec<Effect>) {
+    pub(super) fn ask_facts(&mut self, i: Idx, out: &mut Output) {
         let n = self.forest.node(i);
         let wanted = !n.argv.is_known() || n.flags.has(Flags::DOUBTED);
         if n.alive() && wanted && !n.flags.has(Flags::KERNEL) {
-            self.read_facts(i, fx);
+            self.read_facts(i, out);
         }
     }
 
     /// Before an alert speaks of it: its container and its pid inside stand in labels that are frozen then.
-    pub(super) fn ask_place(&mut self, i: Idx, fx: &mut Vec<Effect>) -> bool {
+    pub(super) fn ask_place(&mut self, i: Idx, out: &mut Output) -> bool {
         let Some(n) = self.forest.get(i) else { return false };
         let unread = !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL) && n.state != State::Gone;
         if unread {
-            self.read_facts(i, fx);
+            self.read_facts(i, out);
         }
         unread
     }
 
-    pub(super) fn read_facts(&mut self, i: Idx, fx: &mut Vec<Effect>) {
+    pub(super) fn read_facts(&mut self, i: Idx, out: &mut Output) {
         let n = self.forest.node_mut(i);
         if !n.flags.has(Flags::ASKED) {
             n.flags.set(Flags::ASKED);
-            fx.push(Effect::ReadFacts(n.key));
+            out.effects.push(Effect::ReadFacts(n.key));
         }
     }
 }

@@ -4,9 +4,9 @@
 use super::alerts::{About, Raise};
 use super::jobs::policy_of;
 use super::timers::Timer;
-use super::{Effect, Engine, LOSS_OVER, Observation, SECOND, nanos, rules, summary};
+use super::{Change, Effect, Engine, LOSS_OVER, Observation, Output, SECOND, nanos, rules, summary};
 use crate::config::Config;
-use crate::engine::forest::{Change, Facts, Flags, Idx, Merge, Moved, NONE, RowState, Snapshot, apply};
+use crate::engine::forest::{Facts, Flags, Idx, Merge, Moved, NONE, NodeChange, RowState, Snapshot, apply};
 use crate::model::event::{Body, Event};
 use crate::model::key::Key;
 use crate::model::schema::{Alert, AlertKind, State};
@@ -15,7 +15,7 @@ use crate::model::schema::{Alert, AlertKind, State};
 const ROOM: usize = 90;
 
 impl Engine {
-    pub(super) fn apply(&mut self, e: &Event<'_>, fx: &mut Vec<Effect>) {
+    pub(super) fn apply(&mut self, e: &Event<'_>, out: &mut Output) {
         let now = self.later(e.at);
         let key = e.process;
         match e.body {
@@ -24,13 +24,13 @@ impl Engine {
                 let born =
                     apply::Born { child: key, lineage_parent, parent, group, uid, comm, kernel_thread };
                 match self.forest.fork(&born, e.at) {
-                    Some(i) => self.enter_kernel(i, lineage_parent, job, no_entry, fx),
-                    None => self.check_capacity(now, fx),
+                    Some(i) => self.enter_kernel(i, lineage_parent, job, no_entry, out),
+                    None => self.check_capacity(now, out),
                 }
             }
             Body::Exec { uid, comm, filename: file, argv, argv_cut: cut, cgroup, .. } => {
                 self.forest.exec(key, &apply::Execed { uid, comm, file, argv, cut }, e.at);
-                self.execed_in(key, cgroup, now, fx);
+                self.execed_in(key, cgroup, now, out);
             }
             Body::Exit { status, comm } => self.forest.exit(key, status, comm, e.at),
             Body::LeaderExit { comm, .. } => self.forest.leader_exit(key, comm, e.at),
@@ -40,23 +40,23 @@ impl Engine {
             }
             Body::Kill { result, .. } => return self.forest.probe_kill(key, result, e.at),
         }
-        self.settle(now, fx);
+        self.settle(now, out);
     }
 
     /// The kernel put the child of `parent` into `job`. If it had no room, or into none though the child belongs to one here
     /// (its forker was not in the map either), it is told. (A job that is not known here is that of a kill of some: the
     /// kernel is right.)
-    fn enter_kernel(&self, i: Idx, parent: Key, job: u64, missed: bool, fx: &mut Vec<Effect>) {
+    fn enter_kernel(&self, i: Idx, parent: Key, job: u64, missed: bool, out: &mut Output) {
         let told = self.jobs.get(self.forest.node(i).group).filter(|j| !j.told);
         let told = told.map_or(0, |j| j.record.number);
         if missed || (job == 0 && told != 0) {
             let job = if told == 0 { job } else { told };
-            fx.push(Effect::Enter { process: self.forest.node(i).key, parent, job, missed });
+            out.effects.push(Effect::EnterProcess { process: self.forest.node(i).key, parent, job, missed });
         }
     }
 
     /// Hands out what changed, until nothing does any more; then what nobody needs is dropped.
-    pub(super) fn settle(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn settle(&mut self, now: u64, out: &mut Output) {
         let mut changes = std::mem::take(&mut self.changes);
         loop {
             self.forest.take_changes(&mut changes);
@@ -64,26 +64,26 @@ impl Engine {
                 break;
             }
             for c in &changes {
-                self.changed(*c, now, fx);
+                self.changed(*c, now, out);
             }
         }
         self.changes = changes;
         self.forest.collect();
     }
 
-    fn changed(&mut self, c: Change, now: u64, fx: &mut Vec<Effect>) {
+    fn changed(&mut self, c: NodeChange, now: u64, out: &mut Output) {
         match c {
-            Change::Born(i) => {
+            NodeChange::Born(i) => {
                 if self.forest.node(i).group != NONE {
-                    self.member_came(i, now, fx);
+                    self.member_came(i, now, out);
                 }
                 if self.merging {
-                    self.ask_facts(i, fx);
+                    self.ask_facts(i, out);
                 }
             }
-            Change::State(m) => self.moved(m, now, fx),
-            Change::Orphan(i) => self.orphaned(i, now),
-            Change::Parent { node, from } => {
+            NodeChange::State(m) => self.moved(m, now, out),
+            NodeChange::Orphan(i) => self.orphaned(i, now),
+            NodeChange::Parent { node, from } => {
                 if self.forest.node(node).state == State::Zombie {
                     self.zombie(node, now);
                     self.zombie_left(from, now);
@@ -91,18 +91,18 @@ impl Engine {
                 let parent = self.forest.node(node).parent;
                 // Whether an adopter is the init of a namespace or of a container.
                 if self.forest.get(parent).is_some_and(|p| p.key.pid != 1 && p.alive()) {
-                    self.ask_place(parent, fx);
+                    self.ask_place(parent, out);
                 }
                 if self.forest.get(parent).is_some_and(|p| !p.alive()) {
                     self.look_soon(parent, now);
                 }
             }
-            Change::Exec(i) => self.try_rules(i, now, fx),
-            Change::Ask(i) => self.ask(i, fx),
+            NodeChange::Exec(i) => self.try_rules(i, now, out),
+            NodeChange::Ask(i) => self.ask(i, out),
         }
     }
 
-    fn moved(&mut self, m: Moved, now: u64, fx: &mut Vec<Effect>) {
+    fn moved(&mut self, m: Moved, now: u64, out: &mut Output) {
         let Moved { node: i, from, to, since, at } = m;
         let lived = |s| matches!(s, State::Running | State::LeaderExited);
         if from == State::Zombie {
@@ -132,14 +132,14 @@ impl Engine {
         }
         if matches!(to, State::Zombie | State::Gone) && !self.survivors.is_empty() {
             let key = self.forest.node(i).key;
-            self.survivor_ended(key, now, fx);
+            self.survivor_ended(key, now, out);
         }
         if lived(from) && !lived(to) {
-            self.died(i, at, now, fx);
+            self.died(i, at, now, out);
         }
     }
 
-    fn died(&mut self, i: Idx, at: u64, now: u64, fx: &mut Vec<Effect>) {
+    fn died(&mut self, i: Idx, at: u64, now: u64, out: &mut Output) {
         let n = self.forest.node(i);
         let (key, group) = (n.key, n.group);
         if n.flags.has(Flags::ORPHAN) {
@@ -150,13 +150,13 @@ impl Engine {
             self.zombie_left(i, now);
         }
         if self.supervisors.contains_key(&key) {
-            self.supervisor_died(key, fx);
+            self.supervisor_died(key, out);
         }
         let mut g = group;
         while let Some(x) = self.forest.groups.get(g) {
             let (live, outer) = (x.all.live, x.outer);
             if live == 0 {
-                self.end(g, at, fx);
+                self.end(g, at, out);
             }
             g = outer;
         }
@@ -174,7 +174,7 @@ impl Engine {
         }
     }
 
-    fn member_came(&mut self, i: Idx, now: u64, fx: &mut Vec<Effect>) {
+    fn member_came(&mut self, i: Idx, now: u64, out: &mut Output) {
         if !self.forest.node(i).alive() {
             return;
         }
@@ -182,18 +182,18 @@ impl Engine {
         while let Some(x) = self.forest.groups.get(g) {
             let outer = x.outer;
             if self.jobs.get(g).is_some_and(|j| j.done.is_some()) {
-                self.revive(g, now, fx);
+                self.revive(g, now, out);
             }
             g = outer;
         }
     }
 
-    pub(super) fn observed(&mut self, o: Observation, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn observed(&mut self, o: Observation, now: u64, out: &mut Output) {
         match o {
             Observation::Look { key, at, seen } => {
                 self.forest.looked(key, seen, at);
-                self.settle(now, fx);
-                self.confirmed(key, seen, now, fx);
+                self.settle(now, out);
+                self.confirmed(key, seen, now, out);
                 self.session_seen(key, seen, now);
             }
             Observation::Facts { key, facts } => {
@@ -204,20 +204,20 @@ impl Engine {
                     if host { Facts { pid_ns: None, ns_pid: None, ..f } } else { f }
                 });
                 self.forest.facts(key, facts.as_ref());
-                self.facts_came(key, now, fx);
+                self.facts_came(key, now, out);
             }
             Observation::Inside { key, pid_ns, ns_pid } => {
                 let host = Some(pid_ns) == self.settings.pid_ns;
                 self.forest.inside(key, (!host).then_some((pid_ns, ns_pid)));
             }
             Observation::Cgroup { key, id, cgroup, by_id } => {
-                self.cgroup_came(key, id, cgroup.as_deref(), by_id, now, fx);
+                self.cgroup_came(key, id, cgroup.as_deref(), by_id, now, out);
             }
         }
-        self.settle(now, fx);
+        self.settle(now, out);
     }
 
-    pub(super) fn merge(&mut self, s: &Snapshot, now: u64, fx: &mut Vec<Effect>) -> Merge {
+    pub(super) fn merge(&mut self, s: &Snapshot, now: u64, out: &mut Output) -> Merge {
         for row in s.rows.iter().filter(|r| r.job != 0) {
             if let Some(j) = self.jobs.by_number(row.job).and_then(|g| self.jobs.get_mut(g)) {
                 j.in_kernel = true;
@@ -227,39 +227,39 @@ impl Engine {
         let mut missing = Vec::new();
         let m = self.forest.merge(s, &|n| jobs.by_number(n), &mut missing, now);
         self.merging = true;
-        self.settle(now, fx);
+        self.settle(now, out);
         self.merging = false;
-        fx.extend(missing.into_iter().map(Effect::Look));
+        out.effects.extend(missing.into_iter().map(Effect::Look));
         self.unsynced = m.overrun;
         if self.ready.is_some() {
-            self.recount_jobs(now, fx);
-            self.scan(false, now, fx);
-            self.enter_rows(s, fx);
+            self.recount_jobs(now, out);
+            self.scan(false, now, out);
+            self.enter_rows(s, out);
         }
-        self.settle(now, fx);
+        self.settle(now, out);
         m
     }
 
     /// Members by lineage whom the kernel does not have in their job: their fork found no room, or their forker's did.
-    fn enter_rows(&self, s: &Snapshot, fx: &mut Vec<Effect>) {
+    fn enter_rows(&self, s: &Snapshot, out: &mut Output) {
         for row in s.rows.iter().filter(|r| r.job == 0 && r.state != RowState::Gone) {
             let Some(i) = self.forest.find(row.key).filter(|&i| self.forest.node(i).group != NONE) else {
                 continue;
             };
             let parent = self.forest.get(self.forest.node(i).lineage).map(|n| n.key).or(row.parent);
-            self.enter_kernel(i, parent.unwrap_or_default(), 0, false, fx);
+            self.enter_kernel(i, parent.unwrap_or_default(), 0, false, out);
         }
     }
 
     /// A snapshot may have brought members of jobs that seemed empty, or told that the last one is gone.
-    fn recount_jobs(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    fn recount_jobs(&mut self, now: u64, out: &mut Output) {
         let all: Vec<Idx> = self.jobs.iter().map(|(g, _)| g).collect();
         for g in all {
             let live = self.forest.groups.get(g).map_or(0, |x| x.all.live);
             let done = self.jobs.get(g).is_some_and(|j| j.done.is_some());
             match (live, done) {
-                (0, false) => self.end(g, now, fx),
-                (1.., true) => self.revive(g, now, fx),
+                (0, false) => self.end(g, now, out),
+                (1.., true) => self.revive(g, now, out),
                 _ => {}
             }
             // Some may be no orphans after all.
@@ -267,51 +267,51 @@ impl Engine {
         }
     }
 
-    pub(super) fn become_ready(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn become_ready(&mut self, now: u64, out: &mut Output) {
         if self.ready.is_some() {
             return;
         }
         self.ready = Some(now);
-        self.settle_restored(now, fx);
-        self.settle(now, fx);
-        self.settle_alerts(now, fx);
-        self.fuse_alert(now, fx);
+        self.settle_restored(now, out);
+        self.settle(now, out);
+        self.settle_alerts(now, out);
+        self.fuse_alert(now, out);
         // Supervisors of `exec` that died while the agent was down.
         let dead = |k: &&Key| self.forest.find(**k).is_none_or(|i| !self.forest.node(i).alive());
         let dead: Vec<Key> = self.supervisors.keys().filter(dead).copied().collect();
         for key in dead {
-            self.supervisor_died(key, fx);
+            self.supervisor_died(key, out);
         }
         // Deadlines that passed before are looked at again.
         let all: Vec<Idx> = self.jobs.iter().map(|(g, _)| g).collect();
         for g in all {
             self.set_deadline(g);
         }
-        self.scan(true, now, fx);
-        self.run_timers(now, fx);
+        self.scan(true, now, out);
+        self.run_timers(now, out);
     }
 
-    pub(super) fn run_timers(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn run_timers(&mut self, now: u64, out: &mut Output) {
         while let Some(t) = self.timers.due(now) {
             match t {
-                Timer::Look(i, generation) => self.look_due(i, generation, now, fx),
-                Timer::Zombies(parent) => self.zombies_due(parent, now, fx),
-                Timer::Orphans(job) => self.orphans_due(job, now, fx),
-                Timer::Deadline(job) => self.deadline_due(job, now, fx),
-                Timer::Ended(job) => self.ended(job, now, fx),
+                Timer::Look(i, generation) => self.look_due(i, generation, now, out),
+                Timer::Zombies(parent) => self.zombies_due(parent, now, out),
+                Timer::Orphans(job) => self.orphans_due(job, now, out),
+                Timer::Deadline(job) => self.deadline_due(job, now, out),
+                Timer::Ended(job) => self.ended(job, now, out),
                 Timer::Forget(job) => self.forget(job, now),
-                Timer::LossOver => self.loss_over(now, fx),
-                Timer::EnforcementOver => self.word_over(now, fx),
-                Timer::Alert(serial) => self.alert_timer(serial, now, fx),
-                Timer::Capacity => self.check_room(now, fx),
+                Timer::LossOver => self.loss_over(now, out),
+                Timer::EnforcementOver => self.word_over(now, out),
+                Timer::Alert(serial) => self.alert_timer(serial, now, out),
+                Timer::Capacity => self.check_room(now, out),
                 Timer::Names => self.names_due(now),
-                Timer::Scan => self.scan_late(now, fx),
+                Timer::Scan => self.scan_late(now, out),
             }
         }
-        self.settle(now, fx);
+        self.settle(now, out);
     }
 
-    pub(super) fn take_config(&mut self, c: &Config, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn take_config(&mut self, c: &Config, now: u64, out: &mut Output) {
         self.static_labels = c.agent.labels.clone();
         self.zombies_after = nanos(c.zombies.after);
         self.enforcement.configure(&c.enforcement);
@@ -336,9 +336,9 @@ impl Engine {
             j.record.expired &= j.record.deadline.is_some_and(|d| d <= now);
             j.record.policy = new;
             let (job, expired) = (Box::new(j.record.clone()), j.record.expired);
-            fx.push(Effect::Job { job, label: false });
+            out.changes.push(Change::Job(job));
             if !expired {
-                self.clear_timeout(g, "it has another deadline now", now, fx);
+                self.clear_timeout(g, "it has another deadline now", now, out);
             }
             self.set_deadline(g);
             self.watch_orphans(g, now);
@@ -350,12 +350,12 @@ impl Engine {
             self.zombie(i, now);
         }
         if self.ready.is_some() {
-            self.scan(true, now, fx);
+            self.scan(true, now, out);
         }
-        self.settle(now, fx);
+        self.settle(now, out);
     }
 
-    pub(super) fn loss(&mut self, n: u64, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn loss(&mut self, n: u64, now: u64, out: &mut Output) {
         if self.alerts.get((AlertKind::EventsLost, About::Host)).is_none() {
             self.lost = (0, now, now);
         }
@@ -364,26 +364,26 @@ impl Engine {
         let text = summary::lost(self.lost.0 as usize, now, self.lost.1);
         let raise =
             Raise { count: self.lost.0 as usize, since: self.lost.1, summary: text, ..Raise::host(now) };
-        self.raise((AlertKind::EventsLost, About::Host), &raise, now, fx);
+        self.raise((AlertKind::EventsLost, About::Host), &raise, now, out);
         self.timers.set(now + LOSS_OVER, Timer::LossOver);
     }
 
     /// It fired before a restart: what was said then stays, and it ends as late after this moment as after a loss.
-    pub(super) fn loss_restored(&mut self, a: &Alert, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn loss_restored(&mut self, a: &Alert, now: u64, out: &mut Output) {
         let name = (AlertKind::EventsLost, About::Host);
         if self.alerts.get(name).is_some() {
             return;
         }
         self.lost = (a.count as u64, now, now);
         let raise = Raise { count: a.count, summary: a.summary.clone(), ..Raise::host(now) };
-        self.raise(name, &raise, now, fx);
+        self.raise(name, &raise, now, out);
         self.timers.set(now + LOSS_OVER, Timer::LossOver);
     }
 
-    fn loss_over(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    fn loss_over(&mut self, now: u64, out: &mut Output) {
         if self.lost.2 + LOSS_OVER <= now {
             let text = format!("No record was lost in the last 5 minutes; {} were before.", self.lost.0);
-            self.clear((AlertKind::EventsLost, About::Host), text, now, fx);
+            self.clear((AlertKind::EventsLost, About::Host), text, now, out);
         }
     }
 
@@ -392,7 +392,7 @@ impl Engine {
         kind: AlertKind,
         wrong: Option<String>,
         now: u64,
-        fx: &mut Vec<Effect>,
+        out: &mut Output,
     ) {
         if kind == AlertKind::Capacity {
             self.wrong.clone_from(&wrong);
@@ -400,11 +400,11 @@ impl Engine {
         match wrong {
             Some(text) => {
                 let raise = Raise { summary: text, ..Raise::host(now) };
-                self.raise((kind, About::Host), &raise, now, fx);
+                self.raise((kind, About::Host), &raise, now, out);
             }
-            None if kind == AlertKind::Capacity => self.check_room(now, fx),
+            None if kind == AlertKind::Capacity => self.check_room(now, out),
             None => {
-                self.clear((kind, About::Host), "It works again.".into(), now, fx);
+                self.clear((kind, About::Host), "It works again.".into(), now, out);
             }
         }
     }
@@ -423,18 +423,18 @@ impl Engine {
     }
 
     /// Something was refused because a store is full.
-    pub(super) fn check_capacity(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn check_capacity(&mut self, now: u64, out: &mut Output) {
         if let Some(store) = self.full(100) {
             let text = format!("jobwarden's table of {store} is full: more are not followed.");
-            self.capacity_told(text, now, fx);
+            self.capacity_told(text, now, out);
         }
     }
 
     /// An alert that ends by itself when there is room again.
-    pub(super) fn capacity_told(&mut self, summary: String, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn capacity_told(&mut self, summary: String, now: u64, out: &mut Output) {
         let name = (AlertKind::Capacity, About::Host);
         if self.alerts.get(name).is_none() {
-            self.raise(name, &Raise { summary, ..Raise::host(now) }, now, fx);
+            self.raise(name, &Raise { summary, ..Raise::host(now) }, now, out);
             self.watch_room(now);
         }
     }
@@ -444,11 +444,11 @@ impl Engine {
         self.timers.set(now + 10 * SECOND, Timer::Capacity);
     }
 
-    fn check_room(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    fn check_room(&mut self, now: u64, out: &mut Output) {
         if self.full(ROOM).is_some() {
             self.watch_room(now);
         } else if self.wrong.is_none() {
-            self.clear((AlertKind::Capacity, About::Host), "There is room again.".into(), now, fx);
+            self.clear((AlertKind::Capacity, About::Host), "There is room again.".into(), now, out);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use super::jobs::{Begin, Job, policy_of};
 use super::timers::Timer;
-use super::{Effect, Engine, JobPolicy, Refused, SECOND};
+use super::{Engine, JobPolicy, Output, Refused, SECOND};
 use crate::config::{Match, Rule};
 use crate::engine::forest::{Flags, Idx, NO_UID, Node};
 use crate::matcher::{self, Needs};
@@ -169,13 +169,13 @@ impl Engine {
     }
 
     /// It has execed (or its facts have come).
-    pub(super) fn try_rules(&mut self, i: Idx, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn try_rules(&mut self, i: Idx, now: u64, out: &mut Output) {
         if self.rules.is_empty() || self.forest.node(i).flags.has(Flags::KERNEL) {
             return;
         }
         match self.verdict(i, true) {
             Verdict::No => {}
-            Verdict::Yes(rule) => self.matched(i, rule, false, now, fx),
+            Verdict::Yes(rule) => self.matched(i, rule, false, now, out),
             Verdict::Read(whom) => {
                 self.forest.node_mut(i).flags.set(Flags::MATCHING);
                 let key = self.forest.node(i).key;
@@ -184,7 +184,7 @@ impl Engine {
                 }
                 for a in whom {
                     let asked = self.forest.node(a).key;
-                    self.read_facts(a, fx);
+                    self.read_facts(a, out);
                     if a != i {
                         self.waiting.entry(asked).or_default().push(key);
                     }
@@ -194,7 +194,7 @@ impl Engine {
     }
 
     /// The first rule that matches `i` is `rule`.
-    fn matched(&mut self, i: Idx, rule: usize, existing: bool, now: u64, fx: &mut Vec<Effect>) {
+    fn matched(&mut self, i: Idx, rule: usize, existing: bool, now: u64, out: &mut Output) {
         let (w, _) = &self.rules[rule];
         let name = &w.rule.name;
         let same = |g: Idx| self.jobs.get(g).is_some_and(|j| j.record.rule.as_ref() == Some(name));
@@ -219,13 +219,13 @@ impl Engine {
             supervisor: None,
             number: None,
         };
-        if let Err(refused @ Refused::TooDeep(..)) = self.begin(i, b, now, fx) {
-            self.capacity_told(format!("Rule {name} matches, but {refused}."), now, fx);
+        if let Err(refused @ Refused::TooDeep(..)) = self.begin(i, b, now, out) {
+            self.capacity_told(format!("Rule {name} matches, but {refused}."), now, out);
         }
     }
 
     /// Facts have come (or will not): whoever waited for them is tried again.
-    pub(super) fn facts_came(&mut self, key: Key, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn facts_came(&mut self, key: Key, now: u64, out: &mut Output) {
         let mut whom = self.waiting.remove(&key).unwrap_or_default();
         whom.push(key);
         for k in whom {
@@ -233,20 +233,20 @@ impl Engine {
                 && self.forest.node(i).flags.has(Flags::MATCHING)
             {
                 self.forest.node_mut(i).flags.clear(Flags::MATCHING);
-                self.try_rules(i, now, fx);
+                self.try_rules(i, now, out);
             }
         }
         if let Some(s) = &mut self.scan
             && s.waiting.remove(&key)
             && s.waiting.is_empty()
         {
-            self.scan_now(now, fx);
+            self.scan_now(now, out);
         }
     }
 
     /// Tries the rules on all who run. `existing`: all of them ran before their rule saw them; else only those who
     /// started before the agent was ready.
-    pub(super) fn scan(&mut self, existing: bool, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn scan(&mut self, existing: bool, now: u64, out: &mut Output) {
         if self.rules.is_empty() {
             return;
         }
@@ -264,28 +264,28 @@ impl Engine {
         }
         let waiting = ask.iter().map(|&i| self.forest.node(i).key).collect();
         for i in ask {
-            self.read_facts(i, fx);
+            self.read_facts(i, out);
         }
         // One that still waits is taken over by this one: who was there before their rule stays so.
         let existing = existing || self.scan.as_ref().is_some_and(|s| s.existing);
         self.scan = Some(Scan { waiting, until: now + SCAN_WAITS, tries: 0, existing });
         if self.scan.as_ref().is_some_and(|s| s.waiting.is_empty()) {
-            self.scan_now(now, fx);
+            self.scan_now(now, out);
         } else {
             self.timers.set(now + SCAN_WAITS, Timer::Scan);
         }
     }
 
-    pub(super) fn scan_late(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn scan_late(&mut self, now: u64, out: &mut Output) {
         if self.scan.as_ref().is_some_and(|s| s.until <= now) {
-            self.scan_now(now, fx);
+            self.scan_now(now, out);
         }
     }
 
     /// Oldest first: an ancestor is older than its descendants, so the topmost match of a rule becomes the root, and those
     /// below it are in a job of that rule already. Where the facts of one above have not come yet (a host that is overloaded
     /// is slow to answer), that one may be the root: it is waited for.
-    fn scan_now(&mut self, now: u64, fx: &mut Vec<Effect>) {
+    fn scan_now(&mut self, now: u64, out: &mut Output) {
         let Some(mut scan) = self.scan.take() else { return };
         scan.tries += 1;
         if scan.tries >= SCAN_TRIES {
@@ -303,7 +303,7 @@ impl Engine {
             }
             if let Verdict::Yes(rule) = self.verdict(i, false) {
                 let existing = scan.existing || self.ready.is_none_or(|r| start < r);
-                self.matched(i, rule, existing, now, fx);
+                self.matched(i, rule, existing, now, out);
             }
         }
         if !scan.waiting.is_empty() {

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use super::alerts::{About, Raise};
 use super::timers::Timer;
-use super::{Effect, Engine, MS, PENDING, SECOND, summary};
+use super::{Effect, Engine, MS, Output, PENDING, SECOND, summary};
 use crate::engine::forest::{Fast, Flags, Idx, NONE, Seen};
 use crate::model::key::Key;
 use crate::model::schema::{AlertKind, State};
@@ -125,7 +125,7 @@ impl Engine {
         Some(Found { zombies, oldest, next })
     }
 
-    pub(super) fn zombies_due(&mut self, parent: Key, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn zombies_due(&mut self, parent: Key, now: u64, out: &mut Output) {
         match self.watches.get_mut(&parent) {
             Some(w) if w.at <= now => w.at = u64::MAX,
             _ => return,
@@ -134,17 +134,17 @@ impl Engine {
         let node = self.forest.find(parent);
         let found = node.filter(|&i| self.forest.node(i).alive()).and_then(|i| self.look_through(i));
         let (Some(node), Some(f)) = (node, found) else {
-            return self.no_zombies(parent, now, fx);
+            return self.no_zombies(parent, now, out);
         };
         let firing = self.alerts.firing(name);
-        if !self.placed(parent, node, f.oldest, fx) && f.next.0 <= now && !firing {
+        if !self.placed(parent, node, f.oldest, out) && f.next.0 <= now && !firing {
             return self.plan(parent, now + PLACE_WAIT);
         }
         if firing || f.next.0 > now {
-            self.show_zombies(parent, node, &f, firing, now, fx);
+            self.show_zombies(parent, node, &f, firing, now, out);
         }
         if firing {
-            self.look_round(parent, &f.zombies, now, fx);
+            self.look_round(parent, &f.zombies, now, out);
             let crowd = self.watches.len() as u64 / CROWD;
             self.plan(parent, now + EVERY * (1 + crowd));
         } else if f.next.0 <= now {
@@ -153,26 +153,26 @@ impl Engine {
             if let Some(w) = self.watches.get_mut(&parent) {
                 w.confirm = Some(zombie);
             }
-            fx.push(Effect::Look(zombie));
+            out.effects.push(Effect::Look(zombie));
             self.plan(parent, now + EVERY);
         } else {
-            self.look_round(parent, &f.zombies, now, fx);
+            self.look_round(parent, &f.zombies, now, out);
             self.plan(parent, f.next.0.min(now + SECOND));
         }
     }
 
     /// Whether it is known, or has been asked for, where the parent and its oldest zombie are.
-    fn placed(&mut self, parent: Key, node: Idx, oldest: Idx, fx: &mut Vec<Effect>) -> bool {
+    fn placed(&mut self, parent: Key, node: Idx, oldest: Idx, out: &mut Output) -> bool {
         let Some(w) = self.watches.get_mut(&parent) else { return true };
         if std::mem::replace(&mut w.placed, true) {
             return true;
         }
-        let asked = [node, oldest].map(|i| self.ask_place(i, fx));
+        let asked = [node, oldest].map(|i| self.ask_place(i, out));
         !asked.contains(&true)
     }
 
     /// Looks at some of them; all come in turn.
-    fn look_round(&mut self, parent: Key, zombies: &[Idx], now: u64, fx: &mut Vec<Effect>) {
+    fn look_round(&mut self, parent: Key, zombies: &[Idx], now: u64, out: &mut Output) {
         let Some(w) = self.watches.get_mut(&parent) else { return };
         w.round = if std::mem::take(&mut w.found_gone) { (w.round * 2).min(ROUND_MAX) } else { ROUND };
         let n = w.round.min(zombies.len());
@@ -181,20 +181,12 @@ impl Engine {
         let turn = zombies.iter().cycle().skip(from).take(n);
         for &i in turn {
             if self.alert_looks.take(now) {
-                fx.push(Effect::Look(self.forest.node(i).key));
+                out.effects.push(Effect::Look(self.forest.node(i).key));
             }
         }
     }
 
-    fn show_zombies(
-        &mut self,
-        parent: Key,
-        node: Idx,
-        f: &Found,
-        firing: bool,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
+    fn show_zombies(&mut self, parent: Key, node: Idx, f: &Found, firing: bool, now: u64, out: &mut Output) {
         let oldest = self.forest.node(f.oldest);
         let (key, since, comm) = (oldest.key, oldest.since, oldest.comm);
         let shown = (f.zombies.len(), Some(key), now);
@@ -219,17 +211,17 @@ impl Engine {
             since,
             summary: text,
         };
-        self.raise((AlertKind::Zombie, About::Process(parent)), &raise, now, fx);
+        self.raise((AlertKind::Zombie, About::Process(parent)), &raise, now, out);
     }
 
-    fn no_zombies(&mut self, parent: Key, now: u64, fx: &mut Vec<Effect>) {
+    fn no_zombies(&mut self, parent: Key, now: u64, out: &mut Output) {
         let Some(w) = self.watches.remove(&parent) else { return };
         let text = summary::zombies_over(self, parent, w.oldest.as_ref(), now);
-        self.clear((AlertKind::Zombie, About::Process(parent)), text, now, fx);
+        self.clear((AlertKind::Zombie, About::Process(parent)), text, now, out);
     }
 
     /// What /proc said of a zombie whose parent is about to be named in an alert.
-    pub(super) fn confirmed(&mut self, key: Key, seen: Seen, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn confirmed(&mut self, key: Key, seen: Seen, now: u64, out: &mut Output) {
         let Some(i) = self.forest.find(key) else { return };
         let n = self.forest.node(i);
         if n.state != State::Zombie || n.parent == NONE {
@@ -244,15 +236,15 @@ impl Engine {
             return;
         }
         if let Some(f) = self.look_through(parent).filter(|f| f.next.0 <= now) {
-            self.show_zombies(pkey, parent, &f, true, now, fx);
+            self.show_zombies(pkey, parent, &f, true, now, out);
         }
     }
 
-    pub(super) fn zombie_restored(&mut self, parent: Option<Key>, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn zombie_restored(&mut self, parent: Option<Key>, now: u64, out: &mut Output) {
         let Some(parent) = parent else { return };
         let Some(i) = self.forest.find(parent).filter(|&i| self.forest.node(i).alive()) else { return };
         let Some(f) = self.look_through(i) else { return };
         self.plan(parent, now);
-        self.show_zombies(parent, i, &f, false, now, fx);
+        self.show_zombies(parent, i, &f, false, now, out);
     }
 }

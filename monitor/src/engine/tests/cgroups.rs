@@ -8,7 +8,7 @@ fn read(w: &mut World, path: &str, by_id: bool) -> Vec<u32> {
         if let Effect::ReadCgroup { key, id } = f {
             pids.push(key.pid);
             let o = Observation::Cgroup { key, id, cgroup: Some(path.into()), by_id };
-            w.e.observe(o, w.sim.now, &mut fx);
+            w.e.handle(Input::Observation(Cow::Owned(o)), w.sim.now, &mut fx);
         }
     }
     w.answer(fx);

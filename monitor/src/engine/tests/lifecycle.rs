@@ -142,7 +142,7 @@ fn a_reused_pid_is_somebody_else() {
     assert_eq!(w.state(old), Some(State::Gone), "kept for its child");
     assert_eq!(w.process(w.sim.key(child)).unwrap().lineage_parent, Some(old));
     let mut fx = Vec::new();
-    w.e.event(&late, &mut fx);
+    w.e.handle(Input::Record { event: &late, bytes: &[] }, 0, &mut fx);
     // Whatever else is said of the dead one.
     for body in
         [Body::Exit { status: WaitStatus(9), comm: sim::comm("x") }, Body::Reap { status: WaitStatus(9) }]
@@ -256,7 +256,7 @@ fn unknown_ones_are_entered_and_asked_for() {
         process: Key::new(4000, 5),
         body: Body::Reap { status: WaitStatus(0) },
     };
-    w.e.event(&e, &mut fx);
+    w.e.handle(Input::Record { event: &e, bytes: &[] }, 0, &mut fx);
     assert!(fx.is_empty() && w.process(e.process).is_none());
 }
 
@@ -270,7 +270,11 @@ fn an_old_look_changes_nothing() {
     w.pass(S);
     assert_eq!(w.state(key), Some(State::Zombie));
     let mut fx = Vec::new();
-    w.e.observe(Observation::Look { key, at: w.sim.now, seen: alive }, w.sim.now, &mut fx);
+    w.e.handle(
+        Input::Observation(Cow::Owned(Observation::Look { key, at: w.sim.now, seen: alive })),
+        w.sim.now,
+        &mut fx,
+    );
     assert_eq!(w.state(key), Some(State::Zombie));
     w.e.observe(
         Observation::Look { key: Key::new(a, 7), at: w.sim.now, seen: Seen::Absent },

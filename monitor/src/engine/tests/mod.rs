@@ -77,7 +77,7 @@ impl World {
         let s = self.sim.snapshot(false);
         self.merge(s);
         let mut fx = Vec::new();
-        self.e.ready(self.sim.now, &mut fx);
+        self.e.handle(Input::Ready, self.sim.now, &mut fx);
         self.answer(fx);
     }
 
@@ -96,7 +96,7 @@ impl World {
 
     fn merge(&mut self, s: crate::engine::forest::Snapshot) -> Merge {
         let mut fx = Vec::new();
-        let m = self.e.snapshot(s, self.sim.now, &mut fx);
+        let m = self.e.handle(Input::Snapshot(Cow::Owned(s)), self.sim.now, &mut fx);
         self.answer(fx);
         m
     }
@@ -105,7 +105,7 @@ impl World {
     fn drain(&mut self) {
         let mut fx = Vec::new();
         for e in std::mem::take(&mut self.sim.ring) {
-            self.e.event(&e, &mut fx);
+            self.e.handle(Input::Record { event: &e, bytes: &[] }, 0, &mut fx);
         }
         self.answer(fx);
     }
@@ -119,7 +119,7 @@ impl World {
                     Effect::Look(key) => {
                         self.looks += 1;
                         let o = Observation::Look { key, at: self.sim.now, seen: self.sim.seen(key) };
-                        self.e.observe(o, self.sim.now, &mut next);
+                        self.e.handle(Input::Observation(Cow::Owned(o)), self.sim.now, &mut next);
                     }
                     Effect::ReadFacts(key) if self.slow.contains(&key.pid) => {}
                     Effect::ReadFacts(key) => {
@@ -128,14 +128,18 @@ impl World {
                             let f = self.facts.get(&key.pid).cloned().unwrap_or_default();
                             Facts { argv: f.argv.clone().or(Some(p.argv.clone())), ..f }
                         });
-                        self.e.observe(Observation::Facts { key, facts }, self.sim.now, &mut next);
+                        self.e.handle(
+                            Input::Observation(Cow::Owned(Observation::Facts { key, facts })),
+                            self.sim.now,
+                            &mut next,
+                        );
                     }
-                    Effect::Emptied(number) => {
+                    Effect::CountMembers(number) => {
                         let lives = |p: &&sim::P| matches!(p.state, State::Running | State::LeaderExited);
                         let alive = self.sim.procs.values().filter(lives).any(|p| p.job == number);
-                        self.e.emptied(number, alive, self.sim.now, &mut next);
+                        self.e.handle(Input::JobCounted { number, alive }, self.sim.now, &mut next);
                     }
-                    Effect::Enter { process, job, .. } => {
+                    Effect::EnterProcess { process, job, .. } => {
                         self.entered.push((process, job));
                         if let Some(p) = self.sim.procs.get_mut(&process.pid).filter(|p| p.key == process) {
                             p.job = job;
@@ -155,7 +159,7 @@ impl World {
         while let Some(at) = self.e.next_wake().filter(|&at| at <= end) {
             self.sim.now = self.sim.now.max(at);
             let mut fx = Vec::new();
-            self.e.tick(self.sim.now, &mut fx);
+            self.e.handle(Input::Tick, self.sim.now, &mut fx);
             self.answer(fx);
         }
         self.sim.now = end;

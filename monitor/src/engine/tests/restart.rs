@@ -26,7 +26,7 @@ fn restart(w: &mut World, pinned: bool, down: u64) {
     }
     let s = w.sim.snapshot(pinned);
     w.merge(s);
-    w.e.ready(w.sim.now, &mut fx);
+    w.e.handle(Input::Ready, w.sim.now, &mut fx);
     w.answer(fx);
 }
 
@@ -115,7 +115,7 @@ fn the_record_of_a_saved_job_comes_again() {
     let s = w.sim.snapshot(true);
     w.merge(s);
     let mut fx = Vec::new();
-    w.e.ready(w.sim.now, &mut fx);
+    w.e.handle(Input::Ready, w.sim.now, &mut fx);
     w.answer(fx);
     for p in [worker, child] {
         assert_eq!(w.e.jobs_of(w.sim.key(p)), [id]);

@@ -86,7 +86,7 @@ fn a_scan_waits_for_those_above() {
         w.slow.push(top);
         w.merge_unread();
         let mut fx = Vec::new();
-        w.e.ready(w.sim.now, &mut fx);
+        w.e.handle(Input::Ready, w.sim.now, &mut fx);
         w.answer(fx);
         w.pass(5 * S);
         let key = w.sim.key(top);

@@ -22,8 +22,8 @@ fn policy() -> JobPolicy {
 fn exec_job(w: &mut World, root: u32, supervisor: Option<u32>, number: Option<u64>) -> JobRecord {
     let (root, supervisor) = (w.sim.key(root), supervisor.map(|s| w.sim.key(s)));
     let j = ExecJob { root, name: "x".into(), supervisor, number, policy: policy() };
-    let mut fx = Vec::new();
-    let r = w.e.register_exec_job(j, w.sim.now, &mut fx).unwrap();
+    let mut fx = Output::default();
+    let r = record(w.e.handle(Input::RegisterJob(Cow::Owned(j)), w.sim.now, &mut fx)).unwrap();
     w.answer(fx);
     r
 }
@@ -36,7 +36,7 @@ fn registered_before_its_fork_record_is_handled() {
     let key = w.sim.key(root);
     let r = exec_job(&mut w, root, Some(sup), Some(77));
     assert_eq!((r.number, r.id.ordinal, r.id.root), (77, 0, key));
-    assert!(w.out.iter().any(|f| matches!(f, Effect::Job { label: false, .. })), "the kernel has it already");
+    assert!(w.labelled() == 0, "the kernel has it already");
     assert_eq!(exec_job(&mut w, root, None, None), r, "a second time it is the same");
     let child = w.sim.fork(root);
     w.drain();
@@ -69,8 +69,8 @@ fn names_of_exec_jobs_are_bounded_and_go_when_they_are_idle() {
             number: None,
             policy: policy(),
         };
-        let mut fx = Vec::new();
-        w.e.register_exec_job(j, w.sim.now, &mut fx).unwrap();
+        let mut fx = Output::default();
+        record(w.e.handle(Input::RegisterJob(Cow::Owned(j)), w.sim.now, &mut fx)).unwrap();
         w.answer(fx);
         roots.push(root);
     }
@@ -93,8 +93,8 @@ fn names_of_exec_jobs_are_bounded_and_go_when_they_are_idle() {
     assert_eq!((o.finished[&Outcome::Completed], o.states["running"], o.states["done"]), (21, 1, 21));
     assert_eq!(o.duration.count(), 21);
     let fewer = RULES.split_once("\n[[job]]\nname = \"goes").unwrap().0;
-    let mut fx = Vec::new();
-    w.e.reload(&config(fewer), w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::Reload(Cow::Borrowed(&config(fewer))), w.sim.now, &mut fx);
     assert!(names(&w).contains(&"goes".to_owned()), "the last of it is still to be scraped");
     // Remembered for a minute, idle for ten.
     w.pass(700 * S);
@@ -219,15 +219,15 @@ fn event_lines() {
     let a = w.sim.spawn(1, "/bin/a b");
     w.sim.signal(1, a, 9);
     w.sim.end(a, 9);
-    let mut moments = Vec::new();
+    let mut contexts = Vec::new();
     for e in std::mem::take(&mut w.sim.ring) {
-        let moment = w.e.moment(&e);
-        w.e.event(&e, &mut Vec::new());
-        moments.push((e, moment));
+        let context = w.e.event_context(&e);
+        w.e.handle(Input::Record { event: &e, bytes: &[] }, 0, &mut Output::default());
+        contexts.push((e, context));
     }
     // Told when the process is gone from the forest: what was known of it then is still there.
-    assert!(w.e.reference(moments[0].0.process).is_none());
-    let lines: Vec<_> = moments.iter().map(|(e, m)| w.e.event_line(e, m, None)).collect();
+    assert!(w.e.reference(contexts[0].0.process).is_none());
+    let lines: Vec<_> = contexts.iter().map(|(e, m)| w.e.event_line(e, m, None)).collect();
     let kinds: Vec<&str> = lines.iter().map(|l| l.kind.as_str()).collect();
     assert_eq!(kinds, ["fork", "exec", "signal", "exit", "reap"]);
     assert_eq!(lines[1].process.as_ref().unwrap().argv, ["/bin/a", "b"]);

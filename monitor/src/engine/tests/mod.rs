@@ -20,7 +20,7 @@ use sim::{S, Sim};
 
 use super::*;
 use crate::config::Overrides;
-use crate::engine::forest::Facts;
+use crate::engine::forest::{Facts, Merge};
 use crate::model::schema::{AlertState, State};
 
 fn config(text: &str) -> Config {
@@ -34,6 +34,8 @@ struct World {
     e: Engine,
     /// All effects but looks, in order.
     out: Vec<Effect>,
+    /// All changes, in order.
+    changed: Vec<Change>,
     looks: usize,
     /// Whom the kernel was told of, and their jobs.
     entered: Vec<(Key, u64)>,
@@ -41,6 +43,14 @@ struct World {
     facts: BTreeMap<u32, Facts>,
     /// Whose /proc does not answer for now.
     slow: Vec<u32>,
+}
+
+/// The record that a command about a job gives.
+fn record(answer: Answer) -> Result<JobRecord, Refused> {
+    match answer {
+        Answer::Job(done) => done.map(|r| *r),
+        other => panic!("{other:?}"),
+    }
 }
 
 fn settings() -> Settings {
@@ -66,6 +76,7 @@ impl World {
             sim: Sim::new(),
             e: Engine::new(settings(), &config(text)),
             out: Vec::new(),
+            changed: Vec::new(),
             looks: 0,
             entered: Vec::new(),
             facts: BTreeMap::new(),
@@ -76,7 +87,7 @@ impl World {
     fn sync(&mut self) {
         let s = self.sim.snapshot(false);
         self.merge(s);
-        let mut fx = Vec::new();
+        let mut fx = Output::default();
         self.e.handle(Input::Ready, self.sim.now, &mut fx);
         self.answer(fx);
     }
@@ -91,30 +102,34 @@ impl World {
     /// /proc of a slow one answers.
     fn at_last(&mut self, key: Key) {
         self.slow.retain(|&p| p != key.pid);
-        self.answer(vec![Effect::ReadFacts(key)]);
+        self.answer(Output { effects: vec![Effect::ReadFacts(key)], ..Output::default() });
     }
 
     fn merge(&mut self, s: crate::engine::forest::Snapshot) -> Merge {
-        let mut fx = Vec::new();
-        let m = self.e.handle(Input::Snapshot(Cow::Owned(s)), self.sim.now, &mut fx);
+        let mut fx = Output::default();
+        let answer = self.e.handle(Input::Snapshot(Cow::Owned(s)), self.sim.now, &mut fx);
         self.answer(fx);
-        m
+        let Answer::Merged(merge) = answer else { panic!("{answer:?}") };
+        merge
     }
 
     /// Hands over what is in the ring.
     fn drain(&mut self) {
-        let mut fx = Vec::new();
+        let mut fx = Output::default();
         for e in std::mem::take(&mut self.sim.ring) {
             self.e.handle(Input::Record { event: &e, bytes: &[] }, 0, &mut fx);
         }
         self.answer(fx);
     }
 
-    fn answer(&mut self, fx: Vec<Effect>) {
-        let mut fx = fx;
-        while !fx.is_empty() {
-            let mut next = Vec::new();
-            for f in fx {
+    fn answer(&mut self, mut fx: Output) {
+        loop {
+            self.changed.append(&mut fx.changes);
+            if fx.effects.is_empty() {
+                return;
+            }
+            let mut next = Output::default();
+            for f in fx.effects {
                 match f {
                     Effect::Look(key) => {
                         self.looks += 1;
@@ -158,7 +173,7 @@ impl World {
         let end = self.sim.now + ns;
         while let Some(at) = self.e.next_wake().filter(|&at| at <= end) {
             self.sim.now = self.sim.now.max(at);
-            let mut fx = Vec::new();
+            let mut fx = Output::default();
             self.e.handle(Input::Tick, self.sim.now, &mut fx);
             self.answer(fx);
         }
@@ -176,8 +191,8 @@ impl World {
     /// Alerts that came out since the last call, by what happened.
     fn told(&mut self) -> Vec<(AlertChange, Alert)> {
         let mut told = Vec::new();
-        self.out.retain(|f| match f {
-            Effect::Alert { change, alert } => {
+        self.changed.retain(|c| match c {
+            Change::Alert { change, alert } => {
                 told.push((*change, (**alert).clone()));
                 false
             }
@@ -200,6 +215,11 @@ impl World {
             _ => true,
         });
         kills
+    }
+
+    /// How many jobs were to be written into the kernel.
+    fn labelled(&self) -> usize {
+        self.out.iter().filter(|f| matches!(f, Effect::LabelJob(_))).count()
     }
 
     fn firing(&self) -> Vec<AlertKind> {

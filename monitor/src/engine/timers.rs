@@ -4,7 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::engine::forest::Idx;
+use super::forest::Idx;
 use crate::model::key::Key;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,12 +47,15 @@ impl Timers {
         self.0.peek().map(|Reverse((at, _))| *at)
     }
 
-    /// The earliest that is due.
-    pub(super) fn due(&mut self, now: u64) -> Option<Timer> {
-        if self.next()? > now {
-            return None;
+    /// All that are due at `now`, earliest first. What is set while they run waits for the next call, so a timer that sets itself
+    /// for the same time cannot keep a tick from ending.
+    pub(super) fn take_due(&mut self, now: u64) -> Vec<Timer> {
+        let mut due = Vec::new();
+        while let Some(Reverse((_, t))) = self.0.peek().filter(|Reverse((at, _))| *at <= now) {
+            due.push(*t);
+            self.0.pop();
         }
-        self.0.pop().map(|Reverse((_, t))| t)
+        due
     }
 
     pub(super) fn len(&self) -> usize {

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 use crate::model::kill::{Reason, What};
 use crate::model::schema::{JobState, KillReport, Ref, Stuck};

@@ -170,7 +170,7 @@ fn a_supervisor_that_died_meanwhile() {
             name: "x".into(),
             supervisor: Some(w.sim.key(supervisor)),
             number: None,
-            policy: w.e.rules[0].0.policy.clone(),
+            policy: w.e.rules.job(0, false).unwrap().policy,
         };
         record(w.e.handle(Input::RegisterJob(Cow::Owned(job)), w.sim.now, &mut Output::default())).unwrap();
         roots.push(w.sim.key(root));

@@ -1,5 +1,6 @@
 use super::*;
 use crate::engine::forest::groups::DEPTH;
+use crate::engine::turn::SECOND;
 
 fn names(w: &World) -> Vec<String> {
     w.e.jobs().into_iter().map(|j| j.name).collect()
@@ -213,7 +214,7 @@ fn jobs_that_would_nest_too_deep() {
         name: "x".into(),
         supervisor: None,
         number: None,
-        policy: w.e.rules[0].0.policy.clone(),
+        policy: w.e.rules.job(0, false).unwrap().policy,
     };
     let done = record(w.e.handle(Input::RegisterJob(Cow::Owned(j)), w.sim.now, &mut Output::default()));
     assert_eq!(done, Err(Refused::TooDeep(w.sim.key(last), DEPTH)));

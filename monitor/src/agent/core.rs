@@ -343,7 +343,7 @@ impl Core {
                     self.save();
                 }
                 Effect::EnterProcess { process, parent, job, missed } => {
-                    self.enter(process, parent, job, missed)
+                    self.enter(process, parent, job, missed);
                 }
                 Effect::CountMembers(number) => self.sync.emptied.push(number),
                 Effect::Kill(order) => super::kill::policy(self, *order),
@@ -459,19 +459,15 @@ impl Core {
                 }
                 let report =
                     result.as_ref().map(|o| Cow::Borrowed(&o.report)).map_err(|e| Cow::Borrowed(e.as_str()));
-                match job {
-                    Some(id) => {
-                        let ended = result.as_ref().is_ok_and(|o| o.ended());
-                        let outcome = if ended { "ended" } else { "survived" };
-                        *self.counts.job_kills.entry((reason, outcome)).or_default() += 1;
-                        let input = Input::KillFinished { job: id, reason, whole, report };
-                        self.engine.handle(input, now, &mut out);
-                    }
-                    None => {
-                        let input = Input::ProcessKillFinished { root, report };
-                        self.engine.handle(input, now, &mut out);
-                    }
-                }
+                let input = if let Some(job) = job {
+                    let ended = result.as_ref().is_ok_and(|o| o.ended());
+                    let outcome = if ended { "ended" } else { "survived" };
+                    *self.counts.job_kills.entry((reason, outcome)).or_default() += 1;
+                    Input::KillFinished { job, reason, whole, report }
+                } else {
+                    Input::ProcessKillFinished { root, report }
+                };
+                self.engine.handle(input, now, &mut out);
             }
             Internal::Storage(wrong) => {
                 self.storage.set(Source::Alerts, wrong);

@@ -112,7 +112,7 @@ pub fn run(options: Options) -> Result<(), AgentError> {
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AgentError::Runtime)?;
     let done = others.block_on(serve(options, begun)).and_then(|(core, beside)| {
         own.block_on(async {
-            let done = core.run().await;
+            let done = Box::pin(core.run()).await;
             beside.end().await;
             done
         })

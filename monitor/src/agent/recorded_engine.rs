@@ -21,9 +21,9 @@ impl Deref for RecordedEngine {
 
 impl RecordedEngine {
     pub(super) fn new(settings: Settings, config: &Config, recorder: Option<Recorder>) -> Self {
-        let mut recorded = Self { engine: Engine::new(settings.clone(), config), recorder };
-        recorded.record(|r| r.header(&settings, config));
-        recorded
+        let mut new = Self { engine: Engine::new(settings.clone(), config), recorder };
+        new.record(|r| r.header(&settings, config));
+        new
     }
 
     /// Records the input, then hands it to the engine.

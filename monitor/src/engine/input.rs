@@ -17,6 +17,7 @@ use crate::model::schema::{Alert, AlertKind, Cause, JobId, KillReport};
 
 /// One input of [`Engine::handle`](super::Engine::handle). What is large is borrowed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(clippy::large_enum_variant, reason = "one at a time, by reference; the hot ones are small")]
 pub enum Input<'a> {
     /// A record of the ring, decoded, and its bytes as the kernel wrote them (a recording keeps the bytes). May come twice; a late one
     /// never touches a successor of its pid.

@@ -199,7 +199,7 @@ impl Engine {
             let n = jobs.entry(self.names.label(&j.record.name).to_owned()).or_default();
             n.zombies += u64::from(own.zombies);
             n.orphans += self.jobs.orphans_in(g, true, &self.forest) as u64;
-            *n.states.entry(stats::job_state_label(self.jobs.state_of(j, &self.forest))).or_default() += 1;
+            *n.states.entry(stats::job_state_label(jobs::Jobs::state_of(j, &self.forest))).or_default() += 1;
         }
         for n in jobs.values_mut() {
             for s in STATES {
@@ -286,7 +286,7 @@ impl Engine {
             id: j.record.id,
             name: j.record.name.clone(),
             root: j.record.id.root,
-            state: self.jobs.state_of(j, &self.forest),
+            state: jobs::Jobs::state_of(j, &self.forest),
             started: self.view().wall(j.record.started),
             deadline: j.record.deadline.map(|d| self.view().wall(d)),
             processes: all.live as usize,

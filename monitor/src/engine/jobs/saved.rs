@@ -122,7 +122,7 @@ impl Jobs {
 
 // Reading.
 impl Jobs {
-    pub(in crate::engine) fn state_of(&self, j: &Job, forest: &Forest) -> JobState {
+    pub(in crate::engine) fn state_of(j: &Job, forest: &Forest) -> JobState {
         let root_lives = j.root.is_some_and(|i| forest.node(i).alive());
         match (j.done, j.killing, j.record.expired) {
             (Some(_), ..) => JobState::Done,

@@ -21,7 +21,7 @@ use sim::{S, Sim};
 use super::*;
 use crate::config::Overrides;
 use crate::engine::forest::{Facts, Merge};
-use crate::model::schema::{AlertState, Process, State};
+use crate::model::schema::{Alert, AlertState, JobId, Process, State};
 
 fn config(text: &str) -> Config {
     crate::config::parse(Path::new("t.toml"), text, &BTreeMap::new(), &Overrides::default())

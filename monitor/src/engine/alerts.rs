@@ -141,7 +141,7 @@ impl Engine {
                 e.sent_at = now;
                 e.sent = (e.alert.count, None, e.alert.severity);
                 let past = self.alerts.past.get(&name).filter(|p| now.saturating_sub(p.1) < FLAP_WINDOW);
-                e.fired = past.map_or(0, |p| p.0) + 1;
+                e.fired = past.map_or(0, |p| p.0).saturating_add(1);
                 *self.alerts.fired.entry(name.0).or_default() += 1;
                 fx.push(Effect::Alert { change: AlertChange::Fired, alert: Box::new(e.alert.clone()) });
             }
@@ -214,7 +214,7 @@ impl Engine {
         let (count, cause, severity) = &e.sent;
         let (few, many) = (e.alert.count.min(*count), e.alert.count.max(*count));
         // A count matters when it has doubled or halved; a cause when its verdict is another, or what is to be done.
-        let counts = many > few && many >= 2 * few;
+        let counts = many > few && many / 2 >= few;
         let same = match (cause, &e.alert.cause) {
             (Some(was), Some(is)) => was.verdict == is.verdict && was.remedy == is.remedy,
             (was, is) => was.is_some() == is.is_some(),
@@ -223,7 +223,7 @@ impl Engine {
             return;
         }
         let first_cause = cause.is_none() && e.alert.cause.is_some();
-        let at = if first_cause { now } else { e.sent_at + UPDATE_FLOOR };
+        let at = if first_cause { now } else { e.sent_at.saturating_add(UPDATE_FLOOR) };
         if at > now {
             if !std::mem::replace(&mut e.timer, true) {
                 self.timers.set(at, Timer::Alert(e.serial));
@@ -242,7 +242,7 @@ impl Engine {
             e.end = end;
             if e.calm_since.is_none() {
                 e.calm_since = Some(now);
-                self.timers.set(now + CALM, Timer::Alert(e.serial));
+                self.timers.set(now.saturating_add(CALM), Timer::Alert(e.serial));
             }
             return;
         }
@@ -281,7 +281,7 @@ impl Engine {
         let Some(e) = self.alerts.table.get_mut(&name) else { return };
         e.timer = false;
         match e.calm_since {
-            Some(since) if since + CALM <= now => {
+            Some(since) if since.saturating_add(CALM) <= now => {
                 let end = std::mem::take(&mut e.end);
                 self.resolve_alert(name, end, now, fx);
             }

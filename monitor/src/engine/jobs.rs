@@ -119,7 +119,7 @@ impl Jobs {
 
     /// Never given twice in a boot.
     pub(super) fn free_number(&mut self, now: u64) -> u64 {
-        self.last_number = now.max(self.last_number + 1);
+        self.last_number = now.max(self.last_number.saturating_add(1));
         self.last_number
     }
 }
@@ -269,7 +269,7 @@ impl Engine {
         j.done = Some(at);
         let number = j.record.number;
         self.jobs.done += 1;
-        self.timers.set(at + SETTLES, Timer::Ended(number));
+        self.timers.set(at.saturating_add(SETTLES), Timer::Ended(number));
         self.clear_job_alerts(g, at, fx);
     }
 
@@ -281,7 +281,7 @@ impl Engine {
             return;
         }
         if self.unsynced || j.killing.is_some() {
-            return self.timers.set(now + SETTLES, Timer::Ended(number));
+            return self.timers.set(now.saturating_add(SETTLES), Timer::Ended(number));
         }
         fx.push(Effect::Emptied(number));
     }
@@ -294,7 +294,7 @@ impl Engine {
         // Until a snapshot has shown who it is.
         self.unsynced |= alive;
         if self.unsynced || j.killing.is_some() {
-            return self.timers.set(now + SETTLES, Timer::Ended(number));
+            return self.timers.set(now.saturating_add(SETTLES), Timer::Ended(number));
         }
         let outcome = match j.root_status.and_then(WaitStatus::code) {
             _ if j.killed => Outcome::Killed,
@@ -319,7 +319,7 @@ impl Engine {
             j.told = true;
         }
         let stay = if self.jobs.done > DONE_MAX { 0 } else { REMEMBERED };
-        self.timers.set(at + stay, Timer::Forget(number));
+        self.timers.set(at.saturating_add(stay), Timer::Forget(number));
     }
 
     /// A member that was not known of turned up alive: it had not ended.
@@ -342,7 +342,7 @@ impl Engine {
         }
         let zombies = self.forest.groups.get(g).is_some_and(|g| g.all.zombies > 0);
         if zombies && self.jobs.done <= DONE_MAX {
-            return self.timers.set(now + REMEMBERED, Timer::Forget(number));
+            return self.timers.set(now.saturating_add(REMEMBERED), Timer::Forget(number));
         }
         self.jobs.done -= 1;
         self.forest.remove_group(g);

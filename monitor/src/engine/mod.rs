@@ -459,9 +459,9 @@ impl Engine {
         self.jobs.free_number(now)
     }
 
-    /// Time does not go back.
+    /// Time does not go back, and it ends before `u64::MAX`: a timer whose time saturates there never goes off.
     fn later(&mut self, now: u64) -> u64 {
-        self.now = self.now.max(now);
+        self.now = self.now.max(now).min(u64::MAX - 1);
         self.now
     }
 }

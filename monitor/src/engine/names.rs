@@ -87,7 +87,8 @@ impl Names {
         let rules = std::mem::take(&mut self.rules);
         let stays = |name: &String| rules.contains(name) || carried.contains(name.as_str());
         self.all.retain(|name, n| stays(name) || n.used.saturating_add(IDLE) > now);
-        let next = self.all.iter().filter(|(name, _)| !stays(name)).map(|(_, n)| n.used + IDLE).min();
+        let next =
+            self.all.iter().filter(|(name, _)| !stays(name)).map(|(_, n)| n.used.saturating_add(IDLE)).min();
         self.rules = rules;
         next
     }
@@ -97,7 +98,7 @@ impl Engine {
     /// Somebody may be idle from now on.
     pub(super) fn plan_names(&mut self, now: u64) {
         if !std::mem::replace(&mut self.names.planned, true) {
-            self.timers.set(now + IDLE, Timer::Names);
+            self.timers.set(now.saturating_add(IDLE), Timer::Names);
         }
     }
 

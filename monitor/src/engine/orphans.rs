@@ -21,14 +21,14 @@ impl Engine {
         let g = self.forest.node(i).group;
         let Some(after) = self.orphan_after(g) else { return };
         let since = self.forest.node(i).orphan_since;
-        self.plan_orphans(g, (since + after.min(PENDING)).max(now));
+        self.plan_orphans(g, since.saturating_add(after.min(PENDING)).max(now));
     }
 
     /// The number of its orphans went down.
     pub(super) fn orphan_left(&mut self, g: Idx, now: u64) {
         let Some(j) = self.jobs.get(g) else { return };
         if self.alerts.get((AlertKind::Orphan, About::Job(j.record.number))).is_some() {
-            self.plan_orphans(g, now + SOON);
+            self.plan_orphans(g, now.saturating_add(SOON));
         }
     }
 

@@ -67,7 +67,7 @@ impl Engine {
         n.flags.set(Flags::LOOKING);
         n.step = 0;
         let generation = n.generation;
-        self.timers.set(at + STEPS[0] * MS, Timer::Look(i, generation));
+        self.timers.set(at.saturating_add(STEPS[0] * MS), Timer::Look(i, generation));
     }
 
     pub(super) fn look_due(&mut self, i: Idx, generation: u32, now: u64, fx: &mut Vec<Effect>) {
@@ -96,7 +96,7 @@ impl Engine {
             None => SECOND,
         };
         self.forest.node_mut(i).step = (step + 1).min(STEPS.len()) as u8;
-        self.timers.set(now + wait + spread, Timer::Look(i, generation));
+        self.timers.set(now.saturating_add(wait + spread), Timer::Look(i, generation));
     }
 
     /// A process that is known by name only, or whose parent is not known.

@@ -359,13 +359,13 @@ impl Engine {
         if self.alerts.get((AlertKind::EventsLost, About::Host)).is_none() {
             self.lost = (0, now, now);
         }
-        self.lost.0 += n;
+        self.lost.0 = self.lost.0.saturating_add(n);
         self.lost.2 = now;
         let text = summary::lost(self.lost.0 as usize, now, self.lost.1);
         let raise =
             Raise { count: self.lost.0 as usize, since: self.lost.1, summary: text, ..Raise::host(now) };
         self.raise((AlertKind::EventsLost, About::Host), &raise, now, fx);
-        self.timers.set(now + LOSS_OVER, Timer::LossOver);
+        self.timers.set(now.saturating_add(LOSS_OVER), Timer::LossOver);
     }
 
     /// It fired before a restart: what was said then stays, and it ends as late after this moment as after a loss.
@@ -377,11 +377,11 @@ impl Engine {
         self.lost = (a.count as u64, now, now);
         let raise = Raise { count: a.count, summary: a.summary.clone(), ..Raise::host(now) };
         self.raise(name, &raise, now, fx);
-        self.timers.set(now + LOSS_OVER, Timer::LossOver);
+        self.timers.set(now.saturating_add(LOSS_OVER), Timer::LossOver);
     }
 
     fn loss_over(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        if self.lost.2 + LOSS_OVER <= now {
+        if self.lost.2.saturating_add(LOSS_OVER) <= now {
             let text = format!("No record was lost in the last 5 minutes; {} were before.", self.lost.0);
             self.clear((AlertKind::EventsLost, About::Host), text, now, fx);
         }
@@ -441,7 +441,7 @@ impl Engine {
 
     /// Whether there is room again is looked at until there is.
     pub(super) fn watch_room(&mut self, now: u64) {
-        self.timers.set(now + 10 * SECOND, Timer::Capacity);
+        self.timers.set(now.saturating_add(10 * SECOND), Timer::Capacity);
     }
 
     fn check_room(&mut self, now: u64, fx: &mut Vec<Effect>) {

@@ -268,11 +268,11 @@ impl Engine {
         }
         // One that still waits is taken over by this one: who was there before their rule stays so.
         let existing = existing || self.scan.as_ref().is_some_and(|s| s.existing);
-        self.scan = Some(Scan { waiting, until: now + SCAN_WAITS, tries: 0, existing });
+        self.scan = Some(Scan { waiting, until: now.saturating_add(SCAN_WAITS), tries: 0, existing });
         if self.scan.as_ref().is_some_and(|s| s.waiting.is_empty()) {
             self.scan_now(now, fx);
         } else {
-            self.timers.set(now + SCAN_WAITS, Timer::Scan);
+            self.timers.set(now.saturating_add(SCAN_WAITS), Timer::Scan);
         }
     }
 
@@ -307,7 +307,7 @@ impl Engine {
             }
         }
         if !scan.waiting.is_empty() {
-            scan.until = now + SCAN_WAITS;
+            scan.until = now.saturating_add(SCAN_WAITS);
             self.timers.set(scan.until, Timer::Scan);
             self.scan = Some(scan);
         }

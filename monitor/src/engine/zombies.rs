@@ -62,7 +62,7 @@ impl Engine {
             return;
         }
         let parent = self.forest.node(n.parent).key;
-        self.plan(parent, (self.waits_since(i) + PENDING.min(self.zombie_after(i))).max(now));
+        self.plan(parent, self.waits_since(i).saturating_add(PENDING.min(self.zombie_after(i))).max(now));
     }
 
     fn plan(&mut self, parent: Key, at: u64) {
@@ -100,7 +100,7 @@ impl Engine {
         let key = n.key;
         if let Some(w) = self.watches.get_mut(&key) {
             w.found_gone = true;
-            self.plan(key, now + SOON);
+            self.plan(key, now.saturating_add(SOON));
         }
     }
 
@@ -138,7 +138,7 @@ impl Engine {
         };
         let firing = self.alerts.firing(name);
         if !self.placed(parent, node, f.oldest, fx) && f.next.0 <= now && !firing {
-            return self.plan(parent, now + PLACE_WAIT);
+            return self.plan(parent, now.saturating_add(PLACE_WAIT));
         }
         if firing || f.next.0 > now {
             self.show_zombies(parent, node, &f, firing, now, fx);
@@ -146,7 +146,7 @@ impl Engine {
         if firing {
             self.look_round(parent, &f.zombies, now, fx);
             let crowd = self.watches.len() as u64 / CROWD;
-            self.plan(parent, now + EVERY * (1 + crowd));
+            self.plan(parent, now.saturating_add(EVERY * (1 + crowd)));
         } else if f.next.0 <= now {
             // Only what /proc says at this moment makes it fire.
             let zombie = self.forest.node(f.next.1).key;
@@ -154,10 +154,10 @@ impl Engine {
                 w.confirm = Some(zombie);
             }
             fx.push(Effect::Look(zombie));
-            self.plan(parent, now + EVERY);
+            self.plan(parent, now.saturating_add(EVERY));
         } else {
             self.look_round(parent, &f.zombies, now, fx);
-            self.plan(parent, f.next.0.min(now + SECOND));
+            self.plan(parent, f.next.0.min(now.saturating_add(SECOND)));
         }
     }
 
@@ -199,7 +199,7 @@ impl Engine {
         let (key, since, comm) = (oldest.key, oldest.since, oldest.comm);
         let shown = (f.zombies.len(), Some(key), now);
         let Some(w) = self.watches.get_mut(&parent) else { return };
-        let same = w.shown.0 == shown.0 && w.shown.1 == shown.1 && now < w.shown.2 + RENEW;
+        let same = w.shown.0 == shown.0 && w.shown.1 == shown.1 && now < w.shown.2.saturating_add(RENEW);
         w.oldest.get_or_insert_with(|| (key, crate::model::schema::text(comm.bytes()), since));
         if same && firing == self.alerts.firing((AlertKind::Zombie, About::Process(parent))) {
             return;

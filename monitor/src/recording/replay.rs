@@ -1,6 +1,7 @@
 //! A recording, told to an engine again: its events, what the policy made of them, and the forest at the end. No probe,
 //! no /proc: it replays on any machine.
 
+use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use serde::Serialize;
 use super::input::{Input, config};
 use super::{Frame, Player, RecordingError};
 use crate::config::ConfigError;
-use crate::engine::{AlertChange, Effect, Engine, TreeQuery};
+use crate::engine::{AlertChange, Effect, Engine, Limits, TreeQuery};
 use crate::model::event;
 use crate::model::schema::{Alert, EventLine, Job, Tree};
 
@@ -54,12 +55,25 @@ pub fn replay(
     speed: Option<f64>,
     out: &mut dyn FnMut(Line) -> std::io::Result<()>,
 ) -> Result<(), ReplayError> {
-    let mut player = Player::open(path)?;
+    if replay_frames(&mut Player::open(path)?, speed, out)? {
+        Ok(())
+    } else {
+        Err(ReplayError::Empty(path.to_owned()))
+    }
+}
+
+/// Replays what the player reads. False: there is no first frame that an engine could be made of.
+pub fn replay_frames<R: Read>(
+    player: &mut Player<R>,
+    speed: Option<f64>,
+    out: &mut dyn FnMut(Line) -> std::io::Result<()>,
+) -> Result<bool, ReplayError> {
     let first =
         player.next_frame().filter(|(f, _)| *f == Frame::Input).map(|(_, b)| serde_json::from_slice(b));
-    let Some(Input::Start { settings, config: text }) = first.transpose()? else {
-        return Err(ReplayError::Empty(path.to_owned()));
+    let Some(Input::Start { mut settings, config: text }) = first.transpose()? else {
+        return Ok(false);
     };
+    settings.limits = settings.limits.at_most(&Limits::default());
     let mut engine = Engine::new(*settings, &config(&text)?);
     let mut pace = speed.map(Pace::new);
     let (mut fx, mut events, mut last) = (Vec::new(), 0, 0);
@@ -99,7 +113,8 @@ pub fn replay(
         processes: Vec::new(),
     });
     let end = Line::End { kind: "end", truncated: player.truncated(), events, jobs: engine.jobs(), tree };
-    out(end).map_err(ReplayError::Output)
+    out(end).map_err(ReplayError::Output)?;
+    Ok(true)
 }
 
 /// Holds events back to the time at which they happened, times a factor.

@@ -225,7 +225,7 @@ impl Alerts {
         e.sent_at = now;
         e.sent = (e.alert.count, None, e.alert.severity);
         let past = self.past.get(&name).filter(|p| now.saturating_sub(p.1) < FLAP_WINDOW);
-        e.fired = past.map_or(0, |p| p.0) + 1;
+        e.fired = past.map_or(0, |p| p.0).saturating_add(1);
         *self.fired.entry(name.0).or_default() += 1;
         turn.change(Change::Alert { change: AlertChange::Fired, alert: Box::new(e.alert.clone()) });
     }
@@ -236,7 +236,7 @@ impl Alerts {
         let (count, cause, severity) = &e.sent;
         let (few, many) = (e.alert.count.min(*count), e.alert.count.max(*count));
         // A count matters when it has doubled or halved; a cause when its verdict or its remedy is another.
-        let counts = many > few && many >= few.saturating_mul(2);
+        let counts = many > few && many / 2 >= few;
         let same = match (cause, &e.alert.cause) {
             (Some(was), Some(is)) => was.verdict == is.verdict && was.remedy == is.remedy,
             (was, is) => was.is_some() == is.is_some(),

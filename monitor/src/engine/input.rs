@@ -133,6 +133,20 @@ pub struct Limits {
     pub tombstones: usize,
 }
 
+impl Limits {
+    /// The lower of each: a recording cannot ask for more than an agent has.
+    #[must_use]
+    pub fn at_most(&self, o: &Self) -> Self {
+        Self {
+            processes: self.processes.min(o.processes),
+            jobs: self.jobs.min(o.jobs),
+            alerts: self.alerts.min(o.alerts),
+            signals: self.signals.min(o.signals),
+            tombstones: self.tombstones.min(o.tombstones),
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self { processes: 1 << 22, jobs: 1 << 16, alerts: 1 << 14, signals: 1 << 13, tombstones: 1 << 18 }

@@ -149,8 +149,8 @@ impl Engine {
 
     /// The one door: applies an input at boot time `now` (ns) and adds to `out` what follows from it. A record brings its own time.
     pub fn handle(&mut self, input: Input<'_>, now: u64, out: &mut Output) -> Answer {
-        // Time does not go back.
-        self.now = self.now.max(now);
+        // Time does not go back, and it ends before `u64::MAX`: a timer whose time saturates there never goes off.
+        self.now = self.now.max(now).min(u64::MAX - 1);
         match input {
             Input::Record { event, .. } => self.record(event, out),
             Input::SnapshotStarted { t0 } => {

@@ -356,13 +356,18 @@ impl Engine {
             one("processes", f.len(), f.max(), f.refused),
             // A dead ancestor costs nothing of its own beyond `processes`; what is folded into "n more" counts here.
             one("ancestors", f.total(State::Gone) as usize, f.max(), f.folded),
-            one("strings", f.strings.len(), 3 * f.max(), 0),
+            one("strings", f.strings.len(), f.max().saturating_mul(3), 0),
             one("jobs", self.jobs.len(), l.jobs, self.jobs.refused),
             one("alerts", self.alerts.len(), l.alerts, self.alerts.refused),
             one("signals", f.signals.len(), f.signals.max(), f.signals.evicted),
             one("tombstones", f.tombstones(), f.max_tombstones(), 0),
             // Each process has at most one, each job, alert and parent of zombies a few.
-            one("timers", self.timers.len(), 2 * (f.max() + l.jobs + l.alerts), 0),
+            one(
+                "timers",
+                self.timers.len(),
+                f.max().saturating_add(l.jobs).saturating_add(l.alerts).saturating_mul(2),
+                0,
+            ),
         ]
     }
 }

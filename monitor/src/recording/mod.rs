@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Config;
 use crate::engine::{Input, Settings};
 
-pub use self::replay::{Line, ReplayError, replay};
+pub use self::replay::{Line, ReplayError, replay, replay_frames};
 
 /// The first bytes of a recording; the digit is the version.
 const MAGIC: &[u8; 16] = b"jobwarden-rec 2\n";
@@ -135,15 +135,15 @@ impl Recorder {
     }
 }
 
-/// Reads a recording, from any source of bytes.
+/// Reads the frames of a recording, from any source of bytes.
 pub struct Player<R: Read> {
-    input: GzDecoder<R>,
+    input: R,
     buf: Vec<u8>,
     /// Set when the stream broke off before its end.
     truncated: bool,
 }
 
-impl Player<BufReader<File>> {
+impl Player<GzDecoder<BufReader<File>>> {
     pub fn open(path: &Path) -> Result<Self, RecordingError> {
         let io = |source| RecordingError::Io { path: path.to_owned(), source };
         let mut file = BufReader::new(File::open(path).map_err(io)?);
@@ -165,18 +165,23 @@ impl Player<BufReader<File>> {
     }
 }
 
-impl<R: Read> Player<R> {
+impl<R: Read> Player<GzDecoder<R>> {
     /// None if the bytes are no recording.
     pub fn new(mut input: R) -> io::Result<Option<Self>> {
         let mut magic = [0; MAGIC.len()];
         match input.read_exact(&mut magic) {
-            Ok(()) if &magic == MAGIC => {
-                Ok(Some(Self { input: GzDecoder::new(input), buf: Vec::new(), truncated: false }))
-            }
+            Ok(()) if &magic == MAGIC => Ok(Some(Self::frames(GzDecoder::new(input)))),
             Ok(()) => Ok(None),
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
             Err(e) => Err(e),
         }
+    }
+}
+
+impl<R: Read> Player<R> {
+    /// Reads frames that are not compressed and have no magic line before them.
+    pub fn frames(input: R) -> Self {
+        Self { input, buf: Vec::new(), truncated: false }
     }
 
     /// The next frame; None at the end, or where the file breaks off or makes no sense (see [`Self::truncated`]).

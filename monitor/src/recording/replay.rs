@@ -2,6 +2,7 @@
 //! no /proc: it replays on any machine.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use serde::Serialize;
 
 use super::{Frame, Header, Player, RecordingError, Timed};
 use crate::config::{self, ConfigError, Overrides};
-use crate::engine::{AlertChange, Change, Engine, Input, Output, TreeQuery};
+use crate::engine::{AlertChange, Change, Engine, Input, Limits, Output, TreeQuery};
 use crate::model::event;
 use crate::model::schema::{Alert, EventLine, Job, Tree};
 
@@ -54,11 +55,24 @@ pub fn replay(
     speed: Option<f64>,
     out: &mut dyn FnMut(Line) -> std::io::Result<()>,
 ) -> Result<(), ReplayError> {
-    let mut player = Player::open(path)?;
+    if replay_frames(&mut Player::open(path)?, speed, out)? {
+        Ok(())
+    } else {
+        Err(ReplayError::Empty(path.to_owned()))
+    }
+}
+
+/// Replays what the player reads. False: there is no header that an engine could be made of.
+pub fn replay_frames<R: Read>(
+    player: &mut Player<R>,
+    speed: Option<f64>,
+    out: &mut dyn FnMut(Line) -> std::io::Result<()>,
+) -> Result<bool, ReplayError> {
     let first = player.next_frame().filter(|(f, _)| *f == Frame::Header);
-    let Some(header) = first.map(|(_, b)| serde_json::from_slice::<Header>(b)).transpose()? else {
-        return Err(ReplayError::Empty(path.to_owned()));
+    let Some(mut header) = first.map(|(_, b)| serde_json::from_slice::<Header>(b)).transpose()? else {
+        return Ok(false);
     };
+    header.settings.limits = header.settings.limits.at_most(&Limits::default());
     let none = BTreeMap::new();
     let config = config::parse(Path::new("recorded config"), &header.config, &none, &Overrides::default())?;
     let mut engine = Engine::new(header.settings, &config);
@@ -100,7 +114,8 @@ pub fn replay(
         processes: Vec::new(),
     });
     let end = Line::End { kind: "end", truncated: player.truncated(), events, jobs: engine.jobs(), tree };
-    out(end).map_err(ReplayError::Output)
+    out(end).map_err(ReplayError::Output)?;
+    Ok(true)
 }
 
 /// Holds events back to the time at which they happened, times a factor.

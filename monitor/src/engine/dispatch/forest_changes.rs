@@ -10,7 +10,7 @@ use crate::model::schema::State;
 
 impl Engine {
     pub(in crate::engine) fn record(&mut self, e: &Event<'_>, out: &mut Output) {
-        self.now = self.now.max(e.at);
+        self.now = self.now.max(e.at).min(u64::MAX - 1);
         let key = e.process;
         match e.body {
             Body::Fork { lineage_parent, parent, job, uid, comm, kernel_thread, no_entry } => {

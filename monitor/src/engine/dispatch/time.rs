@@ -13,9 +13,8 @@ use crate::model::kill::{Reason, What};
 use crate::model::schema::{AlertKind, JobId, KillReport};
 
 impl Engine {
-    /// Runs what is due at the beginning; a timer that is set meanwhile waits for the next tick, so each tick ends.
     pub(in crate::engine) fn run_timers(&mut self, out: &mut Output) {
-        for t in self.timers.take_due(self.now) {
+        while let Some(t) = self.timers.due(self.now) {
             match t {
                 Timer::Look(i, generation) => {
                     self.exit_polls.due(i, generation, &mut self.forest, turn!(self, out));

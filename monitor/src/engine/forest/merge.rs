@@ -32,7 +32,7 @@ impl Forest {
     }
 
     pub(crate) fn max_tombstones(&self) -> usize {
-        2 * self.max_tombstones
+        self.max_tombstones.saturating_mul(2)
     }
 
     /// `group` tells the group of a job's number. Missing ones are named in `missing`: /proc decides about them.

@@ -321,8 +321,12 @@ impl Forest {
         self.groups.add(outer)
     }
 
-    /// Puts `inner` (with all in it) into `outer`; it must be in the group that is around `outer` now.
+    /// Puts `inner` (with all in it) into `outer`; it must be in the group that is around `outer` now. Refused if `outer` is
+    /// inside `inner`: groups never form a circle, so every walk outwards ends.
     pub(crate) fn nest(&mut self, inner: Idx, outer: Idx) {
+        if self.groups.outwards(outer).any(|g| g == inner) {
+            return;
+        }
         let Some(g) = self.groups.get_mut(inner) else { return };
         let all = g.all;
         g.outer = outer;

@@ -12,6 +12,7 @@ mod root;
 mod run;
 mod sources;
 mod test;
+mod unpack;
 mod vm;
 
 use std::process::ExitCode;
@@ -21,6 +22,9 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Everything that is done with this repository", version)]
 struct Cli {
+    /// Install nothing on this machine; name what is missing instead
+    #[arg(long, global = true)]
+    no_setup: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -50,7 +54,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    let cli = Cli::parse();
+    if cli.no_setup {
+        needs::forbid_setup();
+    }
+    let done = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Demo(args) => demo::run(&args),

@@ -39,9 +39,6 @@ enum Command {
     Demo(demo::Args),
     /// jobwarden and its peers, measured in the same run; writes docs/BENCHMARKS.md
     Bench(bench::Args),
-    /// What the benchmark starts
-    #[command(hide = true)]
-    Load(bench::load::Args),
     /// A .deb and a tarball under target/package
     Package(package::Args),
     /// What the check of the package runs in its VM
@@ -63,7 +60,6 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
-        Command::Load(args) => bench::load::run(&args),
         Command::Package(args) => package::run(&args),
         Command::Guest => package::guest::run(),
         Command::Ebpf(args) => ebpf::run(&args),

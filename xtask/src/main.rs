@@ -11,6 +11,7 @@ mod report;
 mod root;
 mod run;
 mod sources;
+mod structure;
 mod test;
 mod unpack;
 mod vm;
@@ -39,6 +40,8 @@ enum Command {
     Demo(demo::Args),
     /// jobwarden and its peers, measured in the same run; writes docs/BENCHMARKS.md
     Bench(bench::Args),
+    /// The layout of the sources: no two files import each other, no file over 500 lines, no function over 80
+    Structure(structure::Args),
     /// A .deb and a tarball under target/package
     Package(package::Args),
     /// What the check of the package runs in its VM
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Structure(args) => structure::run(&args),
         Command::Package(args) => package::run(&args),
         Command::Guest => package::guest::run(),
         Command::Ebpf(args) => ebpf::run(&args),

@@ -89,7 +89,10 @@ mod tests {
     #[test]
     fn what_is_large_is_advised_and_what_grows_keeps_its_contents() {
         if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
-            println!("SKIPPED: huge pages: this kernel has none");
+            crate::testing::skipped(
+                "what_is_large_is_advised_and_what_grows_keeps_its_contents",
+                "this kernel has no transparent huge pages",
+            );
             return;
         }
         let mut v: Vec<u64> = Vec::with_capacity(1 << 20);

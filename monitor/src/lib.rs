@@ -29,6 +29,8 @@ pub mod redact;
 pub mod render;
 pub mod sources;
 pub mod state;
+#[cfg(test)]
+mod testing;
 pub mod why;
 
 /// The version of this program, from its manifest.

@@ -169,17 +169,17 @@ mod tests {
         })
     }
 
-    fn root() -> bool {
+    fn root(test: &str) -> bool {
         let is = rustix::process::geteuid().is_root();
         if !is {
-            eprintln!("SKIPPED: privileges: needs root");
+            crate::testing::skipped(test, "needs root");
         }
         is
     }
 
     #[test]
     fn each_one_that_is_kept_is_needed() {
-        if !root() {
+        if !root("each_one_that_is_kept_is_needed") {
             return;
         }
         let mut other = Command::new("sleep").arg("60").uid(65534).gid(65534).spawn().unwrap();
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn what_a_kernel_asks_for_is_found_out_and_the_set_is_whole_again() {
-        if !root() {
+        if !root("what_a_kernel_asks_for_is_found_out_and_the_set_is_whole_again") {
             return;
         }
         std::thread::spawn(|| {

@@ -128,14 +128,17 @@ fn many_mutated_recordings_end() -> Result<()> {
     mutants(&fixture, rounds("JWTEST_REPLAY_ROUNDS", 20_000))
 }
 
+/// The tag of the first frame.
+const HEADER: u8 = 3;
+
 /// The first frame of a recording, of an agent with these limits.
 fn start(limits: &str, config: &str) -> Result<Frame> {
     let config = serde_json::to_string(config)?;
     let text = format!(
-        "{{\"Start\":{{\"settings\":{{\"host\":\"h\",\"machine_id\":\"\",\"boot_id\":\"\",\"agent\":\"1:1\",\"pid_ns\":null,\
-         \"boot_to_wall_ns\":0,\"limits\":{limits}}},\"config\":{config}}}}}"
+        "{{\"settings\":{{\"host\":\"h\",\"machine_id\":\"\",\"boot_id\":\"\",\"agent\":\"1:1\",\"pid_ns\":null,\
+         \"boot_to_wall_ns\":0,\"limits\":{limits}}},\"config\":{config}}}"
     );
-    Ok((2, text.into_bytes()))
+    Ok((HEADER, text.into_bytes()))
 }
 
 const LIMITS: &str =
@@ -152,12 +155,12 @@ fn a_recording_that_asks_for_much_memory() -> Result<()> {
                \"comm\":[0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0],\"kernel_thread\":false,\"adopts\":false,\"argv\":null,\"exe\":null}";
     let snapshot = |rows: usize| {
         let rows = vec![row; rows].join(",");
-        let text = format!("{{\"Snapshot\":{{\"snapshot\":{{\"t0\":1,\"rows\":[{rows}]}},\"now\":2}}}}");
+        let text = format!("{{\"now\":2,\"input\":{{\"Snapshot\":{{\"t0\":1,\"rows\":[{rows}]}}}}}}");
         (2, text.into_bytes())
     };
     let file = fixture.path("huge");
     // Limits that nobody has, with a tick to use them.
-    let tick = (2, b"{\"Tick\":{\"now\":18446744073709551615}}".to_vec());
+    let tick = (2, b"{\"now\":18446744073709551615,\"input\":\"Tick\"}".to_vec());
     std::fs::write(&file, mutate::write(&[start(&huge, "")?, tick.clone(), snapshot(10), tick])?)?;
     let out = replay(&fixture, &file)?;
     ensure!(out.code() == Some(0), "{out:?}");
@@ -208,7 +211,7 @@ fn restored_jobs_that_contain_each_other() -> Result<()> {
         (2, b"{\"Ready\":{\"now\":902}}".to_vec()),
     ];
     frames.extend((1..=100).map(look));
-    frames.push((2, b"{\"Tick\":{\"now\":18446744073709551615}}".to_vec()));
+    frames.push((2, b"{\"now\":18446744073709551615,\"input\":\"Tick\"}".to_vec()));
     let file = fixture.path("circle");
     std::fs::write(&file, mutate::write(&frames)?)?;
     let out = replay(&fixture, &file).context("a circle of jobs")?;

@@ -16,7 +16,9 @@ use rustix::thread::{
 };
 use serde::de::DeserializeOwned;
 
-use crate::{Fixture, Metrics, eventually, fixture, loudly, ms};
+use crate::fixture::{self, Fixture};
+use crate::metrics::Metrics;
+use crate::wait::{eventually, loudly, ms};
 
 /// What a command gave.
 pub struct Output {

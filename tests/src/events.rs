@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::model::schema::EventLine;
 
-use crate::{Agent, Fixture, eventually, ms};
+use crate::agent::Agent;
+use crate::fixture::Fixture;
+use crate::wait::{eventually, ms};
 
 /// A running `events`; it ends when dropped.
 pub struct Events {

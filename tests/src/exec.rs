@@ -2,9 +2,9 @@
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::agent::{Output, run};
-use crate::fixture::program;
-use crate::{Agent, Fixture, eventually, ms};
+use crate::agent::{Agent, Output, run};
+use crate::fixture::{Fixture, program};
+use crate::wait::{eventually, ms};
 
 /// `exec` with an agent (its socket) or without one.
 pub struct Exec<'a> {

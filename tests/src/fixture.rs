@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::{eventually, loudly, ms};
+use crate::wait::{eventually, loudly, ms};
 
 const TOKEN: &str = "JWTEST_TOKEN";
 
@@ -30,6 +30,9 @@ pub fn missing() -> Option<&'static str> {
         None
     }
 }
+
+/// Where the pids controller is: v1's hierarchy, or v2's.
+pub(crate) const PIDS: [&str; 2] = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"];
 
 /// The folder of the compiled programs: beside the test binary's `deps`, or `JWTEST_BIN`.
 fn programs() -> Result<PathBuf> {
@@ -139,7 +142,7 @@ impl Drop for Fixture {
         if left.is_empty() {
             return;
         }
-        crate::limit::remove_left(&self.tag);
+        remove_left(&self.tag);
         let text = format!("{}: left behind (ended now): {}", self.test, left.join("; "));
         if std::thread::panicking() {
             loudly(&text);
@@ -264,5 +267,14 @@ impl Drop for Shape {
         // Not reaped by us yet, so the pid is its own; what it started ends with stdin or is ended by the ground.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// What a failed test's [`crate::Limit`] could not remove, since somebody was left in it: by now that one is ended.
+fn remove_left(tag: &str) {
+    for dir in PIDS.iter().map(|r| Path::new(r).join(tag)).filter(|d| d.exists()) {
+        if let Err(e) = eventually("rmdir", ms(2000), || Ok(std::fs::remove_dir(&dir)?)) {
+            loudly(&format!("{}: {e:#}", dir.display()));
+        }
     }
 }

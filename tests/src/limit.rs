@@ -6,10 +6,8 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
-use crate::{Fixture, eventually, loudly, ms};
-
-/// Where the pids controller is: v1's hierarchy, or v2's.
-const ROOTS: [&str; 2] = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"];
+use crate::fixture::{Fixture, PIDS};
+use crate::wait::{eventually, loudly, ms};
 
 /// A cgroup with a `pids` limit, named as its test's tag. Removed when this is dropped, so all in it must have ended.
 pub struct Limit {
@@ -22,7 +20,7 @@ impl Limit {
     /// None where there is no such controller.
     #[must_use]
     pub fn new(fixture: &Fixture, max: u32) -> Option<Self> {
-        ROOTS.iter().find_map(|root| {
+        PIDS.iter().find_map(|root| {
             let dir = Path::new(root).join(&fixture.tag);
             std::fs::create_dir(&dir).ok()?;
             let limit = Self { dir, above: None };
@@ -34,7 +32,7 @@ impl Limit {
     /// container's id. None where there is no such hierarchy.
     #[must_use]
     pub fn docker_v1(fixture: &Fixture) -> Option<(Self, String)> {
-        let root = Path::new(ROOTS[0]);
+        let root = Path::new(PIDS[0]);
         // What v2 has in each group is in none of v1.
         if !root.join("cgroup.procs").exists() || root.join("cgroup.controllers").exists() {
             return None;
@@ -67,15 +65,6 @@ impl Limit {
             ensure!(left.trim() == "0", "{left} are in it: {:?}", std::fs::read_to_string(self.procs())?);
             Ok(())
         })
-    }
-}
-
-/// What a failed test's [`Limit`] could not remove, since somebody was left in it: by now that one is ended.
-pub(crate) fn remove_left(tag: &str) {
-    for dir in ROOTS.iter().map(|r| Path::new(r).join(tag)).filter(|d| d.exists()) {
-        if let Err(e) = eventually("rmdir", ms(2000), || Ok(std::fs::remove_dir(&dir)?)) {
-            loudly(&format!("{}: {e:#}", dir.display()));
-        }
     }
 }
 

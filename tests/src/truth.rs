@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use jobwarden::model::schema::{Exit, Process, State, Tree};
 use jobwarden::sources::proc::{Proc, Stat};
 
-use crate::{Agent, eventually, ms};
+use crate::agent::Agent;
+use crate::wait::{eventually, ms};
 
 /// Nanoseconds of a clock tick in /proc (`USER_HZ` is 100 on every supported machine).
 const TICK_NS: u64 = 10_000_000;

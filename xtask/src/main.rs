@@ -11,7 +11,9 @@ mod report;
 mod root;
 mod run;
 mod sources;
+mod structure;
 mod test;
+mod unpack;
 mod vm;
 
 use std::process::ExitCode;
@@ -21,6 +23,9 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Everything that is done with this repository", version)]
 struct Cli {
+    /// Install nothing on this machine; name what is missing instead
+    #[arg(long, global = true)]
+    no_setup: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -35,9 +40,8 @@ enum Command {
     Demo(demo::Args),
     /// jobwarden and its peers, measured in the same run; writes docs/BENCHMARKS.md
     Bench(bench::Args),
-    /// What the benchmark starts
-    #[command(hide = true)]
-    Load(bench::load::Args),
+    /// The layout of the sources: no two files import each other, no file over 500 lines, no function over 80
+    Structure(structure::Args),
     /// A .deb and a tarball under target/package
     Package(package::Args),
     /// What the check of the package runs in its VM
@@ -50,12 +54,16 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    let cli = Cli::parse();
+    if cli.no_setup {
+        needs::forbid_setup();
+    }
+    let done = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
-        Command::Load(args) => bench::load::run(&args),
+        Command::Structure(args) => structure::run(&args),
         Command::Package(args) => package::run(&args),
         Command::Guest => package::guest::run(),
         Command::Ebpf(args) => ebpf::run(&args),

@@ -11,15 +11,17 @@ mod check;
 pub(crate) mod guest;
 mod image;
 mod schema;
+mod steps;
 mod systemd;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use self::steps::{empty, quiet};
 use crate::{cargo, needs, root};
 
 #[derive(clap::Args)]
@@ -172,19 +174,4 @@ fn installed_kib(tree: &Path) -> Result<u64> {
         sum += if of.is_dir() { installed_kib(&entry.path())? } else { of.len().div_ceil(1024) };
     }
     Ok(sum)
-}
-
-fn empty(folder: &Path) -> Result<()> {
-    if folder.exists() {
-        fs::remove_dir_all(folder)?;
-    }
-    fs::create_dir_all(folder).with_context(|| format!("{}", folder.display()))
-}
-
-fn quiet(command: &mut Command) -> Result<()> {
-    let out = command.stdin(Stdio::null()).output().with_context(|| format!("{command:?}"))?;
-    if !out.status.success() {
-        bail!("{command:?} ended with {}: {}", out.status, String::from_utf8_lossy(&out.stderr).trim());
-    }
-    Ok(())
 }

@@ -1,6 +1,6 @@
 //! Counts what tests say, line by line, and prints the closing line. Runs nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A counted stream of libtest output. A test that cannot run here prints `SKIPPED: name: why` and passes for
 /// libtest; here it counts as skipped.
@@ -11,6 +11,8 @@ pub(crate) struct Tally {
     pub(crate) failures: Vec<Failure>,
     /// By name, with the reason.
     pub(crate) skipped: BTreeMap<String, String>,
+    /// Promises of the contract that were tested with a longer time, since this machine is slow.
+    scaled: BTreeSet<String>,
     /// Tests that said SKIPPED and that libtest therefore counts as passed.
     said_skipped: u32,
     /// Which failed test's output is being read.
@@ -51,6 +53,8 @@ impl Tally {
             if self.skipped.insert(name, why).is_none() {
                 self.said_skipped += 1;
             }
+        } else if let Some((_, promise)) = line.split_once("SCALED: ") {
+            self.scaled.insert(promise.trim().to_owned());
         } else if let Some(text) = line.strip_prefix(CONSOLE) {
             self.console.push(text.to_owned());
         } else if let Some(name) = line.strip_prefix("---- ").and_then(|l| l.strip_suffix(" stdout ----")) {
@@ -104,6 +108,7 @@ impl Tally {
         self.failed += other.failed;
         let named = |f: Failure| Failure { name: format!("{prefix}{}", f.name), ..f };
         self.failures.extend(other.failures.into_iter().map(named));
+        self.scaled.extend(other.scaled);
         self.skipped.extend(other.skipped.into_iter().map(|(name, why)| (format!("{prefix}{name}"), why)));
     }
 
@@ -116,6 +121,9 @@ impl Tally {
     /// Prints what was skipped and what failed by name, the latter with what it said, and the closing line last.
     pub(crate) fn print(&self) {
         println!();
+        for promise in &self.scaled {
+            println!("SCALED: {promise}");
+        }
         for (name, why) in &self.skipped {
             println!("SKIPPED: {name}: {why}");
         }
@@ -202,6 +210,19 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         assert_eq!(tally.failures[0].said, ["Error: no exit"]);
         assert_eq!(tally.skipped["d"], "no podman here");
         assert_eq!(tally.skipped["c"], "long");
+    }
+
+    #[test]
+    fn a_promise_tested_with_more_time_is_repeated_and_changes_no_count() {
+        let mut tally = Tally::default();
+        let scaled =
+            "test a ... SCALED: an alert fires: 1s, here 2s (JWTEST_SLOW=2)\nSCALED: x: 1s, here 2s\n";
+        (scaled.to_owned() + OUTPUT).lines().for_each(|l| tally.line(l));
+        let mut all = Tally::default();
+        all.add(tally, "6.1: ");
+        assert_eq!(all.closing(), "1 passed, 1 failed, 2 skipped");
+        let scaled: Vec<&str> = all.scaled.iter().map(String::as_str).collect();
+        assert_eq!(scaled, ["an alert fires: 1s, here 2s (JWTEST_SLOW=2)", "x: 1s, here 2s"]);
     }
 
     #[test]

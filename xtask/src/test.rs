@@ -1,21 +1,19 @@
 //! `cargo xtask test`: every test binary of the workspace, built as the caller and run as root, one after the other,
 //! within a time limit. Counts what they say and names what they skipped.
 
-use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::cargo::{self, Built};
 use crate::report::Tally;
-use crate::{needs, root, vm};
+use crate::{needs, root, unpack, vm};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Also the long rounds, the scenarios with Prometheus' own programs, and the VMs
+    /// Also the long rounds and the VMs
     #[arg(long)]
     all: bool,
     /// With --all: leave the VMs out
@@ -35,9 +33,10 @@ const LIMIT_ALL: Duration = Duration::from_mins(40);
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
     needs::check(&needs::for_agent())?;
-    if args.all {
-        prometheus();
+    for lacking in needs::missing(&needs::for_tests()) {
+        println!("missing: {lacking}: the tests that use it are skipped");
     }
+    unpack::prometheus();
     // The scenarios start the agent and the helper programs: those are built first, so that none is stale.
     cargo::build(&["build", "--workspace", "--bins"])?;
     let built = cargo::build(&["test", "--no-run", "--workspace"])?;
@@ -63,48 +62,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     Ok(total.failed == 0)
 }
 
-/// Puts Prometheus' own programs on the path where the machine has none: from Debian's packages, unpacked under
-/// target/tools and not installed, so that no daemon of theirs starts. The scenarios that miss them say so themselves.
-fn prometheus() {
-    let programs = ["promtool", "prometheus", "prometheus-alertmanager", "amtool"];
-    if programs.iter().all(|p| needs::runs(p, "--version")) {
-        return;
-    }
-    let folder = root::target().join("tools/debian");
-    let there = || programs.iter().all(|p| folder.join("usr/bin").join(p).exists());
-    if !there()
-        && let Err(error) = unpack_debian(&folder, &["prometheus", "prometheus-alertmanager"])
-    {
-        eprintln!("{error:#}\n  to mend it: sudo apt-get install prometheus prometheus-alertmanager");
-    }
-}
-
-/// Downloads packages with the machine's own apt and unpacks them into a folder.
-fn unpack_debian(folder: &Path, packages: &[&str]) -> Result<()> {
-    fs::create_dir_all(folder)?;
-    println!("fetching {} ...", packages.join(", "));
-    let quiet = |command: &mut Command| -> Result<()> {
-        let done = command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null()).status()?;
-        if !done.success() {
-            bail!("{} ended with {done}", command.get_program().display());
-        }
-        Ok(())
-    };
-    quiet(Command::new("apt-get").args(["-q", "-o", "APT::Sandbox::User=root", "download"]).args(packages))?;
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "deb") {
-            quiet(Command::new("dpkg-deb").arg("-x").arg(&path).arg("."))?;
-            fs::remove_file(&path)?;
-        }
-    }
-    Ok(())
-}
-
 /// The caller's path, and what was unpacked for the tests behind it.
 fn path() -> String {
-    let own = root::target().join("tools/debian/usr/bin");
-    format!("{}:{}", std::env::var("PATH").unwrap_or_default(), own.display())
+    let caller = std::env::var("PATH").unwrap_or_default();
+    format!("{caller}:/usr/sbin:/sbin:{}", unpack::bin().display())
 }
 
 /// How many times longer than written a test's deadlines are here: they are for a machine where a process's life takes a

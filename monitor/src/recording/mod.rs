@@ -261,4 +261,15 @@ mod tests {
             assert!(n == frames.len() || p.truncated(), "cut at {cut}: {n} frames");
         }
     }
+
+    #[test]
+    fn another_version_is_rejected_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r");
+        std::fs::write(&path, b"jobwarden-rec 1\n\x1f\x8b").unwrap();
+        let error = Player::open(&path).err().unwrap().to_string();
+        assert!(error.contains("format 1") && error.contains("format 2"), "{error}");
+        std::fs::write(&path, b"#!/bin/sh\n").unwrap();
+        assert!(matches!(Player::open(&path), Err(RecordingError::Foreign { .. })));
+    }
 }

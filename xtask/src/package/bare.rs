@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::quiet;
+use super::steps::{empty, quiet};
 use crate::{needs, root, vm};
 
 /// Other packages' and the package managers' own records: they are changed by any package that comes and goes.
@@ -56,11 +56,12 @@ pub(super) fn tree(folder: &Path) -> Result<PathBuf> {
         return Ok(tree);
     }
     if !needs::runs("debootstrap", "--version") {
+        ensure!(needs::may_set_up(), "no debootstrap (Debian's package debootstrap)");
         quiet(Command::new("apt-get").args(["install", "-y", "debootstrap"]))
             .context("no debootstrap (Debian's package debootstrap)")?;
     }
     let half = folder.join(format!("bare-{suite}.new"));
-    super::empty(&half)?;
+    empty(&half)?;
     // In a mount namespace: what it mounts in the tree is gone with it, also where it is broken off.
     let mut make = Command::new("unshare");
     make.args(["--mount", "debootstrap", "--variant=minbase", suite]).arg(&half).arg(vm::machine_uri());

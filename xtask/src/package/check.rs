@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{empty, quiet};
+use super::steps::{empty, quiet};
 use crate::root;
 
 /// What a host must have of it, beside the program.

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
-use super::{bare, empty, quiet};
+use super::bare;
+use super::steps::{empty, quiet};
 use crate::{needs, root, vm};
 
 const CONTAINERFILE: &str = "deploy/container/Containerfile";

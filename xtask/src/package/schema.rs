@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 
-use super::quiet;
+use super::steps::quiet;
 use crate::root;
 
 const VALIDATOR: &str = "1.37.0";

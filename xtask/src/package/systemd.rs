@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{bare, quiet};
+use super::bare;
+use super::steps::{empty, quiet};
 use crate::vm::{self, Boot, End, Initramfs};
 use crate::{needs, root};
 
@@ -81,7 +82,7 @@ fn tree(folder: &Path) -> Result<PathBuf> {
         return Ok(tree);
     }
     let half = PathBuf::from(format!("{}.new", tree.display()));
-    super::empty(&half)?;
+    empty(&half)?;
     quiet(Command::new("cp").arg("-a").arg(bare.join(".")).arg(&half))?;
     // The bare tree's lists may be old, and name what the mirror has no more.
     quiet(bare::chroot(&half, "apt-get").arg("update")).context("the mirror is out of reach")?;

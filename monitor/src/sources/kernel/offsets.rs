@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn running_kernel_has_every_field() {
         let Ok(bytes) = std::fs::read(VMLINUX) else {
-            eprintln!("SKIPPED running_kernel_has_every_field: no {VMLINUX}");
+            crate::testing::skipped("running_kernel_has_every_field", format_args!("no {VMLINUX}"));
             return;
         };
         let layout = Layout::of(&Btf::parse(&bytes).unwrap());

@@ -28,13 +28,13 @@ fn start_preempted(name: &str) -> Option<Kernel> {
 
 fn start_by(name: &str, start: impl FnOnce() -> Result<Kernel, KernelError>) -> Option<Kernel> {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED {name}: not root");
+        crate::testing::skipped(name, "needs root");
         return None;
     }
     match start() {
         Ok(k) => Some(k),
         Err(KernelError::Permission { what, source }) => {
-            eprintln!("SKIPPED {name}: {what}: {source}");
+            crate::testing::skipped(name, format_args!("{what}: {source}"));
             None
         }
         Err(e) => panic!("{e}"),
@@ -320,7 +320,7 @@ async fn lives_beside_each_other_are_told_once() {
         told.iter().filter(|(k, n)| n[3] == 0 && waits(k)).count()
     };
     // Reaps come when RCU lets go.
-    while told.is_empty() || unreaped(&told) > 0 && Instant::now() < end {
+    while (told.is_empty() || unreaped(&told) > 0) && Instant::now() < end {
         ring.drain(usize::MAX, &mut |b| {
             let e = decode(b).unwrap();
             let what = match e.body {

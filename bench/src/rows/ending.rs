@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Series, again, millis, quiet, row};
-use crate::bench::figure::{Figure, Goal};
-use crate::bench::load::fact;
-use crate::bench::stand::{Standing, told};
-use crate::bench::watch::{Agent, located};
-use crate::bench::{Row, Scale};
+use crate::figure::{Figure, Goal};
+use crate::load::fact;
+use crate::measure::{Series, again, millis, quiet, row};
+use crate::row::{Row, Scale};
+use crate::stand::{Standing, told};
+use crate::watch::{Agent, PYTHON, located};
 
 /// Kills a process and all below it, and prints the milliseconds from the decision until nobody of them lives.
 const PSUTIL: &str = "\
@@ -33,9 +33,6 @@ while not all(map(dead, family)):
     pass
 print((time.monotonic() - begun) * 1e3)
 ";
-
-/// The one that Debian's python3-psutil is for, whatever else is in PATH.
-pub(crate) const PYTHON: &str = "/usr/bin/python3";
 
 fn psutil(pid: u32) -> Result<f64> {
     let mut python = std::process::Command::new(PYTHON);

@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Series, again, row};
-use crate::bench::figure::{Figure, Goal};
-use crate::bench::load::PACE;
-use crate::bench::stand::{everywhere, spent, told};
-use crate::bench::watch::{Agent, EVENTS, PEERS, Peer, Watch, fetch, resident_kib, sleeps};
-use crate::bench::{Row, Scale};
+use crate::figure::{Figure, Goal};
+use crate::load::PACE;
+use crate::measure::{Series, again, row};
+use crate::row::{Row, Scale};
+use crate::stand::{everywhere, spent, told};
+use crate::watch::{Agent, EVENTS, PEERS, Peer, Watch, fetch, resident_kib, sleeps};
 
 /// The kernel's count of each program's run time, put back to what it was when dropped.
 struct BpfStats(String);

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::watch::{bound, terminate};
-use super::{going_on, load};
+use crate::load;
+use crate::stop::going_on;
+use crate::watch::{bound, terminate};
 
 /// This program as a load.
-pub(super) fn command(kind: &str, n: u64) -> Result<Command> {
+pub(crate) fn command(kind: &str, n: u64) -> Result<Command> {
     going_on()?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["load", kind, &n.to_string()]).stdin(Stdio::null());
@@ -20,7 +21,7 @@ pub(super) fn command(kind: &str, n: u64) -> Result<Command> {
 }
 
 /// Runs a load to its end; how long it took. `kept`: it and its children stay on one processor.
-pub(super) fn spent(kind: &str, n: u64, kept: bool) -> Result<Duration> {
+pub(crate) fn spent(kind: &str, n: u64, kept: bool) -> Result<Duration> {
     let mut command = command(kind, n)?;
     if kept {
         // SAFETY: the child calls nothing but what is async-signal-safe.
@@ -48,14 +49,14 @@ fn keep_to_last_processor() -> std::io::Result<()> {
 }
 
 /// Runs a load to its end; what it says.
-pub(super) fn told<T: std::str::FromStr>(kind: &str, n: u64) -> Result<T> {
+pub(crate) fn told<T: std::str::FromStr>(kind: &str, n: u64) -> Result<T> {
     let out = command(kind, n)?.stderr(Stdio::inherit()).output()?;
     ensure!(out.status.success(), "load {kind} {n} ended with {}", out.status);
     load::fact(&out.stdout)
 }
 
 /// One load on each processor; what they say, added up.
-pub(super) fn everywhere(kind: &str, n: u64) -> Result<u64> {
+pub(crate) fn everywhere(kind: &str, n: u64) -> Result<u64> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let all: Vec<Child> = (0..processors)
         .map(|_| Ok(command(kind, n)?.stdout(Stdio::piped()).spawn()?))
@@ -70,19 +71,19 @@ pub(super) fn everywhere(kind: &str, n: u64) -> Result<u64> {
 }
 
 /// A load that waits beside the measurement, ended when dropped.
-pub(super) struct Standing {
+pub(crate) struct Standing {
     child: Child,
     input: Option<ChildStdin>,
     /// The process that it named.
-    pub(super) named: u32,
+    pub(crate) named: u32,
 }
 
 impl Standing {
-    pub(super) fn new(kind: &str, n: u64) -> Result<Self> {
+    pub(crate) fn new(kind: &str, n: u64) -> Result<Self> {
         Self::marked(kind, n, None)
     }
 
-    pub(super) fn marked(kind: &str, n: u64, mark: Option<&str>) -> Result<Self> {
+    pub(crate) fn marked(kind: &str, n: u64, mark: Option<&str>) -> Result<Self> {
         let mut command = command(kind, n)?;
         let mut child = command.args(mark).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let input = child.stdin.take();
@@ -95,12 +96,12 @@ impl Standing {
         Ok(standing)
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Waits until the family's head is gone, at most 30 s.
-    pub(super) fn gone(&mut self) -> Result<()> {
+    pub(crate) fn gone(&mut self) -> Result<()> {
         let end = Instant::now() + Duration::from_secs(30);
         while self.child.try_wait()?.is_none() {
             if Instant::now() > end {

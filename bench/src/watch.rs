@@ -13,20 +13,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::going_on;
+use crate::stop::going_on;
 
 /// A peer: its name, the programs and their arguments, and how many events it tells of one life.
-pub(super) struct Peer {
-    pub(super) name: &'static str,
-    pub(super) commands: &'static [&'static [&'static str]],
-    pub(super) events: f64,
+pub(crate) struct Peer {
+    pub(crate) name: &'static str,
+    pub(crate) commands: &'static [&'static [&'static str]],
+    pub(crate) events: f64,
 }
 
+/// The one that Debian's python3-psutil is for, whatever else is in PATH.
+pub(crate) const PYTHON: &str = "/usr/bin/python3";
+
 /// Of ours: fork, exec, exit, reap.
-pub(super) const EVENTS: f64 = 4.0;
+pub(crate) const EVENTS: f64 = 4.0;
 
 /// What Debian has and this kernel runs. bpftrace prints a line an event, as jobwarden reports each.
-pub(super) const PEERS: [Peer; 3] = [
+pub(crate) const PEERS: [Peer; 3] = [
     Peer {
         name: "bpftrace",
         commands: &[&[
@@ -44,16 +47,16 @@ pub(super) const PEERS: [Peer; 3] = [
 
 impl Peer {
     /// It has no probes: it reads the process connector.
-    pub(super) fn probes(&self) -> bool {
+    pub(crate) fn probes(&self) -> bool {
         self.name != "forkstat"
     }
 }
 
 /// A folder of its own under the system's for temporary files, removed when dropped.
-pub(super) struct Folder(pub(super) PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Folder {
-    pub(super) fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("jobwarden-bench-{}-{n}", std::process::id()));
@@ -70,10 +73,10 @@ impl Drop for Folder {
 }
 
 /// A mount, undone when dropped. All of them are in a mount namespace of the benchmark's own, and gone with it at the latest.
-pub(super) struct Mount(CString);
+pub(crate) struct Mount(CString);
 
 impl Mount {
-    pub(super) fn new(kind: &str, at: &Path) -> Result<Self> {
+    pub(crate) fn new(kind: &str, at: &Path) -> Result<Self> {
         let (kind, at) = (CString::new(kind)?, CString::new(at.as_os_str().as_bytes())?);
         // SAFETY: three strings that end, no flags, no data.
         let done = unsafe { libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
@@ -90,7 +93,7 @@ impl Drop for Mount {
 }
 
 /// From here on mounts are seen by this process and its children only.
-pub(super) fn own_mounts() -> Result<()> {
+pub(crate) fn own_mounts() -> Result<()> {
     // SAFETY: plain calls; null where the kernel ignores it.
     let done = unsafe {
         libc::unshare(libc::CLONE_NEWNS) == 0
@@ -107,14 +110,14 @@ pub(super) fn own_mounts() -> Result<()> {
 }
 
 /// tracefs, without which the peers find no tracepoint: mounted where it is not.
-pub(super) fn tracefs() -> Option<Mount> {
+pub(crate) fn tracefs() -> Option<Mount> {
     let at = Path::new("/sys/kernel/tracing");
     // Where that fails, the peers say so.
     if at.join("events").exists() { None } else { Mount::new("tracefs", at).ok() }
 }
 
 /// The child ends with this process, whatever ends it.
-pub(super) fn bound(command: &mut Command) {
+pub(crate) fn bound(command: &mut Command) {
     // SAFETY: prctl is async-signal-safe.
     unsafe {
         command.pre_exec(|| {
@@ -125,14 +128,14 @@ pub(super) fn bound(command: &mut Command) {
 }
 
 /// The programs of one watcher, running.
-pub(super) struct Watch {
+pub(crate) struct Watch {
     children: Vec<Child>,
     _folder: Folder,
 }
 
 impl Watch {
     /// Starts a peer and waits until it has attached what it attaches.
-    pub(super) fn peer(peer: &Peer) -> Result<Self> {
+    pub(crate) fn peer(peer: &Peer) -> Result<Self> {
         going_on()?;
         let folder = Folder::new()?;
         let log = folder.0.join("log");
@@ -166,17 +169,17 @@ impl Watch {
     }
 
     /// Nanoseconds that its probes ran, as the kernel counts them where `kernel.bpf_stats_enabled` is on.
-    pub(super) fn probe_ns(&self) -> u64 {
+    pub(crate) fn probe_ns(&self) -> u64 {
         self.children.iter().map(|c| probe_ns(c.id())).sum()
     }
 
-    pub(super) fn cpu(&self) -> Result<Duration> {
+    pub(crate) fn cpu(&self) -> Result<Duration> {
         self.children.iter().map(|c| cpu(c.id())).sum()
     }
 }
 
 /// A program that serves metrics, as a peer of the scrape.
-pub(super) struct Exporter {
+pub(crate) struct Exporter {
     child: Child,
     listen: SocketAddr,
     _folder: Folder,
@@ -184,7 +187,7 @@ pub(super) struct Exporter {
 
 impl Exporter {
     /// Every process in a group by its name, threads and smaps left out: the least that it can do.
-    pub(super) fn start() -> Result<Self> {
+    pub(crate) fn start() -> Result<Self> {
         let program = located("prometheus-process-exporter")?;
         let folder = Folder::new()?;
         let (config, log) = (folder.0.join("all.yml"), folder.0.join("log"));
@@ -212,13 +215,13 @@ impl Exporter {
         Ok(exporter)
     }
 
-    pub(super) fn scrape(&self) -> Result<()> {
+    pub(crate) fn scrape(&self) -> Result<()> {
         let page = fetch(self.listen, "/metrics")?;
         ensure!(page.contains("namedprocess_namegroup_num_procs{"), "its page has no processes");
         Ok(())
     }
 
-    pub(super) fn cpu(&self) -> Result<Duration> {
+    pub(crate) fn cpu(&self) -> Result<Duration> {
         cpu(self.child.id())
     }
 }
@@ -230,7 +233,7 @@ impl Drop for Exporter {
 }
 
 /// The whole answer to a GET.
-pub(super) fn fetch(at: SocketAddr, path: &str) -> Result<String> {
+pub(crate) fn fetch(at: SocketAddr, path: &str) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(2))?;
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\n\r\n")?;
@@ -253,22 +256,22 @@ impl Drop for Watch {
 }
 
 /// The agent on its defaults, with folders and a bpffs of its own.
-pub(super) struct Agent {
+pub(crate) struct Agent {
     child: Child,
-    pub(super) listen: SocketAddr,
+    pub(crate) listen: SocketAddr,
     binary: PathBuf,
     /// From its start to the first `/readyz` 200.
-    pub(super) ready_in: Duration,
+    pub(crate) ready_in: Duration,
     _bpffs: Mount,
     folder: Folder,
 }
 
 impl Agent {
-    pub(super) fn start(binary: &Path) -> Result<Self> {
+    pub(crate) fn start(binary: &Path) -> Result<Self> {
         Self::with(binary, "")
     }
 
-    pub(super) fn with(binary: &Path, config: &str) -> Result<Self> {
+    pub(crate) fn with(binary: &Path, config: &str) -> Result<Self> {
         going_on()?;
         let folder = Folder::new()?;
         let path = |name| folder.0.join(name);
@@ -304,22 +307,22 @@ impl Agent {
         Ok(agent)
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub(super) fn cpu(&self) -> Result<Duration> {
+    pub(crate) fn cpu(&self) -> Result<Duration> {
         cpu(self.pid())
     }
 
-    pub(super) fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
         command.arg("--socket").arg(self.folder.0.join("sock")).args(args).stdin(Stdio::null());
         command
     }
 
     /// The sum over all series of a metric whose labels contain `with`; 0 where there is none.
-    pub(super) fn metric(&self, name: &str, with: &str) -> Result<f64> {
+    pub(crate) fn metric(&self, name: &str, with: &str) -> Result<f64> {
         let text = fetch(self.listen, "/metrics")?;
         let of = |line: &str| -> Option<f64> {
             let rest = line.strip_prefix(name)?;
@@ -331,7 +334,7 @@ impl Agent {
     }
 
     /// Nanoseconds that its probes ran. (Pinned, they need not stand among its descriptors.)
-    pub(super) fn probe_ns(&self) -> Result<f64> {
+    pub(crate) fn probe_ns(&self) -> Result<f64> {
         Ok(self.metric("jobwarden_probe_runtime_seconds_total", "")? * 1e9)
     }
 }
@@ -344,7 +347,7 @@ impl Drop for Agent {
 }
 
 /// SIGTERM, and SIGKILL where that does not end it in 5 s.
-pub(super) fn terminate(child: &mut Child) {
+pub(crate) fn terminate(child: &mut Child) {
     if !matches!(child.try_wait(), Ok(None)) {
         return;
     }
@@ -360,7 +363,7 @@ pub(super) fn terminate(child: &mut Child) {
 }
 
 /// Debian's libbpf-tools are in /usr/sbin.
-pub(super) fn located(program: &str) -> Result<PathBuf> {
+pub(crate) fn located(program: &str) -> Result<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let found = path.split(':').map(|dir| Path::new(dir).join(program)).find(|p| p.exists());
     found.with_context(|| format!("{program} is not installed and could not be"))
@@ -395,7 +398,7 @@ fn probe_ns(pid: u32) -> u64 {
 }
 
 /// CPU time of a process with all its threads, those that have ended too.
-pub(super) fn cpu(pid: u32) -> Result<Duration> {
+pub(crate) fn cpu(pid: u32) -> Result<Duration> {
     let mut clock = 0;
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: both are valid for writing.
@@ -408,12 +411,12 @@ pub(super) fn cpu(pid: u32) -> Result<Duration> {
 }
 
 /// How often the threads of a process went to sleep.
-pub(super) fn sleeps(pid: u32) -> Result<u64> {
+pub(crate) fn sleeps(pid: u32) -> Result<u64> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task"))?.flatten();
     Ok(tasks.map(|t| status_field(&t.path().join("status"), "voluntary_ctxt_switches:")).sum())
 }
 
-pub(super) fn resident_kib(pid: u32) -> u64 {
+pub(crate) fn resident_kib(pid: u32) -> u64 {
     status_field(Path::new(&format!("/proc/{pid}/status")), "VmRSS:")
 }
 

@@ -7,8 +7,8 @@ use std::process::Command;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::figure::{Figure, number};
-use super::{Row, Scale};
+use crate::figure::{Figure, number};
+use crate::row::{Row, Scale};
 
 impl Row {
     /// The peers' figures that there are.
@@ -46,7 +46,7 @@ impl Row {
         each.collect::<Vec<_>>().join("; ")
     }
 
-    pub(super) fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         let noise = self.noise.map(|n| format!(" (nobody {})", n.text())).unwrap_or_default();
         match &self.ours {
             Ok(f) => format!("{} {}", f.text(), self.unit).trim_end().to_owned() + &noise,
@@ -63,7 +63,7 @@ impl Row {
     }
 
     /// Why the harness is broken, where it is: a peer that does not run is none of its faults, if it says why.
-    pub(super) fn fault(&self) -> Option<String> {
+    pub(crate) fn fault(&self) -> Option<String> {
         match &self.ours {
             Err(e) => return Some(format!("{}: no figure: {e:#}", self.what)),
             Ok(f) if !f.median.is_finite() => return Some(format!("{}: {}", self.what, f.median)),
@@ -80,7 +80,7 @@ impl Row {
     }
 }
 
-pub(super) fn table(rows: &[Row]) -> String {
+pub(crate) fn table(rows: &[Row]) -> String {
     let mut text = String::from(
         "| what | peer / jobwarden | jobwarden | goal | peers |\n| --- | --- | --- | --- | --- |\n",
     );
@@ -93,7 +93,7 @@ pub(super) fn table(rows: &[Row]) -> String {
     text
 }
 
-pub(super) fn as_json(rows: &[Row], scale: Scale, command: &str) -> String {
+pub(crate) fn as_json(rows: &[Row], scale: Scale, command: &str) -> String {
     // JSON has no infinity.
     let value = |v: f64| if v.is_finite() { json!(v) } else { json!("never") };
     let figure = |f: &Result<Figure>| match f {
@@ -144,7 +144,7 @@ tracepoints of every system call), and are compared by what others published. Ot
 on a host of 128 processors: a user's snapshot of its own metrics, <https://gist.github.com/stevenbrz/69391aa71b22d205b6add88ae10fb905>.\n\
 - Tetragon, quark, kunai: no published figure for the life of a process was found.\n";
 
-pub(super) fn page(rows: &[Row], scale: Scale, command: &str) -> String {
+pub(crate) fn page(rows: &[Row], scale: Scale, command: &str) -> String {
     let m = machine();
     let text = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
     let missed = rows.iter().filter(|r| r.verdict().contains("NOT REACHED")).count();
@@ -159,7 +159,7 @@ pub(super) fn page(rows: &[Row], scale: Scale, command: &str) -> String {
          Kept to one processor, parent and child do not wait so: that row says what watching costs. \
          `nobody` is what the same measure gives where nothing is started: the noise of this run. \
          {} of {} rows do not reach their goal and say so.\n\n{}\n{PUBLISHED}\n\
-         What each row does stands in `xtask/src/bench/rows/`; `cargo xtask bench --json` prints the same as JSON.\n",
+         What each row does stands in `bench/src/rows/`; `cargo xtask bench --json` prints the same as JSON.\n",
         date(),
         text(&m["kernel"]),
         text(&m["processors"]),
@@ -178,7 +178,7 @@ pub(super) fn page(rows: &[Row], scale: Scale, command: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::figure::Goal;
+    use crate::figure::Goal;
 
     fn row(ours: Result<f64>) -> Row {
         let peers = vec![
@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn json_has_the_same_with_the_machine() {
-        let scale = super::super::SHORT;
+        let scale = crate::row::SHORT;
         let value: Value = serde_json::from_str(&as_json(&[row(Ok(15.0))], scale, "c")).expect("JSON");
         assert_eq!(value["rows"][0]["peers"]["lsof"]["median"], 30.0);
         assert_eq!(value["rows"][0]["peers"]["x"]["error"], "does not run");

@@ -4,15 +4,15 @@ use anyhow::{Result, ensure};
 
 /// The median of some measurements, and the quartiles beside it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Figure {
-    pub(super) median: f64,
-    pub(super) low: f64,
-    pub(super) high: f64,
-    pub(super) n: usize,
+pub(crate) struct Figure {
+    pub(crate) median: f64,
+    pub(crate) low: f64,
+    pub(crate) high: f64,
+    pub(crate) n: usize,
 }
 
 impl Figure {
-    pub(super) fn of(mut values: Vec<f64>) -> Result<Self> {
+    pub(crate) fn of(mut values: Vec<f64>) -> Result<Self> {
         ensure!(!values.is_empty(), "no measurement");
         values.sort_by(f64::total_cmp);
         let n = values.len();
@@ -20,17 +20,17 @@ impl Figure {
     }
 
     /// Of a single long measurement.
-    pub(super) fn one(value: f64) -> Self {
+    pub(crate) fn one(value: f64) -> Self {
         Self { median: value, low: value, high: value, n: 1 }
     }
 
     /// Divided by a constant.
-    pub(super) fn per(self, by: f64) -> Self {
+    pub(crate) fn per(self, by: f64) -> Self {
         Self { median: self.median / by, low: self.low / by, high: self.high / by, n: self.n }
     }
 
     /// `12.3 [11.9-13.0]`.
-    pub(super) fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         if self.n < 2 {
             return number(self.median);
         }
@@ -39,7 +39,7 @@ impl Figure {
 }
 
 /// As many digits as say something; what never came to its end is infinite.
-pub(super) fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         v if v.is_infinite() => "never".to_owned(),
         v if v >= 1e6 => format!("{:.2} million", value / 1e6),
@@ -52,7 +52,7 @@ pub(super) fn number(value: f64) -> String {
 
 /// What a row is to reach.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Goal {
+pub(crate) enum Goal {
     AtMost(f64),
     AtLeast(f64),
     /// Each peer that gave a figure has at least this many times ours (less is better).
@@ -61,7 +61,7 @@ pub(super) enum Goal {
 
 impl Goal {
     /// `None` where there is nothing to compare with.
-    pub(super) fn reached(self, ours: f64, peers: &[f64]) -> Option<bool> {
+    pub(crate) fn reached(self, ours: f64, peers: &[f64]) -> Option<bool> {
         match self {
             Self::AtMost(limit) => Some(ours <= limit),
             Self::AtLeast(limit) => Some(ours >= limit),
@@ -70,7 +70,7 @@ impl Goal {
         }
     }
 
-    pub(super) fn text(self) -> String {
+    pub(crate) fn text(self) -> String {
         match self {
             Self::AtMost(v) => format!("<= {}", number(v)),
             Self::AtLeast(v) => format!(">= {}", number(v)),

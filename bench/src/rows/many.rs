@@ -5,11 +5,11 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
-use super::{Series, again, clocked, millis, quiet, row};
-use crate::bench::figure::{Figure, Goal};
-use crate::bench::stand::Standing;
-use crate::bench::watch::{Agent, Exporter, fetch, located};
-use crate::bench::{Row, Scale};
+use crate::figure::{Figure, Goal};
+use crate::measure::{Series, again, clocked, millis, quiet, row};
+use crate::row::{Row, Scale};
+use crate::stand::Standing;
+use crate::watch::{Agent, Exporter, fetch, located};
 
 const JOBS: u64 = 20;
 /// Rounds of peers that take seconds for one.

@@ -6,14 +6,13 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{again, row};
-use crate::bench::figure::{Figure, Goal};
-use crate::bench::watch::bound;
-use crate::bench::{Row, Scale};
-use crate::cargo;
+use crate::figure::{Figure, Goal};
+use crate::measure::{again, row};
+use crate::row::{Row, Scale};
+use crate::watch::bound;
 
-pub(super) fn forest(_: &Path, scale: Scale) -> Vec<Row> {
-    let figures = run(scale);
+pub(super) fn forest(program: &Path, scale: Scale) -> Vec<Row> {
+    let figures = run(program, scale);
     let get = |name: &str| -> Result<f64> {
         let all = figures.as_ref().map_err(again)?;
         all.get(name).copied().with_context(|| format!("the forest bench says no {name}"))
@@ -52,11 +51,8 @@ pub(super) fn forest(_: &Path, scale: Scale) -> Vec<Row> {
     ]
 }
 
-fn run(scale: Scale) -> Result<BTreeMap<String, f64>> {
-    let profile = if scale.short { "dev" } else { "release" };
-    let args = ["build", "--package", "jobwarden", "--bench", "forest", "--profile", profile];
-    let built = cargo::build(&args)?.into_iter().find(|b| b.name == "forest" && b.kind == "bench");
-    let mut bench = Command::new(built.context("cargo built no bench named forest")?.executable);
+fn run(program: &Path, scale: Scale) -> Result<BTreeMap<String, f64>> {
+    let mut bench = Command::new(program);
     bound(&mut bench);
     if scale.short {
         bench.arg("--short");

@@ -1,5 +1,5 @@
 //! The load that is measured: processes that live for a moment, and families that wait. It runs as a program of its own
-//! (`xtask load KIND N`), single-threaded, so that a fork is cheap. Whatever it started ends with it: children have their
+//! (`jobwarden-bench load KIND N`), single-threaded, so that a fork is cheap. Whatever it started ends with it: children have their
 //! parent's death as a death of their own, and what outlives its parent by design reads stdin and ends with that.
 
 use std::io::Read;
@@ -9,8 +9,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-
-use crate::root;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -48,12 +46,12 @@ pub(crate) enum Kind {
 }
 
 /// Lives a second of `paced`.
-pub(super) const PACE: u64 = 5_000;
+pub(crate) const PACE: u64 = 5_000;
 const BOMB_LASTS: Duration = Duration::from_secs(20);
 /// Files that each child of `files` opens, beside the three that it has.
 const FILES: usize = 22;
 
-pub(crate) fn run(args: &Args) -> Result<bool> {
+pub(crate) fn run(args: &Args) -> Result<()> {
     match args.kind {
         Kind::Execs => {
             let program = static_program()?;
@@ -85,19 +83,19 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         Kind::Held => held()?,
         Kind::Bomb => bomb(args.n, Path::new(args.mark.as_deref().context("the bomb has no cgroup")?))?,
     }
-    Ok(true)
+    Ok(())
 }
 
 /// A static program that only exits. It has no C library: before `main`, glibc asks for the processor's caches by CPUID, which
 /// a hypervisor answers, and in a virtual machine that is most of a short life, and more or less of it by what the host does.
 fn static_program() -> Result<PathBuf> {
-    let folder = root::target().join("bench");
-    let (program, new) = (folder.join("exit"), folder.join(format!("exit.{}", own_pid())));
+    let own = std::env::current_exe()?;
+    let program = own.with_file_name("jobwarden-bench-exit");
+    let new = own.with_file_name(format!("jobwarden-bench-exit.{}", own_pid()));
     // Made once: a load is measured from its start.
     if std::fs::read(&program).is_ok_and(|there| there == elf()) {
         return Ok(program);
     }
-    std::fs::create_dir_all(&folder)?;
     std::fs::write(&new, elf())?;
     std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755))?;
     // In one step, since other loads begin now too.
@@ -332,7 +330,7 @@ fn multiply(until: Instant) {
 }
 
 /// As the first word of a line of output.
-pub(super) fn fact<T: std::str::FromStr>(out: &[u8]) -> Result<T> {
+pub(crate) fn fact<T: std::str::FromStr>(out: &[u8]) -> Result<T> {
     let text = String::from_utf8_lossy(out);
     match text.split_whitespace().next().and_then(|w| w.parse().ok()) {
         Some(v) => Ok(v),

@@ -5,11 +5,11 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::many::{config, families, scrape};
-use super::{again, row};
-use crate::bench::figure::{Figure, Goal};
-use crate::bench::stand::told;
-use crate::bench::watch::Agent;
-use crate::bench::{Row, Scale};
+use crate::figure::{Figure, Goal};
+use crate::measure::{again, row};
+use crate::row::{Row, Scale};
+use crate::stand::told;
+use crate::watch::Agent;
 
 /// O(log n) an event from 100 to 10,000 would be twice as much. Jobs are the same number all the time.
 const WORSE: f64 = 2.0;

@@ -357,18 +357,20 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<E
         return;
     };
     let now = host::boot_now();
+    // Set only where the job outlived its deadline: then this agent has acted on it.
+    let timed_out = e.timed_out || record.expired;
     if e.keep {
         let mut out = Output::default();
         let done = super::answer::job_of(core.engine.handle(Input::ReleaseJob { job: e.job }, now, &mut out))
             .map(drop);
         core.apply(out);
         let report = kept(core, e.job, now);
-        let _ = reply.send(done.map(|()| ExecEnded { report: Some(report), left_s: None }));
+        let _ = reply.send(done.map(|()| ExecEnded { report: Some(report), left_s: None, timed_out }));
         return;
     }
     if e.timed_out && record.deadline.is_none_or(|d| d > now) {
         let left_s = record.deadline.map(|d| (d - now) as f64 / 1e9);
-        let _ = reply.send(Ok(ExecEnded { report: None, left_s }));
+        let _ = reply.send(Ok(ExecEnded { report: None, left_s, timed_out: false }));
         return;
     }
     let order = Order {
@@ -392,7 +394,7 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<E
     start(core, job, Some(tx));
     core.beside.spawn(async move {
         let report = rx.await.unwrap_or_else(|_| Err(ApiError::stopping()));
-        let _ = reply.send(report.map(|r| ExecEnded { report: Some(r), left_s: None }));
+        let _ = reply.send(report.map(|r| ExecEnded { report: Some(r), left_s: None, timed_out }));
     });
 }
 

@@ -160,6 +160,9 @@ pub struct ExecEnded {
     pub report: Option<KillReport>,
     /// Seconds from now to the moved deadline; None: there is none any more.
     pub left_s: Option<f64>,
+    /// The job was ended because its deadline had passed, whoever acted on it.
+    #[serde(default)]
+    pub timed_out: bool,
 }
 
 /// A signal that `exec` got is passed on to all members, once (`Enforcer::pass`).

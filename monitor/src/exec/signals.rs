@@ -63,6 +63,12 @@ impl Signals {
         }
     }
 
+    /// Unblocks again: what has come meanwhile has its usual effect at once.
+    pub(super) fn restore(&self) {
+        // SAFETY: `before` is a valid set.
+        unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+    }
+
     /// Needs a tokio runtime.
     pub(super) fn stream(&self) -> io::Result<Stream> {
         // SAFETY: `taken` is a valid set; a descriptor that is not negative is new and ours.

@@ -139,8 +139,8 @@ mod spy {
         unsafe { libc::alarm(seconds) };
         let frames = look(&Proc::default(), pid, tid).and_then(|f| serde_json::to_string(&f).ok());
         let Some(text) = frames else { return Some(ExitCode::FAILURE) };
-        println!("{text}");
-        Some(ExitCode::SUCCESS)
+        let printed = crate::output::print(&format!("{text}\n"));
+        Some(if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
     /// The interpreter itself, or a program that embeds it.

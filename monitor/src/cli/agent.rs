@@ -143,7 +143,7 @@ mod tests {
         log_panics(log.clone());
         log.start().unwrap();
         std::thread::scope(|s| {
-            s.spawn(|| std::thread::sleep(Duration::from_secs(600)));
+            s.spawn(|| std::thread::sleep(Duration::from_mins(10)));
             let task =
                 std::thread::Builder::new().name("task".into()).spawn_scoped(s, || panic!("of a task"));
             assert!(task.unwrap().join().is_err());

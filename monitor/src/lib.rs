@@ -21,6 +21,7 @@ pub mod engine;
 pub mod exec;
 pub mod fuzzing;
 mod huge_pages;
+pub mod logging;
 pub mod matcher;
 pub mod metrics;
 pub mod model;

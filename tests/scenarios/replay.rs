@@ -195,20 +195,20 @@ fn restored_jobs_that_contain_each_other() -> Result<()> {
         })
         .collect();
     let look = |n: u64| {
-        (2, format!("{{\"Observe\":{{\"observation\":{{\"Look\":{{\"key\":\"{n}:{n}\",\"at\":9,\"seen\":\"Absent\"}}}},\"now\":{n}000}}}}").into_bytes())
+        (2, format!("{{\"now\":{n}000,\"input\":{{\"Observation\":{{\"Look\":{{\"key\":\"{n}:{n}\",\"at\":9,\"seen\":\"Absent\"}}}}}}}}").into_bytes())
     };
     let mut frames = vec![
         start(LIMITS, "")?,
-        (2, format!("{{\"RestoreJobs\":[{}]}}", jobs.join(",")).into_bytes()),
+        (2, format!("{{\"now\":1,\"input\":{{\"RestoreJobs\":[{}]}}}}", jobs.join(",")).into_bytes()),
         (
             2,
             format!(
-                "{{\"Snapshot\":{{\"snapshot\":{{\"t0\":900,\"rows\":[{}]}},\"now\":901}}}}",
+                "{{\"now\":901,\"input\":{{\"Snapshot\":{{\"t0\":900,\"rows\":[{}]}}}}}}",
                 rows.join(",")
             )
             .into_bytes(),
         ),
-        (2, b"{\"Ready\":{\"now\":902}}".to_vec()),
+        (2, b"{\"now\":902,\"input\":\"Ready\"}".to_vec()),
     ];
     frames.extend((1..=100).map(look));
     frames.push((2, b"{\"now\":18446744073709551615,\"input\":\"Tick\"}".to_vec()));

@@ -138,11 +138,22 @@ pub struct Options<'a> {
     pub capabilities: Option<CapabilitySet>,
     /// Its limit of locked memory in bytes, soft and hard; None = the test's.
     pub memlock: Option<u64>,
+    /// Its stderr, which is its log; None = the file [`Agent::log`].
+    pub stderr: Option<&'a std::fs::File>,
 }
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { config: "", args: &[], env: &[], name: "agent", pin: false, capabilities: None, memlock: None }
+        Self {
+            config: "",
+            args: &[],
+            env: &[],
+            name: "agent",
+            pin: false,
+            capabilities: None,
+            memlock: None,
+            stderr: None,
+        }
     }
 }
 
@@ -198,7 +209,8 @@ impl<'g> Agent<'g> {
             c.arg("--no-pin");
         }
         c.args(o.args).envs(o.env.iter().copied());
-        c.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+        let stderr = o.stderr.unwrap_or(&out).try_clone()?;
+        c.stdin(Stdio::null()).stdout(out).stderr(stderr);
         let (capabilities, memlock) = (o.capabilities, o.memlock);
         // SAFETY: system calls only.
         unsafe { c.pre_exec(move || bounded(capabilities, memlock)) };

@@ -318,7 +318,10 @@ fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<A
         Asked::Name(n) => n.clone(),
         other => other.to_string(),
     });
+    let written = std::sync::Arc::clone(&core.audit);
     core.beside.spawn_blocking(move || {
+        // Without them where the disk does not take them: `storage-failed` says so.
+        written.flush(audit::Audit::LAST);
         let read = audit::read(&dir, since, job.as_deref(), AUDIT_MAX);
         let _ = reply.send(
             read.map(|entries| AuditLines { entries })

@@ -34,6 +34,7 @@ use crate::api::{self, Backend, Listeners, Readiness, Server};
 use crate::config::{Config, Overrides};
 use crate::enforce::{self, Audit, Enforcer};
 use crate::engine::{Input, Output, Settings};
+use crate::logging::Log;
 use crate::model::key::Key;
 use crate::notify::{self, AlertService, Submission};
 use crate::privileges;
@@ -60,6 +61,7 @@ pub struct Options {
     pub record: Option<PathBuf>,
     /// The probes' own aya-log lines go to the log.
     pub trace_probes: bool,
+    pub log: Log,
     /// Set at start: where the TCP listener is.
     pub listening: Option<SocketAddr>,
 }
@@ -87,6 +89,8 @@ pub enum AgentError {
     Snapshot(std::io::Error),
     #[error("the tokio runtime: {0}")]
     Runtime(std::io::Error),
+    #[error("the thread that writes the log: {0}")]
+    Log(std::io::Error),
     #[error("signal handlers: {0}")]
     Signals(std::io::Error),
     #[error(transparent)]
@@ -101,6 +105,7 @@ pub enum AgentError {
 /// threads has one of them wait for all, and wake the others: two switches more at each turn of the core.
 pub fn run(options: Options) -> Result<(), AgentError> {
     let begun = Privileged::new(&options)?;
+    options.log.start().map_err(AgentError::Log)?;
     let others = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(16)
@@ -213,7 +218,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
     let (internal_tx, internal) = mpsc::unbounded_channel();
     let start = Readiness { ready: false, reasons: vec!["the first snapshot is not taken yet".into()] };
     let (ready, ready_rx) = watch::channel(start);
-    let page = Arc::new(scrape::Page::new(internal_tx.clone()));
+    let page = Arc::new(scrape::Page::new(internal_tx.clone(), options.log.clone()));
     let backend = Backend { requests: requests_tx, metrics: page.provider(), ready: ready_rx };
     let server = Server::serve(listeners, &api::Options::new(&config.agent, crate::VERSION), &backend)?;
     options.listening = server.tcp_address();

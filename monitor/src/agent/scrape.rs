@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::core::Internal;
 use crate::api::{Metrics, MetricsPage};
 use crate::engine::Gauges;
+use crate::logging::Log;
 use crate::metrics::{self, Counts, Sources, encode::Format};
 use crate::model::stats::StoreNumbers;
 use crate::notify::AlertService;
@@ -20,6 +21,7 @@ const WAIT: Duration = Duration::from_millis(500);
 
 struct Inner {
     core: mpsc::UnboundedSender<Internal>,
+    log: Log,
     kernel: OnceLock<Arc<Kernel>>,
     center: OnceLock<AlertService>,
     last: Mutex<Option<(Gauges, Counts)>>,
@@ -30,9 +32,9 @@ struct Inner {
 pub(super) struct Page(Arc<Inner>);
 
 impl Page {
-    pub(super) fn new(core: mpsc::UnboundedSender<Internal>) -> Self {
+    pub(super) fn new(core: mpsc::UnboundedSender<Internal>, log: Log) -> Self {
         let (kernel, center) = (OnceLock::new(), OnceLock::new());
-        Self(Arc::new(Inner { core, kernel, center, last: Mutex::default(), stores: Mutex::default() }))
+        Self(Arc::new(Inner { core, log, kernel, center, last: Mutex::default(), stores: Mutex::default() }))
     }
 
     pub(super) fn set_kernel(&self, k: Arc<Kernel>) {
@@ -81,6 +83,7 @@ impl Inner {
                 counts: &counts,
                 kernel: &kernel,
                 notifications: &notifications,
+                log_dropped: self.log.dropped(),
                 proc: &Proc::default(),
                 boot_to_wall_ns: host::boot_to_wall(),
             },

@@ -119,7 +119,10 @@ impl Alone {
 
     /// Carries out an order in this thread. Needs a tokio runtime.
     pub(super) async fn run(&self, order: &Order) -> Result<Outcome, EnforceError> {
-        self.enforcer.run_here(order, &self.guards).await
+        let done = self.enforcer.run_here(order, &self.guards).await;
+        // The watcher ends without running destructors.
+        self.enforcer.audit.flush(Audit::LAST);
+        done
     }
 
     pub(super) fn remove_cgroup(&self) -> io::Result<()> {

@@ -27,6 +27,7 @@ use super::{
     AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, ExecSignal, KillRequest, Peer, Reply,
     Request, Subscription, Target, TreeQuery, WhyQuery,
 };
+use crate::model::tree_rows::TreeRows;
 
 /// How long the core may take for an answer that needs no waiting for processes.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -44,6 +45,8 @@ type Trees = Arc<SharedAnswers<TreeQuery, Result<Bytes, ApiError>>>;
 /// Of one processor's time, what the trees of readers may use together. Those of root are not bounded.
 const READERS_SHARE: f64 = 0.2;
 const ROOT_SHARE: f64 = 1e3;
+/// A reader's answer costs one request more for each of these.
+const BYTES_A_REQUEST: f64 = 256e3;
 /// Cost of a request that makes the core look for a pid in every container, in requests.
 const SEARCH: f64 = 10.0;
 
@@ -182,6 +185,9 @@ async fn tree(
             move || tree_json(core, q)
         };
         let json = trees.get(q, compute).await.ok_or_else(ApiError::stopping)??;
+        if account.owner != Owner::Root {
+            account.rate.charge(json.len() as f64 / BYTES_A_REQUEST);
+        }
         Ok((permit, json))
     };
     let (permit, json) = tokio::time::timeout(ANSWER, answer).await.map_err(|_| no_answer(ANSWER))??;
@@ -197,7 +203,11 @@ async fn tree_json(core: Core, q: TreeQuery) -> Result<Bytes, ApiError> {
     let made = tokio::task::spawn_blocking(move || {
         // In one piece of memory: a buffer that grows to megabytes is copied again and again.
         let mut json = Vec::with_capacity(TREE_HEAD + tree.processes.len() * TREE_PROCESS);
-        let written = serde_json::to_writer(&mut json, &tree);
+        let written = if q.rows {
+            serde_json::to_writer(&mut json, &TreeRows::from(&tree))
+        } else {
+            serde_json::to_writer(&mut json, &tree)
+        };
         // The answer does not wait until so many small pieces are freed.
         tokio::task::spawn_blocking(move || drop(tree));
         written.map(|()| Bytes::from(json))

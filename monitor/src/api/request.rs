@@ -46,6 +46,8 @@ pub struct TreeQuery {
     pub uid: Option<u32>,
     /// A container's id, or its beginning: narrowed down by the server, not by the core.
     pub container: Option<String>,
+    /// Only what the text shows: [`crate::model::tree_rows`].
+    pub rows: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

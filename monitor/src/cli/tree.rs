@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use jobwarden::api::{Target, TreeQuery};
 use jobwarden::config::user_name;
+use jobwarden::model::tree_rows::TreeRows;
 use jobwarden::render;
 
 use super::output::{Context, print};
@@ -48,11 +49,13 @@ impl Args {
             orphans: self.orphans,
             uid: self.user,
             container: self.container,
+            rows: !context.json,
         };
         if context.json {
             print(&(client.get_text("/v1/tree", &query)? + "\n"))?;
         } else {
-            let (tree, jobs, alerts) = client.tree(&query)?;
+            let (json, jobs, alerts) = client.tree(&query)?;
+            let tree = TreeRows::parse(&json).map_err(|e| client.not_understood(&e))?;
             print(&render::tree_with(&tree, jobs, alerts, &user_name, self.all, context.style()))?;
         }
         Ok(ExitCode::SUCCESS)

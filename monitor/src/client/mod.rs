@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::api::{Class, TreeQuery};
-use crate::model::schema::{Alerts, ErrorBody, ErrorInfo, Jobs, Tree};
+use crate::model::schema::{Alerts, ErrorBody, ErrorInfo, Jobs};
 
 /// How long the agent may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -102,9 +102,9 @@ impl Client {
         })
     }
 
-    /// A tree, and the jobs and alerts that explain it, asked for at the same time: those are a help only, and a tree without
+    /// The JSON of a tree, and the jobs and alerts that explain it, asked for at the same time: those are a help only, and a tree without
     /// them is better than none.
-    pub fn tree(&self, query: &TreeQuery) -> Result<(Tree, Option<Jobs>, Option<Alerts>), ClientError> {
+    pub fn tree(&self, query: &TreeQuery) -> Result<(Bytes, Option<Jobs>, Option<Alerts>), ClientError> {
         let path = format!("/v1/tree{}", self.query(query)?);
         let get = |path| self.open(Method::GET, path, Vec::new());
         let bytes = async { self.whole(get(&path).await?).await };
@@ -114,7 +114,7 @@ impl Client {
                 self.ask::<Jobs>(Method::GET, "/v1/jobs", Vec::new()),
                 self.ask::<Alerts>(Method::GET, "/v1/alerts", Vec::new())
             );
-            Ok((self.parsed(&tree?)?, jobs.ok(), alerts.ok()))
+            Ok((tree?, jobs.ok(), alerts.ok()))
         })
     }
 
@@ -176,12 +176,14 @@ impl Client {
         body: Vec<u8>,
     ) -> Result<T, ClientError> {
         let response = self.open(method, path, body).await?;
-        self.parsed(&self.whole(response).await?)
+        let bytes = self.whole(response).await?;
+        serde_json::from_slice(&bytes).map_err(|e| self.not_understood(&e))
     }
 
-    fn parsed<T: DeserializeOwned>(&self, json: &[u8]) -> Result<T, ClientError> {
-        serde_json::from_slice(json)
-            .map_err(|e| self.broken(&format_args!("an answer that this client does not understand: {e}")))
+    /// The agent is of another version.
+    #[must_use]
+    pub fn not_understood(&self, e: &serde_json::Error) -> ClientError {
+        self.broken(&format_args!("an answer that this client does not understand: {e}"))
     }
 
     async fn whole(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {

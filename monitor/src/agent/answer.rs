@@ -1,7 +1,7 @@
 //! The answers to what clients ask of the agent's core.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::core::Core;
@@ -12,20 +12,18 @@ use crate::api::{
 };
 use crate::config::Config;
 use crate::enforce::audit;
-use crate::engine::{Answer, ExecJob, Input, JobPolicy, JobRecord, Output, Refused, Target, TreeQuery};
+use crate::engine::{Answer, ExecJob, Input, JobPolicy, JobRecord, Output, Refused, Target};
 use crate::model::key::Key;
-use crate::model::schema::{Alerts, EventLine, JobId, Jobs, State, Tree, text};
+use crate::model::schema::{Alerts, EventLine, JobId, Jobs, State};
 use crate::model::time::rfc3339;
 use crate::sources::{host, kernel};
 
 /// Most audit entries in one answer, the newest.
 const AUDIT_MAX: usize = 10_000;
-/// From so many processes on the kernel is asked for the states of all at once, rather than /proc for each.
-const MANY: usize = 256;
 
 pub(super) fn answer(core: &mut Core, r: Request) {
     match r {
-        Request::Tree(q, reply) => drop(reply.send(tree(core, &q))),
+        Request::Tree(q, reply) => super::tree::answer(core, &q, reply),
         Request::Jobs(reply) => drop(reply.send(Ok(Jobs { jobs: core.engine.jobs() }))),
         Request::Extend { job, by, peer, reply } => {
             let done = extend(core, &job, by);
@@ -132,47 +130,6 @@ fn one_job(core: &Core, t: &Asked) -> Result<JobId, ApiError> {
     }
 }
 
-fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
-    let query = TreeQuery {
-        of: q.target.as_ref().map(ToString::to_string),
-        all: true,
-        zombies: q.zombies,
-        orphans: q.orphans,
-        uid: q.uid,
-    };
-    let task_states = || core.kernel.task_states().unwrap_or_default();
-    // Of all: the kernel is asked while the engine tells what it knows.
-    let (tree, beside) = std::thread::scope(|s| {
-        let spawn = || std::thread::Builder::new().spawn_scoped(s, task_states).ok();
-        let beside = if query.of.is_none() { spawn() } else { None };
-        let tree = core.engine.tree(&query, host::boot_now()).map_err(refused);
-        (tree, beside.and_then(|b| b.join().ok()))
-    });
-    let mut tree = tree?;
-    let few = tree.processes.len() < MANY;
-    let all = beside.unwrap_or_else(|| if few { HashMap::new() } else { task_states() });
-    let host_ns = core.proc_reader.own_pid_ns();
-    let mut read = Vec::new();
-    for p in &mut tree.processes {
-        read.extend(core.proc_reader.place(p, host_ns).into_iter().flatten());
-        match all.get(&p.id) {
-            Some((letter, comm)) if p.state != State::Gone => {
-                (p.kernel_state, p.comm) = (Some(text(&[*letter])), text(comm.bytes()));
-            }
-            _ => core.proc_reader.show(p),
-        }
-        // Last: what was read just now may hold a secret too.
-        core.redact.process(p);
-    }
-    // The next view need not read it again.
-    let mut out = Output::default();
-    for o in read {
-        core.engine.handle(Input::Observation(Cow::Owned(o)), host::boot_now(), &mut out);
-    }
-    core.apply(out);
-    Ok(tree)
-}
-
 fn extend(core: &mut Core, job: &Asked, by: Duration) -> Result<ExtendReply, ApiError> {
     let id = one_job(core, job)?;
     let mut out = Output::default();
@@ -212,8 +169,12 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
 }
 
 /// The process that has this pid in this container (its id, or the beginning of it).
-fn inside(core: &mut Core, pid: u32, container: &str) -> Result<Key, ApiError> {
-    let all = tree(core, &AskedTree::default())?.processes;
+fn inside(core: &Core, pid: u32, container: &str) -> Result<Key, ApiError> {
+    let mut all = super::tree::known(core, &AskedTree::default())?.processes;
+    let host_ns = core.proc_reader.own_pid_ns();
+    for p in &mut all {
+        core.proc_reader.place(p, host_ns);
+    }
     let theirs = |p: &&crate::model::schema::Process| {
         p.state != State::Gone && p.container.as_ref().is_some_and(|c| c.id.starts_with(container))
     };

@@ -14,6 +14,7 @@ mod scrape;
 mod service_manager;
 mod storage;
 mod sync;
+mod tree;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

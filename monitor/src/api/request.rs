@@ -34,7 +34,7 @@ impl From<&Peer> for AskedBy {
 }
 
 /// `tree`: all of it, or what the fields select. Kernel threads are always among the answer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TreeQuery {
     /// Its ancestors, itself and its descendants.
@@ -46,16 +46,9 @@ pub struct TreeQuery {
     pub uid: Option<u32>,
     /// A container's id, or its beginning: narrowed down by the server, not by the core.
     pub container: Option<String>,
-    /// As `jobwarden tree` prints it, not as JSON; made by the server. What follows says how.
-    pub text: bool,
-    pub kernel_threads: bool,
-    pub color: bool,
-    /// Columns of the terminal.
-    pub width: Option<usize>,
+    /// Only what the text shows: [`crate::model::tree_rows`].
+    pub rows: bool,
 }
-
-/// Header of a tree's text: uids of users who are shown by number, since /etc/passwd does not name them.
-pub const NAMELESS: &str = "x-jobwarden-nameless-users";
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -7,17 +7,19 @@ use std::time::Duration;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
-use hyper::{HeaderMap, Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::api::Class;
-use crate::model::schema::{ErrorBody, ErrorInfo};
+use crate::api::{Class, TreeQuery};
+use crate::model::schema::{Alerts, ErrorBody, ErrorInfo, Jobs};
 
 /// How long the agent may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(5);
+/// How long to wait before the next try where the agent's queue is full.
+const AGAIN: Duration = Duration::from_millis(10);
 /// Bytes of an answer: a tree of a few hundred thousand processes.
 const ANSWER: usize = 512 << 20;
 /// Bytes of one line of `events`.
@@ -91,14 +93,28 @@ impl Client {
         self.runtime.block_on(self.ask(Method::GET, &format!("{path}{}", self.query(query)?), Vec::new()))
     }
 
-    /// The answer as it came, and its headers.
-    pub fn get_text(&self, path: &str, query: &impl Serialize) -> Result<(HeaderMap, String), ClientError> {
+    /// The JSON as it came.
+    pub fn get_text(&self, path: &str, query: &impl Serialize) -> Result<String, ClientError> {
         let path = format!("{path}{}", self.query(query)?);
         self.runtime.block_on(async {
-            let mut response = self.open(Method::GET, &path, Vec::new()).await?;
-            let headers = std::mem::take(response.headers_mut());
-            let text = String::from_utf8(self.whole(response).await?.into());
-            Ok((headers, text.map_err(|e| self.broken(&e))?))
+            let response = self.open(Method::GET, &path, Vec::new()).await?;
+            String::from_utf8(self.whole(response).await?.into()).map_err(|e| self.broken(&e))
+        })
+    }
+
+    /// The JSON of a tree, and the jobs and alerts that explain it, asked for at the same time: those are a help only, and a tree without
+    /// them is better than none.
+    pub fn tree(&self, query: &TreeQuery) -> Result<(Bytes, Option<Jobs>, Option<Alerts>), ClientError> {
+        let path = format!("/v1/tree{}", self.query(query)?);
+        let get = |path| self.open(Method::GET, path, Vec::new());
+        let bytes = async { self.whole(get(&path).await?).await };
+        self.runtime.block_on(async {
+            let (tree, jobs, alerts) = tokio::join!(
+                bytes,
+                self.ask::<Jobs>(Method::GET, "/v1/jobs", Vec::new()),
+                self.ask::<Alerts>(Method::GET, "/v1/alerts", Vec::new())
+            );
+            Ok((tree?, jobs.ok(), alerts.ok()))
         })
     }
 
@@ -161,8 +177,13 @@ impl Client {
     ) -> Result<T, ClientError> {
         let response = self.open(method, path, body).await?;
         let bytes = self.whole(response).await?;
-        serde_json::from_slice(&bytes)
-            .map_err(|e| self.broken(&format_args!("an answer that this client does not understand: {e}")))
+        serde_json::from_slice(&bytes).map_err(|e| self.not_understood(&e))
+    }
+
+    /// The agent is of another version.
+    #[must_use]
+    pub fn not_understood(&self, e: &serde_json::Error) -> ClientError {
+        self.broken(&format_args!("an answer that this client does not understand: {e}"))
     }
 
     async fn whole(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
@@ -178,7 +199,7 @@ impl Client {
         body: Vec<u8>,
     ) -> Result<Response<Incoming>, ClientError> {
         let unreachable = |source| ClientError::Unreachable { socket: self.socket.clone(), source };
-        let stream = tokio::time::timeout(CONNECT, UnixStream::connect(&self.socket))
+        let stream = tokio::time::timeout(CONNECT, connect(&self.socket))
             .await
             .map_err(|_| unreachable(io::ErrorKind::TimedOut.into()))?
             .map_err(unreachable)?;
@@ -207,6 +228,16 @@ impl Client {
     }
 }
 
+/// Waits for a place in the agent's queue: a socket that does not block is refused at once where that is full (connect(2)).
+async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(AGAIN).await,
+            r => return r,
+        }
+    }
+}
+
 /// RFC 3986: all but the unreserved as %XX.
 fn percent(s: &str) -> String {
     use std::fmt::Write as _;
@@ -225,7 +256,7 @@ fn percent(s: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{Target, TreeQuery};
+    use crate::api::Target;
 
     #[test]
     fn queries_are_escaped_and_read_back() {

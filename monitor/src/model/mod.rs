@@ -11,3 +11,4 @@ pub mod schema;
 pub mod signal;
 pub mod stats;
 pub mod time;
+pub mod tree_rows;

@@ -19,6 +19,8 @@ use crate::sources::{host, kernel};
 
 /// Most audit entries in one answer, the newest.
 const AUDIT_MAX: usize = 10_000;
+/// How long an answer waits for lines that are not on the disk yet.
+const AUDIT_WAIT: Duration = Duration::from_secs(1);
 /// From so many processes on the kernel is asked for the states of all at once, rather than /proc for each.
 const MANY: usize = 256;
 
@@ -29,7 +31,7 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::Extend { job, by, peer, reply } => {
             let done = extend(core, &job, by);
             audited(core, &peer, &format!("jobs extend {job}"), &done);
-            let _ = reply.send(done);
+            reply_when_saved(core, reply, done);
         }
         Request::Alerts(q, reply) => alerts(core, &q, reply),
         Request::Events(filter, reply) => {
@@ -54,7 +56,8 @@ pub(super) fn answer(core: &mut Core, r: Request) {
             core.engine.enforcement(on, lasting, host::boot_now(), &mut fx);
             core.apply(fx);
             audited(core, &peer, if on { "enforcement on" } else { "enforcement off" }, &Ok(()));
-            let _ = reply.send(Ok(enforcement(core)));
+            let done = Ok(enforcement(core));
+            reply_when_saved(core, reply, done);
         }
         Request::Audit { since, job, reply } => log(core, since, job.as_ref(), reply),
         Request::Reload { peer, reply } => core.reload(Some(peer), Some(reply)),
@@ -74,13 +77,26 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::ExecRegister { exec, peer, reply } => {
             let done = register(core, exec, &peer);
             audited(core, &peer, "exec", &done);
-            let _ = reply.send(done);
+            reply_when_saved(core, reply, done);
         }
         Request::ExecEnd { end, peer, reply } => kill::exec_end(core, &end, &peer, reply),
         Request::ExecSignal { signal, peer, reply } => {
             drop(reply.send(kill::exec_signal(core, &signal, &peer)));
         }
     }
+}
+
+/// What a client is told outlives a SIGKILL of the agent. An error promises nothing.
+pub(super) fn reply_when_saved<T: Send + 'static>(core: &Core, reply: Reply<T>, done: Result<T, ApiError>) {
+    if done.is_err() {
+        let _ = reply.send(done);
+        return;
+    }
+    let saved = core.when_saved();
+    core.beside.spawn(async move {
+        saved.await;
+        let _ = reply.send(done);
+    });
 }
 
 /// Each mutating request is audited, by whom and what came of it.
@@ -294,6 +310,7 @@ fn status(core: &Core) -> Status {
         alerts_firing: firing,
         alerts_pending: alerts.len() - firing,
         undelivered: core.center.pending(),
+        storage: core.storage.troubles(),
         probes_off,
         config: core.options.config_path.clone().or_else(super::core::default_config),
         config_ok: core.counts.reload_ok,
@@ -303,13 +320,14 @@ fn status(core: &Core) -> Status {
 }
 
 fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<AuditLines>) {
-    let dir = core.config.agent.state_dir.clone();
+    let (dir, audit_log) = (core.config.agent.state_dir.clone(), core.audit.clone());
     let since = since.and_then(|s| std::time::SystemTime::now().checked_sub(s));
     let job = job.map(|j| match j {
         Asked::Name(n) => n.clone(),
         other => other.to_string(),
     });
     core.beside.spawn_blocking(move || {
+        audit_log.settle(AUDIT_WAIT);
         let read = audit::read(&dir, since, job.as_deref(), AUDIT_MAX);
         let _ = reply.send(
             read.map(|entries| AuditLines { entries })

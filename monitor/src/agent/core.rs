@@ -33,7 +33,7 @@ use crate::notify::{AlertService, Submission};
 use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::{Kernel, Ring};
-use crate::state::{Kill, Store};
+use crate::state::{Kill, Report, StateWriter};
 
 /// How often the loss counters are read, and programs that the kernel skipped counted.
 const CHECK: Duration = Duration::from_secs(1);
@@ -74,6 +74,8 @@ pub(super) enum Internal {
         order: Option<u64>,
         result: Result<Box<crate::enforce::Outcome>, String>,
     },
+    /// The state was written or could not be, or files of the state directory are damaged.
+    Saved(Report),
     /// An alert could not be stored, or could be again.
     Storage(Option<String>),
     /// Stores outside of the engine are full, or have room again.
@@ -116,10 +118,13 @@ pub(super) struct Core {
     /// What operators have ordered and is not done, in the order of its coming.
     pub(super) kills: BTreeMap<u64, Kill>,
     pub(super) service_manager: ServiceManager,
-    pub(super) store: Store,
+    pub(super) writer: StateWriter,
     pub(super) storage: Storage,
     pub(super) reloads: Reloads,
+    /// What is to be saved has changed since the last state was given to the writer.
     pub(super) state_dirty: bool,
+    /// Of the change, what must survive a power cut.
+    pub(super) word_changed: bool,
     facts_wanted: Vec<Key>,
     facts_turns: Arc<Semaphore>,
     cgroups_wanted: Vec<(Key, u64)>,
@@ -150,7 +155,7 @@ pub(super) struct Parts {
     pub internal: mpsc::UnboundedSender<Internal>,
     /// Where all that takes time runs.
     pub beside: Handle,
-    pub store: Store,
+    pub writer: StateWriter,
     /// Lost records that an earlier agent has told of.
     pub told: u64,
     /// Kills that an earlier agent was killed over.
@@ -186,10 +191,11 @@ impl Core {
             cgroups: HashMap::new(),
             kills: (0..).zip(p.kills).collect(),
             service_manager: ServiceManager::from_env(),
-            store: p.store,
+            writer: p.writer,
             storage: Storage::default(),
             reloads: Reloads::default(),
             state_dirty: false,
+            word_changed: false,
             facts_wanted: Vec::new(),
             facts_turns: Arc::new(Semaphore::new(
                 std::thread::available_parallelism().map_or(1, usize::from),
@@ -253,7 +259,7 @@ impl Core {
         self.service_manager.stopping();
         self.drain(&mut ring);
         self.settle(&mut ring);
-        self.stop();
+        self.stop().await;
         Ok(())
     }
 
@@ -270,9 +276,11 @@ impl Core {
         self.internal(m);
     }
 
-    /// Reads what is in the ring, up to a bound of its own. A job's registration is saved and labelled before its exec
-    /// record is let go: after a SIGKILL in between, the record comes again.
+    /// Reads what is in the ring, up to a bound of its own. A job is labelled at once, and its exec record is kept in the ring
+    /// until its registration is saved: after a SIGKILL in between, the record comes again. Nothing waits for the disk: what
+    /// comes behind a kept record is read all the same.
     pub(super) fn drain(&mut self, ring: &mut Ring) -> usize {
+        self.release_saved(ring);
         let (mut fx, mut forkers) = (Vec::new(), Vec::new());
         let mut read = 0;
         while read < DRAIN_MAX {
@@ -281,9 +289,12 @@ impl Core {
             forkers.clear();
             forkers.extend(ring.unread().take(BATCH).filter_map(event::forker));
             self.engine.expect(&forkers);
-            let batch = ring.drain(BATCH, &mut |bytes| match event::decode(bytes) {
+            let batch = ring.drain_keeping(BATCH, &mut |bytes| match event::decode(bytes) {
                 Ok(e) => self.event(&e, bytes, now, &mut fx),
-                Err(e) => tracing::error!(error = %e, "a record of the ring is unreadable"),
+                Err(e) => {
+                    tracing::error!(error = %e, "a record of the ring is unreadable");
+                    None
+                }
             });
             read += batch;
             if batch < BATCH {
@@ -294,7 +305,8 @@ impl Core {
         read
     }
 
-    fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, fx: &mut Vec<Effect>) {
+    /// The number of the state that must be saved before the record is let go, if it registered a job.
+    fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, fx: &mut Vec<Effect>) -> Option<u64> {
         self.read_to = e.at;
         self.counts.events[usize::from(e.kind())] += 1;
         // What pinned maps kept from before the start did not lag; it waited for an agent.
@@ -309,10 +321,12 @@ impl Core {
         if !matches!(e.body, Body::Reap { .. }) || self.reaps.came(e.process) {
             self.feed.publish(e, bytes, moment, jobs, &event_formatter(&self.engine, &self.redact));
         }
-        if fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. } | Effect::Enter { .. })) {
+        let registers = fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. }));
+        if registers || fx.iter().any(|f| matches!(f, Effect::Enter { .. })) {
             let taken = std::mem::take(fx);
             self.apply(taken);
         }
+        registers.then(|| self.unsaved())
     }
 
     fn tick(&mut self) {
@@ -336,8 +350,6 @@ impl Core {
                     }
                     if label {
                         tracing::info!(job = %job.id, name = %job.name, "job");
-                        // Before its record in the ring is let go: after a SIGKILL in between, the record comes again.
-                        self.save();
                     }
                 }
                 Effect::Enter { process, parent, job, missed } => self.enter(process, parent, job, missed),
@@ -353,12 +365,10 @@ impl Core {
                 }
                 Effect::Alert { change, alert } => self.alert(change, *alert),
                 Effect::Kill(order) => super::kill::policy(self, *order),
-                Effect::Enforcement(_) => self.state_dirty = true,
+                Effect::Enforcement(_) => (self.state_dirty, self.word_changed) = (true, true),
             }
         }
-        if self.state_dirty {
-            self.save();
-        }
+        self.save();
     }
 
     fn label(&self, job: &crate::engine::JobRecord) -> std::io::Result<()> {
@@ -374,7 +384,7 @@ impl Core {
         }
     }
 
-    fn alert(&mut self, change: AlertChange, mut alert: Alert) {
+    pub(super) fn alert(&mut self, change: AlertChange, mut alert: Alert) {
         alert.subject.iter_mut().for_each(|p| self.proc_reader.show(p));
         self.redact.alert(&mut alert);
         match change {
@@ -452,7 +462,11 @@ impl Core {
                     None => self.engine.process_killed(root, report, now, &mut fx),
                 }
             }
+            Internal::Saved(report) => self.saved(report),
             Internal::Storage(wrong) => {
+                if wrong.is_none() {
+                    self.resubmit();
+                }
                 self.storage.set(Source::Alerts, wrong);
                 self.tell_storage();
             }
@@ -530,14 +544,14 @@ impl Core {
         }
     }
 
-    fn stop(mut self) {
+    async fn stop(mut self) {
         // Pins stay after a clean stop, and nobody is there to renew a doom or to see it through.
         if let Err(e) = self.kernel.stop_dooms() {
             tracing::error!(error = %e, "the dooms in force could not be ended; they expire by themselves");
         }
         // Who asked is told that the agent stops; only a crash leaves an order in force.
         self.kills.clear();
-        self.save();
+        self.save_last().await;
         for (_, alert) in std::mem::take(&mut self.waiting) {
             self.submit(alert);
         }

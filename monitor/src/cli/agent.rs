@@ -53,11 +53,15 @@ impl Args {
         };
         let config = check::load(self.config.as_deref(), &overrides)?;
         log_to_stderr(&config);
+        let env = config::environment();
+        for warning in config::unknown_environment(&env) {
+            tracing::warn!("{warning}");
+        }
         let options = jobwarden::agent::Options {
             config,
             config_path: self.config,
             overrides,
-            env: config::environment(),
+            env,
             record: self.record,
             trace_probes: self.trace_probes,
             listening: None,

@@ -15,6 +15,8 @@ use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 
+use crate::files;
+
 pub use self::input::Input;
 pub use self::replay::{Line, ReplayError, replay};
 
@@ -51,7 +53,8 @@ impl Recorder {
     /// Creates the file; one that exists is refused, so that no recording is lost by a restart.
     pub fn create(path: &Path) -> Result<Self, RecordingError> {
         let io = |source| RecordingError::Io { path: path.to_owned(), source };
-        // It holds command lines as they are, before any masking.
+        // It holds command lines as they are, before any masking. A new file is no other one: `create_new` (O_EXCL) follows no
+        // symbolic link at the end of the path.
         let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io)?;
         let mut file = BufWriter::new(new);
         file.write_all(MAGIC).map_err(io)?;
@@ -91,7 +94,7 @@ pub struct Player<R: Read> {
 impl Player<BufReader<File>> {
     pub fn open(path: &Path) -> Result<Self, RecordingError> {
         let io = |source| RecordingError::Io { path: path.to_owned(), source };
-        let file = BufReader::new(File::open(path).map_err(io)?);
+        let file = BufReader::new(files::open_regular(path).map_err(|e| io(e.into()))?);
         Self::new(file).map_err(io)?.ok_or_else(|| RecordingError::Foreign {
             path: path.to_owned(),
             expected: String::from_utf8_lossy(MAGIC).trim_end().to_owned(),

@@ -306,3 +306,139 @@ pub fn with(path: &Path, ending: &str) -> PathBuf {
     name.push(ending);
     name.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{chown, symlink};
+
+    use super::*;
+
+    const NOBODY: u32 = 65_534;
+
+    fn fifo(path: &Path) {
+        let mode = Mode::RUSR | Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    }
+
+    fn is_root() -> bool {
+        rustix::process::geteuid().is_root()
+    }
+
+    #[test]
+    fn only_regular_files_of_bounded_size_are_read() {
+        let d = tempfile::tempdir().unwrap();
+        let (pipe, file, link) = (d.path().join("pipe"), d.path().join("file"), d.path().join("link"));
+        fifo(&pipe);
+        std::fs::write(&file, "12345").unwrap();
+        symlink(&file, &link).unwrap();
+        assert_eq!(read_regular(&link, 5).unwrap(), b"12345");
+        assert_eq!(read_regular(&file, 4).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        for (path, what) in [(&*pipe, "a FIFO"), (d.path(), "a folder"), (Path::new("/dev/zero"), "a device")]
+        {
+            let e = read_regular(path, 5).unwrap_err().to_string();
+            assert!(e.contains(what), "{path:?}: {e}");
+        }
+        assert_eq!(read_regular(&d.path().join("none"), 5).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_another_user_may_have_put_there_is_not_opened_for_writing() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join("f");
+        let victim = d.path().join("victim");
+        std::fs::write(&victim, "v").unwrap();
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
+        let refused = || open_own(&path, flags).map(drop).unwrap_err();
+        symlink(&victim, &path).unwrap();
+        assert!(matches!(refused(), OpenError::Kind("a symbolic link")));
+        std::fs::remove_file(&path).unwrap();
+        symlink(d.path().join("nothing"), &path).unwrap();
+        assert!(matches!(refused(), OpenError::Kind("a symbolic link")), "nor is it made behind a link");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::hard_link(&victim, &path).unwrap();
+        assert!(matches!(refused(), OpenError::Linked));
+        std::fs::remove_file(&path).unwrap();
+        fifo(&path);
+        assert!(matches!(refused(), OpenError::Kind("a FIFO")));
+        std::fs::remove_file(&path).unwrap();
+        drop(open_own(&path, flags).unwrap());
+        let mode = || std::fs::metadata(&path).unwrap().mode() & 0o7777;
+        assert_eq!(mode(), 0o600);
+        // Of this user, but read-only, or readable for all.
+        for wrong in [0o400, 0o644] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(wrong)).unwrap();
+            drop(open_own(&path, flags).unwrap());
+            assert_eq!(mode(), 0o600);
+        }
+        if is_root() {
+            chown(&path, Some(NOBODY), None).unwrap();
+            assert!(matches!(refused(), OpenError::Owner(NOBODY)));
+        } else {
+            eprintln!("SKIPPED: the owner's check needs root");
+        }
+        assert_eq!(std::fs::read(&victim).unwrap(), b"v");
+    }
+
+    #[test]
+    fn a_folder_is_trusted_if_nobody_else_decides_where_it_is() {
+        let d = tempfile::tempdir().unwrap();
+        let top = d.path().canonicalize().unwrap();
+        let made = trusted_folder(&top.join("a/../b/c"), 0o700).unwrap();
+        assert_eq!(made, top.join("b/c"));
+        assert_eq!(std::fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
+        symlink("b/./c", top.join("link")).unwrap();
+        assert_eq!(trusted_folder(&top.join("link"), 0o700).unwrap(), made);
+        symlink("loop", top.join("loop")).unwrap();
+        assert!(matches!(trusted_folder(&top.join("loop"), 0o700), Err(FolderError::Io { .. })));
+        std::fs::write(top.join("file"), "").unwrap();
+        let file = trusted_folder(&top.join("file/x"), 0o700).unwrap_err();
+        assert!(matches!(file, FolderError::NotFolder { .. }), "{file}");
+        let mode = |of: &str, mode| {
+            std::fs::set_permissions(top.join(of), std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        mode("b", 0o777);
+        let writable = trusted_folder(&made, 0o700).unwrap_err();
+        assert!(writable.to_string().contains("0777"), "{writable}");
+        // As /tmp is: others cannot exchange what is in it.
+        mode("b", 0o1777);
+        trusted_folder(&made, 0o700).unwrap();
+        if !is_root() {
+            eprintln!("SKIPPED: the owners' check needs root");
+            return;
+        }
+        std::os::unix::fs::lchown(top.join("link"), Some(NOBODY), None).unwrap();
+        assert!(matches!(trusted_folder(&top.join("link"), 0o700), Err(FolderError::Owner { .. })));
+        chown(top.join("b"), Some(NOBODY), None).unwrap();
+        let theirs = trusted_folder(&made, 0o700).unwrap_err();
+        assert!(theirs.to_string().contains("chown"), "{theirs}");
+    }
+
+    #[test]
+    fn a_bounded_number_of_damaged_files_is_kept() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join("f");
+        for n in 0..10 {
+            std::fs::write(&path, n.to_string()).unwrap();
+            if n % 2 == 0 {
+                std::fs::write(with(&path, "-wal"), n.to_string()).unwrap();
+            }
+            let bad = set_aside(&path, &["-wal", "-shm"]).unwrap();
+            assert_eq!(std::fs::read_to_string(&bad).unwrap(), n.to_string());
+            assert_eq!(with(&bad, "-wal").exists(), n % 2 == 0, "a log beside another file's content");
+            // The clock of the file system is coarse.
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let mut kept: Vec<String> =
+            damaged(&path).iter().map(|p| std::fs::read_to_string(p).unwrap()).collect();
+        kept.sort();
+        assert_eq!(kept, ["7", "8", "9"]);
+        // Folders are no evidence that may be lost.
+        let folder = d.path().join("g");
+        for _ in 0..DAMAGED_KEPT {
+            std::fs::create_dir(&folder).unwrap();
+            set_aside(&folder, &[]).unwrap();
+        }
+        std::fs::create_dir(&folder).unwrap();
+        assert!(set_aside(&folder, &[]).unwrap_err().to_string().contains("remove"), "and are never removed");
+    }
+}

@@ -173,12 +173,13 @@ impl LogFile {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        for n in (0..FILES - 1).rev() {
-            let (from, to) = (numbered(&self.dir, n), numbered(&self.dir, n + 1));
-            if std::fs::symlink_metadata(&to).is_ok_and(|m| m.is_dir()) {
-                files::set_aside(&to, &[])?;
+        for path in (1..FILES).map(|n| numbered(&self.dir, n)) {
+            if std::fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir()) {
+                files::set_aside(&path, &[])?;
             }
-            match std::fs::rename(from, to) {
+        }
+        for n in (0..FILES - 1).rev() {
+            match std::fs::rename(numbered(&self.dir, n), numbered(&self.dir, n + 1)) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound || n == 0 => return Err(e),
                 _ => {}
             }
@@ -456,7 +457,7 @@ mod tests {
         std::fs::remove_file(numbered(d.path(), 2)).unwrap();
         std::fs::create_dir_all(numbered(d.path(), 2).join("x")).unwrap();
         o.append(b"more than fits\n", 15).unwrap();
-        assert_eq!(std::fs::read(numbered(d.path(), 2)).unwrap(), b"000000018\n");
+        assert_eq!(std::fs::read(numbered(d.path(), 1)).unwrap(), b"000000019\n");
         assert_eq!(damaged(d.path()), [d.path().join("audit.log.2.bad")]);
     }
 

@@ -14,6 +14,8 @@ mod queue_tests;
 #[cfg(test)]
 mod receiver_tests;
 #[cfg(test)]
+mod recovery_tests;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

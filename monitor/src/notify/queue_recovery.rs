@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::queue::{Filter, Slot};
-use super::queue_worker::Keeper;
+use super::queue_worker::{Keeper, trimmed};
 use super::store::{Change, Contents, Row, Store, StoreError};
 use crate::model::schema::{Alert, AlertState};
 
@@ -44,15 +44,15 @@ impl Keeper {
         }
         self.store.set_receivers(self.queue.filters())?;
         self.works();
+        // The receivers' workers may have something new to send.
+        self.changed.send_modify(|n| *n += 1);
         Ok(())
     }
 
-    /// What a store holds, into the queue. That is empty at the start; after a store that could not be opened it is not, and
-    /// what it says is newer.
+    /// What a store holds, into the queue. Once the agent has started, what the queue says is newer.
     fn take(&mut self, contents: Contents) {
-        let known: BTreeSet<String> = contents.receivers.into_iter().collect();
+        let known = contents.receivers;
         let now = self.clock.now();
-        let late = !self.queue.episodes.is_empty();
         let mut over = Vec::new();
         for row in contents.rows {
             if self.queue.episodes.contains_key(&row.seq) {
@@ -60,12 +60,13 @@ impl Keeper {
             }
             if self.queue.latest(&row.alert.id).is_some_and(|newest| newest > row.seq) {
                 self.queue.load_superseded(row.seq, &row.alert, row.version, row.resolved, now);
-                self.dirty.entry(row.seq).or_insert(None);
+                let ended = trimmed(&Alert { state: AlertState::Resolved, ..row.alert }, now);
+                self.dirty.insert(row.seq, serde_json::to_string(&ended).ok());
                 continue;
             }
             let slots = slots(&row, self.queue.filters(), &known);
             self.queue.load(row.seq, &row.alert, row.version, row.resolved, slots);
-            if late && row.resolved.is_none() {
+            if self.started && row.resolved.is_none() {
                 over.push(row.alert);
             }
         }

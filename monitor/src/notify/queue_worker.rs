@@ -98,6 +98,8 @@ pub(super) struct Keeper {
     pub(super) store: Store,
     /// A damaged file that was moved aside, for the texts of alerts that are not in the new one yet.
     pub(super) salvage: Option<PathBuf>,
+    /// The engine has been told what fires; what is read later it does not know.
+    pub(super) started: bool,
     /// When opening was last tried.
     pub(super) opened_at: Option<Instant>,
     /// When a damaged file was last moved aside.
@@ -108,7 +110,7 @@ pub(super) struct Keeper {
     expired_at: Millis,
     pub(super) clock: Clock,
     board: Arc<Mutex<QueueStats>>,
-    changed: watch::Sender<u64>,
+    pub(super) changed: watch::Sender<u64>,
     /// What the disk said last, until it takes something again.
     error: watch::Sender<Option<String>>,
 }
@@ -130,6 +132,7 @@ impl Keeper {
             queue,
             store: Store::new(state_dir),
             salvage: None,
+            started: false,
             opened_at: None,
             replaced_at: None,
             dirty: BTreeMap::new(),
@@ -145,6 +148,7 @@ impl Keeper {
             // Above all numbers in a store that is read later.
             keeper.queue.number_from(keeper.clock.now().unsigned_abs().saturating_mul(1000));
         }
+        keeper.started = true;
         keeper.publish();
         keeper
     }
@@ -487,7 +491,7 @@ impl Waiting {
 }
 
 /// The alert as it is kept: bounded, and with an end where it has ended.
-fn trimmed(a: &Alert, now: Millis) -> Alert {
+pub(super) fn trimmed(a: &Alert, now: Millis) -> Alert {
     const MAX_CHILDREN: usize = 64;
     const MAX_EVIDENCE: usize = 64;
     const MAX_ARGV: usize = 4 * 1024;

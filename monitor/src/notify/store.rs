@@ -1,7 +1,7 @@
 //! The queue on disk: SQLite with a write-ahead log in the state directory. Each call is one transaction, on the disk
 //! when it returns. Nothing is decided here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ pub(super) struct Contents {
     /// Oldest first.
     pub(super) rows: Vec<Row>,
     /// The receivers of the last run.
-    pub(super) receivers: Vec<String>,
+    pub(super) receivers: BTreeSet<String>,
     /// What is wrong with the file, and how many of its rows could be read nevertheless is in `rows`.
     pub(super) damage: Option<String>,
 }
@@ -266,13 +266,14 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
 
 /// All that can be read. Damage in one place (a page, a table, a value) costs what is there and nothing else.
 fn read(conn: &Connection) -> Contents {
-    let mut contents = Contents::default();
-    let receivers = each(conn, "SELECT name FROM receiver", |r| {
-        contents.receivers.push(r.get(0)?);
+    let mut receivers = BTreeSet::new();
+    let names = each(conn, "SELECT name FROM receiver ORDER BY name", |r| {
+        receivers.insert(r.get(0)?);
         Ok(())
     });
     let mut progress: BTreeMap<u64, BTreeMap<String, Slot>> = BTreeMap::new();
-    let slots = each(conn, "SELECT seq, receiver, acked, parked, attempts, error FROM progress", |r| {
+    let slots = "SELECT seq, receiver, acked, parked, attempts, error FROM progress ORDER BY seq";
+    let slots = each(conn, slots, |r| {
         let error: Option<String> = r.get(5)?;
         let slot = Slot {
             acked: r.get(2)?,
@@ -284,47 +285,52 @@ fn read(conn: &Connection) -> Contents {
         progress.entry(sequence(r)?).or_default().insert(r.get(1)?, slot);
         Ok(())
     });
+    let mut rows = BTreeMap::new();
     let episodes = each(conn, "SELECT seq, version, resolved, body FROM episode ORDER BY seq", |r| {
-        let seq = sequence(r)?;
-        let body: String = r.get(3)?;
+        let (seq, body) = (sequence(r)?, r.get::<_, String>(3)?);
         let alert = serde_json::from_str(&body);
         let alert = alert.map_err(|e| {
             rusqlite::Error::FromSqlConversionFailure(3, rusqlite::types::Type::Text, Box::new(e))
         })?;
         let progress = progress.remove(&seq).unwrap_or_default();
-        contents.rows.push(Row { seq, version: r.get(1)?, resolved: r.get(2)?, alert, progress });
+        let row = Row { seq, version: r.get(1)?, resolved: r.get(2)?, alert, progress };
+        rows.entry(seq).or_insert(row);
         Ok(())
     });
-    let wrong: Vec<String> = [receivers, slots, episodes].into_iter().filter_map(Result::err).collect();
-    if !wrong.is_empty() {
-        contents.damage = Some(wrong.join("; "));
+    let wrong: Vec<String> = [names, slots, episodes].into_iter().filter_map(Result::err).collect();
+    Contents {
+        rows: rows.into_values().collect(),
+        receivers,
+        damage: (!wrong.is_empty()).then(|| wrong.join("; ")),
     }
-    contents
 }
 
-/// Calls `row` for each row. A row that it does not understand costs no other.
+/// Calls `row` for each row of an ordered query. A row that it does not understand costs no other, and where the file is damaged
+/// the rows behind the damage are read from the other end.
 fn each(
     conn: &Connection,
     sql: &str,
     mut row: impl FnMut(&rusqlite::Row<'_>) -> rusqlite::Result<()>,
 ) -> Result<(), String> {
-    let mut all = || -> rusqlite::Result<Result<(), String>> {
+    let mut wrong = Ok(());
+    let mut all = |sql: &str| -> rusqlite::Result<()> {
         let mut q = conn.prepare(sql)?;
         let mut rows = q.query([])?;
-        let mut wrong = Ok(());
-        let mut n = 0;
-        while let Some(r) = rows.next()? {
-            n += 1;
-            if n > MAX_ROWS {
-                return Ok(Err(format!("more than {MAX_ROWS} rows")));
-            }
+        for _ in 0..MAX_ROWS {
+            let Some(r) = rows.next()? else { return Ok(()) };
             if let Err(e) = row(r) {
                 wrong = Err(e.to_string());
             }
         }
-        Ok(wrong)
+        // A damaged tree can lead back to where it came from.
+        Err(rusqlite::Error::QueryReturnedMoreThanOneRow)
     };
-    all().unwrap_or_else(|e| Err(e.to_string()))
+    if let Err(e) = all(sql) {
+        // As far as the damage again.
+        let _ = all(&format!("{sql} DESC"));
+        return Err(e.to_string());
+    }
+    wrong
 }
 
 fn sequence(r: &rusqlite::Row<'_>) -> rusqlite::Result<u64> {

@@ -19,8 +19,6 @@ use crate::sources::{host, kernel};
 
 /// Most audit entries in one answer, the newest.
 const AUDIT_MAX: usize = 10_000;
-/// How long an answer waits for lines that are not on the disk yet.
-const AUDIT_WAIT: Duration = Duration::from_secs(1);
 /// From so many processes on the kernel is asked for the states of all at once, rather than /proc for each.
 const MANY: usize = 256;
 
@@ -320,14 +318,16 @@ fn status(core: &Core) -> Status {
 }
 
 fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<AuditLines>) {
-    let (dir, audit_log) = (core.config.agent.state_dir.clone(), core.audit.clone());
+    let dir = core.config.agent.state_dir.clone();
     let since = since.and_then(|s| std::time::SystemTime::now().checked_sub(s));
     let job = job.map(|j| match j {
         Asked::Name(n) => n.clone(),
         other => other.to_string(),
     });
+    let written = std::sync::Arc::clone(&core.audit);
     core.beside.spawn_blocking(move || {
-        audit_log.settle(AUDIT_WAIT);
+        // Without them where the disk does not take them: `storage-failed` says so.
+        written.flush(audit::Audit::LAST);
         let read = audit::read(&dir, since, job.as_deref(), AUDIT_MAX);
         let _ = reply.send(
             read.map(|entries| AuditLines { entries })

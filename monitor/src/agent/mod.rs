@@ -228,7 +228,6 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
             }
         });
     }
-    audit.start().map_err(AgentError::Thread)?;
     let center = AlertService::start(&config, &dir, notify::Clock::system())?;
     page.set_center(center.clone());
     let watch = capacity::watch(Arc::clone(&kernel), center.clone(), Arc::clone(&page), internal_tx.clone());

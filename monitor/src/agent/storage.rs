@@ -165,6 +165,7 @@ impl Core {
             self.state_dirty = true;
             self.save();
         }
+        self.audit.retry();
         self.storage.set(Source::Audit, self.audit.error());
         self.tell_storage();
     }

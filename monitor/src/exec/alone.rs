@@ -169,6 +169,7 @@ impl Alone {
         // Without the capability it goes on as it is.
         let _ = preferred();
         runtime.block_on(self.enforcer.run_here(&order, &self.guards)).map_err(io::Error::other)?;
+        self.enforcer.audit.flush(Audit::LAST);
         if let Some(dir) = &self.cgroup {
             crate::enforce::cgroup::remove(dir)?;
         }

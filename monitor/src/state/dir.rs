@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -64,6 +65,11 @@ impl StateDir {
         let path = trusted_folder(&self.given, 0o700)?;
         let io = |source| FolderError::Io { path: path.clone(), source };
         let lock = File::open(&path).map_err(io)?;
+        // The sticky bit is enough for a folder above it, but not where others could make files of SQLite's names.
+        let mode = lock.metadata().map_err(io)?.mode();
+        if mode & 0o022 != 0 {
+            return Err(FolderError::Writable { path, mode: mode & 0o7777 }.into());
+        }
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(StateDirError::Held { path }),
@@ -102,5 +108,7 @@ mod tests {
         assert!(matches!(second, StateDirError::Held { .. }), "{second}");
         drop(held);
         StateDir::open(&path).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o1777)).unwrap();
+        assert!(StateDir::open(&path).unwrap_err().to_string().contains("1777"));
     }
 }

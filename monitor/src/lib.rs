@@ -19,6 +19,7 @@ pub mod config;
 pub mod enforce;
 pub mod engine;
 pub mod exec;
+pub mod files;
 pub mod fuzzing;
 mod huge_pages;
 pub mod logging;

@@ -201,7 +201,7 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
     let guards = Guards::new(vec![protect], false);
     let state = fixture.path("audit");
     std::fs::create_dir(&state)?;
-    let e = enforcer(kernel.clone(), Audit::open(&state)?);
+    let e = enforcer(kernel.clone(), Audit::open(&state));
     let dry = run(&e, &Order { dry_run: true, ..order.clone() }, &guards)?;
     ensure!(dry.report.signalled.iter().all(|s| s.outcome == SignalledOutcome::DryRun), "{dry:?}");
     ensure!(lives(root.id()) && lives(below) && lives(other), "a dry run signals nobody");

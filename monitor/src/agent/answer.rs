@@ -28,7 +28,7 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::Extend { job, by, peer, reply } => {
             let done = extend(core, &job, by);
             audited(core, &peer, &format!("jobs extend {job}"), &done);
-            let _ = reply.send(done);
+            reply_when_saved(core, reply, done);
         }
         Request::Alerts(q, reply) => alerts(core, &q, reply),
         Request::Events(filter, reply) => {
@@ -53,7 +53,8 @@ pub(super) fn answer(core: &mut Core, r: Request) {
             core.engine.handle(Input::Enforcement { on, lasts: lasting }, host::boot_now(), &mut out);
             core.apply(out);
             audited(core, &peer, if on { "enforcement on" } else { "enforcement off" }, &Ok(()));
-            let _ = reply.send(Ok(enforcement(core)));
+            let done = Ok(enforcement(core));
+            reply_when_saved(core, reply, done);
         }
         Request::Audit { since, job, reply } => log(core, since, job.as_ref(), reply),
         Request::Reload { peer, reply } => core.reload(Some(peer), Some(reply)),
@@ -73,13 +74,26 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::ExecRegister { exec, peer, reply } => {
             let done = register(core, exec, &peer);
             audited(core, &peer, "exec", &done);
-            let _ = reply.send(done);
+            reply_when_saved(core, reply, done);
         }
         Request::ExecEnd { end, peer, reply } => kill::exec_end(core, &end, &peer, reply),
         Request::ExecSignal { signal, peer, reply } => {
             drop(reply.send(kill::exec_signal(core, &signal, &peer)));
         }
     }
+}
+
+/// What a client is told outlives a SIGKILL of the agent. An error promises nothing.
+pub(super) fn reply_when_saved<T: Send + 'static>(core: &Core, reply: Reply<T>, done: Result<T, ApiError>) {
+    if done.is_err() {
+        let _ = reply.send(done);
+        return;
+    }
+    let saved = core.when_saved();
+    core.beside.spawn(async move {
+        saved.await;
+        let _ = reply.send(done);
+    });
 }
 
 /// Each mutating request is audited, by whom and what came of it.
@@ -264,6 +278,7 @@ fn status(core: &Core) -> Status {
         alerts_firing: firing,
         alerts_pending: alerts.len() - firing,
         undelivered: core.center.pending(),
+        storage: core.storage.troubles(),
         probes_off,
         config: core.options.config_path.clone().or_else(super::core::default_config),
         config_ok: core.counts.reload_ok,

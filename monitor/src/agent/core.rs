@@ -34,7 +34,7 @@ use crate::notify::{AlertService, Submission};
 use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::{Kernel, Ring};
-use crate::state::{Kill, Store};
+use crate::state::{Kill, Report, StateWriter};
 
 /// How often the loss counters are read, and programs that the kernel skipped counted.
 const CHECK: Duration = Duration::from_secs(1);
@@ -75,6 +75,8 @@ pub(super) enum Internal {
         order: Option<u64>,
         result: Result<Box<crate::enforce::Outcome>, String>,
     },
+    /// The state was written or could not be, or files of the state directory are damaged.
+    Saved(Report),
     /// An alert could not be stored, or could be again.
     Storage(Option<String>),
     /// Stores outside of the engine are full, or have room again.
@@ -117,10 +119,13 @@ pub(super) struct Core {
     /// What operators have ordered and is not done, in the order of its coming.
     pub(super) kills: BTreeMap<u64, Kill>,
     pub(super) service_manager: ServiceManager,
-    pub(super) store: Store,
+    pub(super) writer: StateWriter,
     pub(super) storage: Storage,
     pub(super) reloads: Reloads,
+    /// What is to be saved has changed since the last state was given to the writer.
     pub(super) state_dirty: bool,
+    /// Of the change, what must survive a power cut.
+    pub(super) word_changed: bool,
     facts_wanted: Vec<Key>,
     facts_turns: Arc<Semaphore>,
     cgroups_wanted: Vec<(Key, u64)>,
@@ -151,7 +156,7 @@ pub(super) struct Parts {
     pub internal: mpsc::UnboundedSender<Internal>,
     /// Where all that takes time runs.
     pub beside: Handle,
-    pub store: Store,
+    pub writer: StateWriter,
     /// Lost records that an earlier agent has told of.
     pub told: u64,
     /// Kills that an earlier agent was killed over.
@@ -187,10 +192,11 @@ impl Core {
             cgroups: HashMap::new(),
             kills: (0..).zip(p.kills).collect(),
             service_manager: ServiceManager::from_env(),
-            store: p.store,
+            writer: p.writer,
             storage: Storage::default(),
             reloads: Reloads::default(),
             state_dirty: false,
+            word_changed: false,
             facts_wanted: Vec::new(),
             facts_turns: Arc::new(Semaphore::new(
                 std::thread::available_parallelism().map_or(1, usize::from),
@@ -254,7 +260,7 @@ impl Core {
         self.service_manager.stopping();
         self.drain(&mut ring);
         self.settle(&mut ring);
-        self.stop();
+        self.stop().await;
         Ok(())
     }
 
@@ -271,9 +277,11 @@ impl Core {
         self.internal(m);
     }
 
-    /// Reads what is in the ring, up to a bound of its own. A job's registration is saved and labelled before its exec
-    /// record is let go: after a SIGKILL in between, the record comes again.
+    /// Reads what is in the ring, up to a bound of its own. A job is labelled at once, and its exec record is kept in the ring
+    /// until its registration is saved: after a SIGKILL in between, the record comes again. Nothing waits for the disk: what
+    /// comes behind a kept record is read all the same.
     pub(super) fn drain(&mut self, ring: &mut Ring) -> usize {
+        self.release_saved(ring);
         let (mut out, mut forkers) = (Output::default(), Vec::new());
         let mut read = 0;
         while read < DRAIN_MAX {
@@ -282,9 +290,12 @@ impl Core {
             forkers.clear();
             forkers.extend(ring.unread().take(BATCH).filter_map(event::forker));
             self.engine.expect(&forkers);
-            let batch = ring.drain(BATCH, &mut |bytes| match event::decode(bytes) {
+            let batch = ring.drain_keeping(BATCH, &mut |bytes| match event::decode(bytes) {
                 Ok(e) => self.event(&e, bytes, now, &mut out),
-                Err(e) => tracing::error!(error = %e, "a record of the ring is unreadable"),
+                Err(e) => {
+                    tracing::error!(error = %e, "a record of the ring is unreadable");
+                    None
+                }
             });
             read += batch;
             if batch < BATCH {
@@ -295,7 +306,8 @@ impl Core {
         read
     }
 
-    fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, out: &mut Output) {
+    /// The number of the state that must be saved before the record is let go, if it registered a job.
+    fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, out: &mut Output) -> Option<u64> {
         self.read_to = e.at;
         self.counts.events[usize::from(e.kind())] += 1;
         // What pinned maps kept from before the start did not lag; it waited for an agent.
@@ -310,11 +322,12 @@ impl Core {
         if !matches!(e.body, Body::Reap { .. }) || self.reaps.came(e.process) {
             self.feed.publish(e, bytes, moment, jobs, &event_formatter(&self.engine, &self.redact));
         }
-        let at_once = |f: &Effect| matches!(f, Effect::LabelJob(_) | Effect::EnterProcess { .. });
-        if out.effects.iter().any(at_once) {
+        let registers = out.effects.iter().any(|f| matches!(f, Effect::LabelJob(_)));
+        if registers || out.effects.iter().any(|f| matches!(f, Effect::EnterProcess { .. })) {
             let taken = std::mem::take(out);
             self.apply(taken);
         }
+        registers.then(|| self.unsaved())
     }
 
     fn tick(&mut self) {
@@ -339,8 +352,6 @@ impl Core {
                         self.label_error = Some(e.to_string());
                     }
                     tracing::info!(job = %job.id, name = %job.name, "job registered");
-                    // Before its record leaves the ring: after a SIGKILL in between, the record comes again.
-                    self.save();
                 }
                 Effect::EnterProcess { process, parent, job, missed } => {
                     self.enter(process, parent, job, missed);
@@ -349,14 +360,13 @@ impl Core {
                 Effect::Kill(order) => super::kill::policy(self, *order),
             }
         }
-        if self.state_dirty {
-            self.save();
-        }
+        self.save();
     }
 
     fn apply_change(&mut self, change: Change) {
         match change {
-            Change::Job(_) | Change::Enforcement(_) => self.state_dirty = true,
+            Change::Job(_) => self.state_dirty = true,
+            Change::Enforcement(_) => (self.state_dirty, self.word_changed) = (true, true),
             Change::JobEnded(job) => {
                 self.state_dirty = true;
                 self.cgroups.remove(&job.id);
@@ -383,7 +393,7 @@ impl Core {
         }
     }
 
-    fn alert(&mut self, change: AlertChange, mut alert: Alert) {
+    pub(super) fn alert(&mut self, change: AlertChange, mut alert: Alert) {
         alert.subject.iter_mut().for_each(|p| self.proc_reader.show(p));
         self.redact.alert(&mut alert);
         match change {
@@ -469,7 +479,11 @@ impl Core {
                 };
                 self.engine.handle(input, now, &mut out);
             }
+            Internal::Saved(report) => self.saved(report),
             Internal::Storage(wrong) => {
+                if wrong.is_none() {
+                    self.resubmit();
+                }
                 self.storage.set(Source::Alerts, wrong);
                 self.tell_storage();
             }
@@ -551,14 +565,14 @@ impl Core {
         }
     }
 
-    fn stop(mut self) {
+    async fn stop(mut self) {
         // Pins stay after a clean stop, and nobody is there to renew a doom or to see it through.
         if let Err(e) = self.kernel.stop_dooms() {
             tracing::error!(error = %e, "the dooms in force could not be ended; they expire by themselves");
         }
         // Who asked is told that the agent stops; only a crash leaves an order in force.
         self.kills.clear();
-        self.save();
+        self.save_last().await;
         for (_, alert) in std::mem::take(&mut self.waiting) {
             self.submit(alert);
         }

@@ -105,12 +105,17 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
     let place = (order.reason == Reason::Operator && !order.dry_run).then(|| {
         let place = core.kills.last_key_value().map_or(0, |(n, _)| n + 1);
         core.kills.insert(place, written(&order, &guards));
-        // Before the first signal: it is not lost should this agent be.
+        core.state_dirty = true;
         core.save();
         place
     });
+    let saved = place.map(|_| core.when_saved());
     let (enforcer, tx) = (core.enforcer.clone(), core.internal.clone());
     core.beside.spawn(async move {
+        if let Some(saved) = saved {
+            // Before the first signal: the order is not lost should this agent be.
+            saved.await;
+        }
         let result = enforcer.run(&order, &guards).await;
         if let Some(reply) = reply {
             let answer = match &result {
@@ -365,7 +370,11 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<E
             .map(drop);
         core.apply(out);
         let report = kept(core, e.job, now);
-        let _ = reply.send(done.map(|()| ExecEnded { report: Some(report), left_s: None, timed_out }));
+        super::answer::reply_when_saved(
+            core,
+            reply,
+            done.map(|()| ExecEnded { report: Some(report), left_s: None, timed_out }),
+        );
         return;
     }
     if e.timed_out && record.deadline.is_none_or(|d| d > now) {

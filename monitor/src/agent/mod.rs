@@ -44,7 +44,7 @@ use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::{self, Kernel, Tracer};
 use crate::sources::proc::Proc;
-use crate::state::{Held, State, StateError, Store};
+use crate::state::{State, StateDir, StateDirError, StateWriter, Store};
 
 /// How long deliveries under way may take at a stop; what is left is sent after the next start.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -70,10 +70,8 @@ pub struct Options {
 /// Why the agent did not start, or stopped by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    #[error("the state directory {path}: {source}. Give another with --state-dir, or run as root")]
-    StateDir { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
-    State(#[from] StateError),
+    StateDir(#[from] StateDirError),
     #[error(transparent)]
     Kernel(#[from] kernel::KernelError),
     #[error(transparent)]
@@ -92,6 +90,8 @@ pub enum AgentError {
     Runtime(std::io::Error),
     #[error("the thread that writes the log: {0}")]
     Log(std::io::Error),
+    #[error("a thread cannot be started: {0}")]
+    Thread(std::io::Error),
     #[error("signal handlers: {0}")]
     Signals(std::io::Error),
     #[error(transparent)]
@@ -130,10 +130,9 @@ pub fn run(options: Options) -> Result<(), AgentError> {
 
 /// What needs privileges that are given up then: made by the one thread that there is.
 struct Privileged {
-    /// The state directory is this agent's alone while it runs.
-    held: Held,
+    /// This agent's alone while it runs.
+    state_dir: StateDir,
     boot_id: String,
-    store: Store,
     saved: Option<State>,
     audit: Arc<Audit>,
     recorder: Option<recording::Recorder>,
@@ -145,15 +144,17 @@ struct Privileged {
 impl Privileged {
     fn new(options: &Options) -> Result<Self, AgentError> {
         let agent = &options.config.agent;
-        let dir = &agent.state_dir;
-        std::fs::create_dir_all(dir)
-            .and_then(|()| std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)))
-            .map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
-        let held = Held::lock(dir)?;
+        let (state_dir, trouble) = StateDir::open(&agent.state_dir)?;
+        if let Some(e) = trouble {
+            tracing::error!(error = %e, "the agent runs without a state directory; it is tried again each second");
+        }
+        let dir = state_dir.path();
         let boot_id = host::boot_id().map_err(|source| AgentError::Host { what: "boot id", source })?;
-        let store = Store::new(dir);
-        let saved = store.load()?;
-        let audit = Audit::open(dir).map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
+        let loaded = Store::new(&dir).load(&boot_id);
+        for damage in &loaded.damage {
+            tracing::error!("{damage}; jobs and the operator's word of before may be lost");
+        }
+        let audit = Audit::open(&dir);
         let recorder = options.record.as_deref().map(recording::Recorder::create).transpose()?;
         // Listening first: a socket or port in use ends the start before anything is loaded.
         let listeners = Listeners::bind(&api::Options::new(agent, crate::VERSION))?;
@@ -170,7 +171,8 @@ impl Privileged {
             bounding = left.bounding,
             "other capabilities are given up"
         );
-        Ok(Self { held, boot_id, store, saved, audit: Arc::new(audit), recorder, listeners, kernel, tracer })
+        let saved = loaded.state;
+        Ok(Self { state_dir, boot_id, saved, audit: Arc::new(audit), recorder, listeners, kernel, tracer })
     }
 }
 
@@ -193,7 +195,7 @@ impl Waiting {
 
 /// What runs beside the core, and ends after it.
 struct BackgroundTasks {
-    _held: Held,
+    _state_dir: Arc<StateDir>,
     stores: JoinHandle<()>,
     server: Server,
     delivery: JoinHandle<()>,
@@ -212,9 +214,10 @@ impl BackgroundTasks {
 }
 
 async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, BackgroundTasks), AgentError> {
-    let Privileged { held, boot_id, store, saved, audit, recorder, listeners, kernel, tracer } = begun;
+    let Privileged { state_dir, boot_id, saved, audit, recorder, listeners, kernel, tracer } = begun;
     let config = options.config.clone();
-    let dir = &config.agent.state_dir;
+    let state_dir = Arc::new(state_dir);
+    let dir = state_dir.path();
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
     let (internal_tx, internal) = mpsc::unbounded_channel();
     let start = Readiness { ready: false, reasons: vec!["the first snapshot is not taken yet".into()] };
@@ -232,13 +235,20 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
             }
         });
     }
-    let center = AlertService::start(&config, dir, notify::Clock::system())?;
+    let center = AlertService::start(&config, &dir, notify::Clock::system())?;
     page.set_center(center.clone());
     let watch = capacity::watch(Arc::clone(&kernel), center.clone(), Arc::clone(&page), internal_tx.clone());
     let stores = tokio::spawn(watch);
     let (alerts_tx, alerts) = mpsc::unbounded_channel();
     let delivery = tokio::spawn(deliver(center.clone(), alerts, internal_tx.clone()));
 
+    let tell = internal_tx.clone();
+    let others = move || notify::damaged(&dir).into_iter().chain(enforce::audit::damaged(&dir)).collect();
+    let writer = StateWriter::start(Arc::clone(&state_dir), others, move |report| {
+        // The core has ended.
+        let _ = tell.send(Internal::Saved(report));
+    })
+    .map_err(AgentError::Thread)?;
     let proc = Proc::default();
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
     let of_this_boot = saved.as_ref().filter(|s| s.boot_id == boot_id);
@@ -267,7 +277,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
         ready,
         internal: internal_tx,
         beside: Handle::current(),
-        store,
+        writer,
     };
     let (stop_tx, stop) = watch::channel(false);
     let (reload_tx, reload) = mpsc::channel(1);
@@ -275,7 +285,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
     let listening = server.tcp_address().map(|a| a.to_string());
     tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
     let core = Waiting { parts, requests, internal, stop, reload };
-    Ok((core, BackgroundTasks { _held: held, stores, server, delivery, center }))
+    Ok((core, BackgroundTasks { _state_dir: state_dir, stores, server, delivery, center }))
 }
 
 /// How many alerts are written in one transaction when they come faster than the disk.

@@ -20,7 +20,7 @@ pub(super) struct Reloads {
 }
 
 impl Core {
-    /// The config file again; all of it or nothing. The receivers are tried first, beside the core, and the rest is
+    /// The config file again; all of it or nothing. It is read and the receivers are tried beside the core, and the rest is
     /// swapped when they are there.
     pub(super) fn reload(&mut self, peer: Option<Peer>, reply: Option<Reply<Reloaded>>) {
         self.reloads.waiting.push_back((peer, reply));
@@ -34,14 +34,17 @@ impl Core {
         let Some((peer, reply)) = self.reloads.waiting.pop_front() else { return };
         self.reloads.under_way = true;
         self.service_manager.reloading(host::monotonic_us());
-        let o = &self.options;
-        let config = match crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides) {
-            Ok(c) => Box::new(c),
-            Err(e) => return self.reloaded(Err(e.to_string()), peer, reply),
-        };
+        let (path, env) = (self.options.config_path.clone(), self.options.env.clone());
+        let overrides = self.options.overrides.clone();
         let (center, tx) = (self.center.clone(), self.internal.clone());
         self.beside.spawn(async move {
-            let result = center.reload(&config).await.map(|()| config).map_err(|e| e.to_string());
+            let read =
+                move || crate::config::load(path.as_deref(), &env, &overrides).map_err(|e| e.to_string());
+            let read = tokio::task::spawn_blocking(read).await;
+            let result = match read.map_err(|e| e.to_string()).flatten() {
+                Ok(c) => center.reload(&c).await.map(|()| Box::new(c)).map_err(|e| e.to_string()),
+                Err(e) => Err(e),
+            };
             let _ = tx.send(Internal::Reloaded { result, peer, reply });
         });
     }

@@ -75,9 +75,9 @@ impl Core {
         let end = Instant::now() + STILL;
         while !self.sync.carried && Instant::now() < end {
             self.catch_up(ring);
-            let before = self.kernel.ring_positions();
+            let before = (ring.position(), self.kernel.ring_positions().1);
             let Ok(totals) = self.kernel.totals() else { return };
-            if before.0 == before.1 && self.kernel.ring_positions() == before {
+            if before.0 == before.1 && self.kernel.ring_positions().1 == before.1 {
                 for (n, c) in self.counts.events.iter_mut().zip(totals) {
                     *n = c.sent;
                 }
@@ -109,6 +109,7 @@ impl Core {
         self.tell_reaps(host::boot_now());
         self.enter_waiting();
         self.check_storage();
+        self.release_saved(ring);
         super::cause::renew(self);
         if let Some(totals) = self.totals() {
             self.sweep(&totals);
@@ -196,7 +197,7 @@ impl Core {
     fn catch_up(&mut self, ring: &mut Ring) -> bool {
         let (_, until) = self.kernel.ring_positions();
         let mut idle = 0;
-        while self.kernel.ring_positions().0 < until {
+        while ring.position() < until {
             if self.drain(ring) == 0 {
                 idle += 1;
                 if idle > SPINS {

@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
+use crate::files::{FolderError, trusted_folder};
+
 /// Connections that may wait to be accepted. A full queue refuses root's clients as well, so it is long; net.core.somaxconn
 /// bounds it.
 const BACKLOG: i32 = 4096;
@@ -25,6 +27,8 @@ pub enum ServeError {
     InUse { path: PathBuf },
     #[error("{path} exists and is no socket: it is left alone. Give another --socket")]
     NoSocket { path: PathBuf },
+    #[error("the control socket {path}: {source}. Another path can be given with --socket")]
+    Folder { path: PathBuf, source: FolderError },
     #[error("cannot make the control socket {path}: {doing}: {source}")]
     Socket { path: PathBuf, doing: &'static str, source: io::Error },
     #[error("agent.socket_group: no group {group:?} on this host")]
@@ -138,9 +142,11 @@ impl PathWatch {
 fn control(path: &Path, group: Option<u32>) -> Result<(UnixListener, Bound), ServeError> {
     let failed = |doing| move |source| ServeError::Socket { path: path.to_owned(), doing, source };
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(dir).map_err(failed("creating its folder"))?;
+    // Whoever can exchange the socket for a symbolic link between two of the steps below chooses what is given to the group.
+    let dir =
+        trusted_folder(dir, 0o755).map_err(|source| ServeError::Folder { path: path.to_owned(), source })?;
     // Two agents that start at once must not both take the same stale socket over: one at a time looks and binds.
-    let lock = File::open(dir).map_err(failed("opening its folder"))?;
+    let lock = File::open(&dir).map_err(failed("opening its folder"))?;
     lock_exclusive(&lock).map_err(failed("locking its folder"))?;
     clear_stale(path)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

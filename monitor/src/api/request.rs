@@ -204,6 +204,9 @@ pub struct Status {
     pub alerts_firing: usize,
     pub alerts_pending: usize,
     pub undelivered: u64,
+    /// What is wrong in the state directory; empty when nothing is.
+    #[serde(default)]
+    pub storage: Vec<String>,
     /// Probes that are not attached, with the reason.
     pub probes_off: BTreeMap<String, String>,
     pub config: Option<PathBuf>,

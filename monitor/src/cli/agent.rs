@@ -62,11 +62,15 @@ impl Args {
         let log = Log::default();
         log_to_stderr(&config, &log);
         log_panics(log.clone());
+        let env = config::environment();
+        for warning in config::unknown_environment(&env) {
+            tracing::warn!("{warning}");
+        }
         let options = jobwarden::agent::Options {
             config,
             config_path: self.config,
             overrides,
-            env: config::environment(),
+            env,
             record: self.record,
             trace_probes: self.trace_probes,
             log: log.clone(),

@@ -4,15 +4,17 @@
 //! own writes, so that a disk that is full or does not answer neither stops nor delays a kill: lines wait in memory, up to
 //! a bound.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
+use crate::files::{self, OpenError};
 use crate::model::kill::{AskedBy, Reason};
 use crate::model::schema::{JobId, Ref, SignalledOutcome};
 
@@ -110,7 +112,7 @@ struct Shared {
     lines: Mutex<Lines>,
     changed: Condvar,
     /// Locked while it is written, by the writer alone.
-    file: Mutex<Open>,
+    file: Mutex<LogFile>,
 }
 
 /// What is not on the disk yet.
@@ -130,41 +132,72 @@ struct Lines {
 }
 
 #[derive(Debug)]
-struct Open {
+struct LogFile {
     dir: PathBuf,
-    file: File,
-    size: u64,
+    /// None: it could not be opened yet.
+    open: Option<(File, u64)>,
 }
 
-impl Open {
-    fn at(dir: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(dir.join(NAME))?;
-        let size = file.metadata()?.len();
-        Ok(Self { dir: dir.to_path_buf(), file, size })
+impl LogFile {
+    fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), open: None }
+    }
+
+    /// Opens or makes it. What is in its place and cannot be used is moved aside.
+    fn ensure(&mut self) -> io::Result<&mut (File, u64)> {
+        if self.open.is_none() {
+            let path = self.dir.join(NAME);
+            let open = || files::open_own(&path, OFlags::RDWR | OFlags::APPEND | OFlags::CREATE);
+            let mut file = match open() {
+                Err(e) if e.is_unusable() => {
+                    let bad = files::set_aside(&path, &[])?;
+                    tracing::error!(file = %path.display(), moved_to = %bad.display(), error = %e, "the audit log was unusable and was moved aside");
+                    open()?
+                }
+                r => r?,
+            };
+            let mut size = file.metadata()?.len();
+            // A line that a crash or the disk cut short would spoil the one after it.
+            let mut last = [b'\n'];
+            if size > 0 {
+                file.read_exact_at(&mut last, size - 1)?;
+            }
+            if last != *b"\n" {
+                file.write_all(b"\n")?;
+                size += 1;
+            }
+            self.open = Some((file, size));
+        }
+        self.open.as_mut().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        for n in (1..FILES - 1).rev() {
+        for path in (1..FILES).map(|n| numbered(&self.dir, n)) {
+            if std::fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir()) {
+                files::set_aside(&path, &[])?;
+            }
+        }
+        for n in (0..FILES - 1).rev() {
             match std::fs::rename(numbered(&self.dir, n), numbered(&self.dir, n + 1)) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                Err(e) if e.kind() != io::ErrorKind::NotFound || n == 0 => return Err(e),
                 _ => {}
             }
         }
-        std::fs::rename(self.dir.join(NAME), numbered(&self.dir, 1))?;
-        let new = Self::at(&self.dir)?;
-        (self.file, self.size) = (new.file, new.size);
+        self.open = None;
         Ok(())
     }
 
     fn append(&mut self, lines: &[u8], max: u64) -> io::Result<()> {
-        if self.size > 0 && self.size + lines.len() as u64 > max {
+        let (_, size) = *self.ensure()?;
+        if size > 0 && size + lines.len() as u64 > max {
             self.rotate()?;
         }
-        self.file.write_all(lines).inspect_err(|_| {
+        let (file, size) = self.ensure()?;
+        file.write_all(lines).inspect_err(|_| {
             // Half a line would spoil the one after it. Making a file shorter takes no room.
-            let _ = self.file.set_len(self.size);
+            let _ = file.set_len(*size);
         })?;
-        self.size += lines.len() as u64;
+        *size += lines.len() as u64;
         Ok(())
     }
 }
@@ -187,9 +220,9 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Starts the writer, once there is something to write. Where no thread can be made, the next call tries again.
+    /// Starts the writer, once there is something to write or to open. Where no thread can be made, the next call tries again.
     fn start(self: &Arc<Self>, l: &mut Lines) {
-        if !l.started && !l.unsaved.is_empty() {
+        if !l.started && (!l.unsaved.is_empty() || l.error.is_some()) {
             let me = Arc::clone(self);
             let thread = std::thread::Builder::new().name("jobwarden-audit".into());
             l.started = thread.spawn(move || me.run()).is_ok();
@@ -199,7 +232,7 @@ impl Shared {
     fn run(&self) {
         let mut l = self.lock();
         while !(l.closed && (l.unsaved.is_empty() || l.error.is_some())) {
-            l = if l.unsaved.is_empty() {
+            l = if l.unsaved.is_empty() && l.error.is_none() {
                 self.changed.wait(l).unwrap_or_else(PoisonError::into_inner)
             } else {
                 let l = self.write(l);
@@ -246,10 +279,13 @@ impl Audit {
     /// How long the last lines may take at an end.
     pub const LAST: Duration = Duration::from_secs(1);
 
-    /// Opens or makes `audit.log` in an existing folder.
-    pub fn open(dir: &Path) -> io::Result<Self> {
-        let file = Mutex::new(Open::at(dir)?);
-        Ok(Self { file: Some(Arc::new(Shared { lines: Mutex::default(), changed: Condvar::new(), file })) })
+    /// Opens or makes `audit.log` in an existing folder. One that cannot be opened is tried again, and lines wait for it.
+    #[must_use]
+    pub fn open(dir: &Path) -> Self {
+        let file = Mutex::new(LogFile::new(dir));
+        let shared = Shared { lines: Mutex::default(), changed: Condvar::new(), file };
+        drop(shared.write(shared.lock()));
+        Self { file: Some(Arc::new(shared)) }
     }
 
     /// To the log only: where there is no state folder (`exec` without an agent).
@@ -285,7 +321,7 @@ impl Audit {
         }
     }
 
-    /// Starts the writer if lines wait for it and no thread could be made before.
+    /// Starts the writer if there is something to do and no thread could be made before.
     pub fn retry(&self) {
         if let Some(file) = &self.file {
             file.start(&mut file.lock());
@@ -321,6 +357,12 @@ impl Audit {
     }
 }
 
+/// Audit logs that were unusable and moved aside, as long as they are there.
+#[must_use]
+pub fn damaged(dir: &Path) -> Vec<PathBuf> {
+    (0..FILES).flat_map(|n| files::damaged(&numbered(dir, n))).collect()
+}
+
 impl Drop for Audit {
     fn drop(&mut self) {
         self.flush(Self::LAST);
@@ -332,14 +374,14 @@ impl Drop for Audit {
 }
 
 /// The entries of the audit log in `dir`, oldest first: those since `since` and of `job` (an id or a name), if given. A
-/// half-written or unreadable line is passed over. At most `max` entries, the newest.
+/// half-written or unreadable line is skipped, and so is an unusable file. At most `max` entries, the newest.
 pub fn read(dir: &Path, since: Option<SystemTime>, job: Option<&str>, max: usize) -> io::Result<Vec<Entry>> {
     let mut kept = std::collections::VecDeque::new();
     for n in (0..FILES).rev() {
-        let file = match File::open(numbered(dir, n)) {
+        let file = match files::open_regular(&numbered(dir, n)) {
             Ok(f) => f,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(e),
+            Err(e) if e.is_not_found() || matches!(e, OpenError::Kind(_)) => continue,
+            Err(e) => return Err(e.into()),
         };
         for line in BufReader::new(file).split(b'\n') {
             let Ok(e) = serde_json::from_slice::<Entry>(&line?) else { continue };
@@ -364,7 +406,7 @@ mod tests {
 
     /// Nothing can be appended any more without a rotation, which needs the folder where it was.
     fn unwritable(a: &Audit) {
-        a.file.as_ref().unwrap().file.lock().unwrap().size = FILE_MAX;
+        a.file.as_ref().unwrap().file.lock().unwrap().ensure().unwrap().1 = FILE_MAX;
     }
 
     fn wait_until(what: &str, done: impl Fn() -> bool) {
@@ -378,7 +420,7 @@ mod tests {
     #[test]
     fn written_lines_are_read_back_and_filtered() {
         let d = tempfile::tempdir().unwrap();
-        let a = Audit::open(d.path()).unwrap();
+        let a = Audit::open(d.path());
         let who = AskedBy { uid: Some(0), ..AskedBy::default() };
         let mut e = Entry::now(What::Signal, who.clone()).outcome(SignalledOutcome::Ended);
         e.job_name = "batch".into();
@@ -403,13 +445,47 @@ mod tests {
     #[test]
     fn rotation_keeps_a_bounded_number_of_files() {
         let d = tempfile::tempdir().unwrap();
-        let mut o = Open::at(d.path()).unwrap();
+        let mut o = LogFile::new(d.path());
         for i in 0..20 {
             o.append(format!("{i:09}\n").as_bytes(), 15).unwrap();
         }
         assert_eq!(std::fs::read_dir(d.path()).unwrap().count(), FILES as usize);
         assert_eq!(std::fs::read(numbered(d.path(), 0)).unwrap(), b"000000019\n");
         assert_eq!(std::fs::read(numbered(d.path(), 4)).unwrap(), b"000000015\n");
+        // A folder in the place of an older file.
+        std::fs::remove_file(numbered(d.path(), 2)).unwrap();
+        std::fs::create_dir_all(numbered(d.path(), 2).join("x")).unwrap();
+        o.append(b"more than fits\n", 15).unwrap();
+        assert_eq!(std::fs::read(numbered(d.path(), 1)).unwrap(), b"000000019\n");
+        assert_eq!(damaged(d.path()), [d.path().join("audit.log.2.bad")]);
+    }
+
+    #[test]
+    fn an_unusable_file_is_moved_aside_and_a_cut_line_spoils_no_other() {
+        let d = tempfile::tempdir().unwrap();
+        let path = d.path().join(NAME);
+        let victim = d.path().join("victim");
+        std::fs::write(&victim, "v").unwrap();
+        let details = || -> Vec<String> {
+            read(d.path(), None, None, 10).unwrap().into_iter().map(|e| e.detail).collect()
+        };
+        let write = |detail: &str| {
+            let a = Audit::open(d.path());
+            a.write(&Entry::request(AskedBy::default(), detail, "y"));
+            assert!(a.flush(SOON), "{:?}", a.error());
+        };
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+        write("link");
+        assert_eq!(std::fs::read(&victim).unwrap(), b"v", "a symbolic link is not followed");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(details().is_empty());
+        write("folder");
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o400)).unwrap();
+        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"at\":").unwrap();
+        write("cut");
+        assert_eq!(details(), ["folder", "cut"]);
+        assert_eq!(damaged(d.path()).len(), 2);
     }
 
     #[test]
@@ -417,7 +493,7 @@ mod tests {
         let top = tempfile::tempdir().unwrap();
         let (d, away) = (top.path().join("state"), top.path().join("away"));
         std::fs::create_dir(&d).unwrap();
-        let a = Audit::open(&d).unwrap();
+        let a = Audit::open(&d);
         assert_eq!(a.error(), None);
         unwritable(&a);
         std::fs::rename(&d, &away).unwrap();
@@ -434,7 +510,7 @@ mod tests {
     #[test]
     fn a_disk_that_takes_nothing_costs_so_much_memory_at_most() {
         let d = tempfile::tempdir().unwrap();
-        let a = Audit::open(d.path()).unwrap();
+        let a = Audit::open(d.path());
         unwritable(&a);
         drop(d);
         let long = Entry::request(AskedBy::default(), "x".repeat(64 << 10), "y");
@@ -450,14 +526,15 @@ mod tests {
     fn a_disk_that_does_not_answer_delays_nobody() {
         let d = tempfile::tempdir().unwrap();
         // A FIFO that is full stands for the disk: a write to it does not return.
-        let path = d.path().join(NAME);
+        let path = d.path().join("fifo");
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)
             .unwrap();
-        let reader = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
         let size = rustix::pipe::fcntl_setpipe_size(&reader, 4096).unwrap();
         (&reader).write_all(&vec![b'\n'; size]).unwrap();
         let began = Instant::now();
-        let a = Audit::open(d.path()).unwrap();
+        let a = Audit::open(d.path());
+        a.file.as_ref().unwrap().file.lock().unwrap().open = Some((reader.try_clone().unwrap(), 0));
         let long = Entry::request(AskedBy::default(), "x".repeat(64 << 10), "y");
         for _ in 0..40 {
             a.write(&long);

@@ -10,6 +10,7 @@ use super::watcher::Watcher;
 use crate::api::ExecEnded;
 use crate::config;
 use crate::enforce::{Audit, EnforceError, Enforcer, Guards, Lineage as _, Order, Outcome, preferred};
+use crate::files::trusted_folder;
 use crate::model::key::Key;
 use crate::model::kill::{AskedBy, Reason, What};
 use crate::model::schema::JobId;
@@ -59,7 +60,9 @@ impl Alone {
         guards
             .keep(std::process::id(), "exec", &proc, &kernel)
             .map_err(io("ask for this process's ancestors"))?;
-        let audit = Audit::open(&config.agent.state_dir).unwrap_or_else(|_| Audit::log_only());
+        let dir = &config.agent.state_dir;
+        let dir = if dir.is_dir() { trusted_folder(dir, 0o700).ok() } else { None };
+        let audit = dir.map_or_else(Audit::log_only, |dir| Audit::open(&dir));
         let enforcer = Enforcer {
             lineage: Arc::new(kernel),
             proc,

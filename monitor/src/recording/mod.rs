@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::engine::{Input, Settings};
+use crate::files;
 
 pub use self::replay::{Line, ReplayError, replay, replay_frames};
 
@@ -84,7 +85,8 @@ impl Recorder {
     /// Creates the file; one that exists is refused, so that no recording is lost by a restart.
     pub fn create(path: &Path) -> Result<Self, RecordingError> {
         let io = |source| RecordingError::Io { path: path.to_owned(), source };
-        // It holds command lines as they are, before any masking.
+        // It holds command lines as they are, before any masking. A new file is no other one: `create_new` (O_EXCL) follows no
+        // symbolic link at the end of the path.
         let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io)?;
         let mut file = BufWriter::new(new);
         file.write_all(MAGIC).map_err(io)?;
@@ -146,7 +148,7 @@ pub struct Player<R: Read> {
 impl Player<GzDecoder<BufReader<File>>> {
     pub fn open(path: &Path) -> Result<Self, RecordingError> {
         let io = |source| RecordingError::Io { path: path.to_owned(), source };
-        let mut file = BufReader::new(File::open(path).map_err(io)?);
+        let mut file = BufReader::new(files::open_regular(path).map_err(|e| io(e.into()))?);
         let begin = file.fill_buf().map_err(io)?;
         let begin = begin[..begin.len().min(MAGIC.len())].to_vec();
         let version = |b: &[u8]| String::from_utf8_lossy(&b[FAMILY.len()..]).trim_end().to_owned();

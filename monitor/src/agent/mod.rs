@@ -40,7 +40,7 @@ use crate::recording;
 use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::{self, Kernel, Tracer};
-use crate::sources::proc::Proc;
+use crate::sources::proc::{self, Proc};
 use crate::state::{Held, State, StateError, Store};
 
 /// How long deliveries under way may take at a stop; what is left is sent after the next start.
@@ -232,6 +232,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
     let (alerts_tx, alerts) = mpsc::unbounded_channel();
     let delivery = tokio::spawn(deliver(center.clone(), alerts, internal_tx.clone()));
 
+    proc::blocking::keep_one();
     let proc = Proc::default();
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
     let of_this_boot = saved.as_ref().filter(|s| s.boot_id == boot_id);

@@ -24,6 +24,7 @@ use super::{
     AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, ExecSignal, KillRequest, NAMELESS, Peer,
     Reply, Request, Subscription, Target, TreeQuery, WhyQuery,
 };
+use crate::model::audience::Audience;
 use crate::model::schema::Tree;
 use crate::render::{self, Style};
 use crate::sources::host;
@@ -93,6 +94,14 @@ impl<S: Sync> FromRequestParts<S> for Privileged {
     }
 }
 
+/// What may be shown to the peer. A connection without credentials is shown what everybody may see.
+impl<S: Sync> FromRequestParts<S> for Audience {
+    type Rejection = std::convert::Infallible;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(parts.extensions.get::<Peer>().map_or(Self::Nobody, Peer::audience))
+    }
+}
+
 /// A query string, strictly read.
 struct Args<T>(T);
 
@@ -142,7 +151,12 @@ async fn ask<T>(
 
 type Answer<T> = Result<Json<T>, ApiError>;
 
-async fn tree(State(core): State<Core>, Args(q): Args<TreeQuery>) -> Result<Response, ApiError> {
+async fn tree(
+    State(core): State<Core>,
+    audience: Audience,
+    Args(q): Args<TreeQuery>,
+) -> Result<Response, ApiError> {
+    let q = TreeQuery { audience, ..q };
     let mut tree = ask(&core, Some(ANSWER), |r| Request::Tree(q.clone(), r)).await?;
     if let Some(c) = &q.container {
         super::wire::only_container(&mut tree, c);
@@ -160,7 +174,8 @@ async fn tree(State(core): State<Core>, Args(q): Args<TreeQuery>) -> Result<Resp
 /// Where the tree is: its JSON is five times as long, and to read it costs more than all else.
 async fn tree_text(core: &Core, q: TreeQuery, tree: Tree) -> Result<Response, ApiError> {
     let jobs = ask(core, Some(ANSWER), Request::Jobs).await.ok();
-    let alerts = ask(core, Some(ANSWER), |r| Request::Alerts(AlertQuery::default(), r)).await.ok();
+    let query = AlertQuery { audience: q.audience, ..AlertQuery::default() };
+    let alerts = ask(core, Some(ANSWER), |r| Request::Alerts(query, r)).await.ok();
     let made = tokio::task::spawn_blocking(move || {
         let users = host::users();
         let name = |uid| users.get(&uid).cloned();
@@ -182,14 +197,20 @@ async fn jobs(State(core): State<Core>) -> Answer<crate::model::schema::Jobs> {
     ask(&core, Some(ANSWER), Request::Jobs).await.map(Json)
 }
 
-async fn alerts(State(core): State<Core>, Args(q): Args<AlertQuery>) -> Answer<crate::model::schema::Alerts> {
+async fn alerts(
+    State(core): State<Core>,
+    audience: Audience,
+    Args(q): Args<AlertQuery>,
+) -> Answer<crate::model::schema::Alerts> {
+    let q = AlertQuery { audience, ..q };
     if let Some(s) = q.since_s {
         seconds("since", s)?;
     }
     ask(&core, Some(ANSWER), |r| Request::Alerts(q, r)).await.map(Json)
 }
 
-async fn why(State(core): State<Core>, Args(q): Args<WhyQuery>) -> Answer<Causes> {
+async fn why(State(core): State<Core>, audience: Audience, Args(q): Args<WhyQuery>) -> Answer<Causes> {
+    let q = WhyQuery { audience, ..q };
     ask(&core, Some(ANSWER), |r| Request::Why(q, r)).await.map(Json)
 }
 
@@ -294,16 +315,20 @@ async fn exec_signal(
     ask(&core, Some(ANSWER), |reply| Request::ExecSignal { signal, peer, reply }).await.map(Json)
 }
 
-async fn events(State(core): State<Core>, Args(q): Args<EventFilter>) -> Result<Response, ApiError> {
+async fn events(
+    State(core): State<Core>,
+    audience: Audience,
+    Args(q): Args<EventFilter>,
+) -> Result<Response, ApiError> {
     if let Some(s) = q.since_s {
         seconds("since", s)?;
     }
     let lines = ask(&core, Some(ANSWER), |r| Request::Events(q, r)).await?;
-    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::new(Lines(lines))).into_response())
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::new(Lines(lines, audience))).into_response())
 }
 
 /// One JSON object a line, as long as the core and the client last.
-struct Lines(Subscription);
+struct Lines(Subscription, Audience);
 
 impl HttpBody for Lines {
     type Data = Bytes;
@@ -313,8 +338,10 @@ impl HttpBody for Lines {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, serde_json::Error>>> {
+        let audience = self.1;
         self.0.poll_recv(cx).map(|line| {
-            line.map(|l| {
+            line.map(|mut l| {
+                audience.event_line(&mut l);
                 let mut bytes = serde_json::to_vec(&l)?;
                 bytes.push(b'\n');
                 Ok(Frame::data(bytes.into()))

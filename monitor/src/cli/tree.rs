@@ -56,6 +56,7 @@ impl Args {
             kernel_threads: self.all,
             color: style.color,
             width: style.width,
+            ..TreeQuery::default()
         };
         let (headers, mut answer) = client.get_text("/v1/tree", &query)?;
         if context.json {

@@ -31,6 +31,7 @@ impl Engine {
             at: self.wall(now),
             host: self.settings.host.clone(),
             processes: shown.into_iter().filter_map(|i| self.describe(i, now)).collect(),
+            unread: Vec::new(),
         })
     }
 

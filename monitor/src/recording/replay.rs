@@ -97,6 +97,7 @@ pub fn replay(
         at: String::new(),
         host: String::new(),
         processes: Vec::new(),
+        unread: Vec::new(),
     });
     let end = Line::End { kind: "end", truncated: player.truncated(), events, jobs: engine.jobs(), tree };
     out(end).map_err(ReplayError::Output)

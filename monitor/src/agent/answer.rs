@@ -13,9 +13,11 @@ use crate::api::{
 use crate::config::Config;
 use crate::enforce::audit;
 use crate::engine::{Answer, ExecJob, Input, JobPolicy, JobRecord, Output, Refused, Target};
+use crate::model::audience::Audience;
 use crate::model::key::Key;
-use crate::model::schema::{Alerts, EventLine, JobId, Jobs, State};
+use crate::model::schema::{Alert, Alerts, EventLine, JobId, Jobs, State};
 use crate::model::time::rfc3339;
+use crate::sources::proc::blocking;
 use crate::sources::{host, kernel};
 
 /// Most audit entries in one answer, the newest.
@@ -157,8 +159,9 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     if q.history || q.undelivered {
         let (center, q) = (core.center.clone(), q.clone());
         core.beside.spawn(async move {
+            let audience = q.audience;
             let mut undelivered: BTreeMap<_, Vec<_>> = BTreeMap::new();
-            let alerts = if q.undelivered {
+            let mut alerts: Vec<Alert> = if q.undelivered {
                 let owed = center.undelivered().await.into_iter();
                 owed.map(|u| {
                     undelivered.entry(u.alert.id.clone()).or_default().extend(u.undelivered);
@@ -170,6 +173,7 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
                     i64::try_from((host::boot_now() + host::boot_to_wall()) / 1_000_000).unwrap_or(i64::MAX);
                 center.history(q.since_s.map(|s| now.saturating_sub((s * 1e3) as i64))).await
             };
+            alerts.iter_mut().for_each(|a| audience.alert(a));
             let _ = reply.send(Ok(Alerts { alerts, undelivered }));
         });
         return;
@@ -178,6 +182,7 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     for a in &mut alerts {
         a.subject.iter_mut().for_each(|p| core.proc_reader.show(p));
         core.redact.alert(a);
+        q.audience.alert(a);
     }
     let _ = reply.send(Ok(Alerts { alerts, undelivered: BTreeMap::new() }));
 }
@@ -205,9 +210,9 @@ fn inside(core: &Core, pid: u32, container: &str) -> Result<Key, ApiError> {
 
 fn why(core: &mut Core, q: &WhyQuery, reply: Reply<crate::api::wire::Causes>) {
     let keys = match (&q.target, &q.container) {
-        (None, _) => return cause::of_all(core, reply),
+        (None, _) => return cause::of_all(core, q.audience, reply),
         (Some(Asked::Alert(id)), _) => match core.engine.alerts(true).into_iter().find(|a| a.id == *id) {
-            Some(alert) => return cause::of_one(core, alert, reply),
+            Some(alert) => return cause::of_one(core, alert, q.audience, reply),
             None => Err(ApiError::not_found("alert", id)),
         },
         (Some(Asked::Pid(pid)), Some(container)) => inside(core, *pid, container).map(|k| vec![k]),
@@ -222,7 +227,7 @@ fn why(core: &mut Core, q: &WhyQuery, reply: Reply<crate::api::wire::Causes>) {
         }),
     };
     match keys {
-        Ok(keys) => cause::of(core, keys, reply),
+        Ok(keys) => cause::of(core, keys, q.audience, reply),
         Err(e) => drop(reply.send(Err(e))),
     }
 }

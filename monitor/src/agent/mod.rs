@@ -43,7 +43,7 @@ use crate::recording;
 use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::{self, Kernel, Tracer};
-use crate::sources::proc::Proc;
+use crate::sources::proc::{self, Proc};
 use crate::state::{State, StateDir, StateDirError, StateWriter, Store};
 
 /// How long deliveries under way may take at a stop; what is left is sent after the next start.
@@ -249,6 +249,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
         let _ = tell.send(Internal::Saved(report));
     })
     .map_err(AgentError::Thread)?;
+    proc::blocking::keep_one();
     let proc = Proc::default();
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
     let of_this_boot = saved.as_ref().filter(|s| s.boot_id == boot_id);

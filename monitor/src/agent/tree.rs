@@ -9,12 +9,14 @@ use super::core::{Core, Internal};
 use super::proc_reader::ProcReader;
 use crate::api::{ApiError, Reply, TreeQuery as Asked};
 use crate::engine::{Observation, TreeQuery};
+use crate::model::audience::Audience;
 use crate::model::event::Comm;
 use crate::model::key::Key;
-use crate::model::schema::{State, Tree, text};
+use crate::model::schema::{State, Tree, Unread, text};
 use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::Kernel;
+use crate::sources::proc::blocking;
 
 /// From so many processes on the kernel is asked for the states of all at once, rather than /proc for each.
 const MANY: usize = 256;
@@ -26,6 +28,7 @@ struct Reader {
     kernel: Arc<Kernel>,
     proc_reader: ProcReader,
     redact: Arc<Redactor>,
+    audience: Audience,
 }
 
 pub(super) fn answer(core: &Core, q: &Asked, reply: Reply<Tree>) {
@@ -43,6 +46,7 @@ pub(super) fn answer(core: &Core, q: &Asked, reply: Reply<Tree>) {
         kernel: Arc::clone(&core.kernel),
         proc_reader: core.proc_reader.clone(),
         redact: Arc::clone(&core.redact),
+        audience: q.audience,
     };
     let internal = core.internal.clone();
     core.beside.spawn(async move {
@@ -74,6 +78,10 @@ pub(super) fn known(core: &Core, q: &Asked) -> Result<Tree, ApiError> {
     core.engine.tree(&query, host::boot_now()).map_err(refused)
 }
 
+fn unread(b: &blocking::Blocked) -> Unread {
+    Unread { pid: b.pid, what: b.what.to_owned(), blocked_s: b.since.elapsed().as_secs_f64() }
+}
+
 impl Reader {
     fn complete(&self, mut tree: Tree, states: Option<TaskStates>) -> (Tree, Vec<Observation>) {
         let states = states.unwrap_or_else(|| {
@@ -95,7 +103,11 @@ impl Reader {
             }
             // Last: what was read just now may hold a secret too.
             self.redact.process(p);
+            self.audience.process(p);
         }
+        let is_shown =
+            |b: &blocking::Blocked| tree.processes.iter().any(|p| p.pid == b.pid && p.state != State::Gone);
+        tree.unread = blocking::blocked().iter().filter(|b| is_shown(b)).map(unread).collect();
         (tree, read)
     }
 }

@@ -27,6 +27,7 @@ use super::{
     AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, ExecSignal, KillRequest, Peer, Reply,
     Request, Subscription, Target, TreeQuery, WhyQuery,
 };
+use crate::model::audience::Audience;
 use crate::model::tree_rows::TreeRows;
 
 /// How long the core may take for an answer that needs no waiting for processes.
@@ -120,6 +121,14 @@ impl<S: Sync> FromRequestParts<S> for Privileged {
     }
 }
 
+/// What may be shown to the peer. A connection without credentials is shown what everybody may see.
+impl<S: Sync> FromRequestParts<S> for Audience {
+    type Rejection = std::convert::Infallible;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(parts.extensions.get::<Peer>().map_or(Self::Nobody, Peer::audience))
+    }
+}
+
 /// A query string, strictly read.
 struct Args<T>(T);
 
@@ -175,8 +184,11 @@ type Answer<T> = Result<Json<T>, ApiError>;
 async fn tree(
     State(api): State<Api>,
     Extension(account): Extension<Arc<Account>>,
+    audience: Audience,
     Args(q): Args<TreeQuery>,
 ) -> Result<Response, ApiError> {
+    // Part of the key of a shared answer, so no reader gets the answer of another user.
+    let q = TreeQuery { audience, ..q };
     let answer = async {
         let permit = Arc::clone(&account.answers).acquire_owned().await.map_err(|_| ApiError::stopping())?;
         let trees = if account.owner == Owner::Root { &api.trees } else { &api.reader_trees };
@@ -220,7 +232,12 @@ async fn jobs(State(core): State<Core>) -> Answer<crate::model::schema::Jobs> {
     ask(&core, Some(ANSWER), Request::Jobs).await.map(Json)
 }
 
-async fn alerts(State(core): State<Core>, Args(q): Args<AlertQuery>) -> Answer<crate::model::schema::Alerts> {
+async fn alerts(
+    State(core): State<Core>,
+    audience: Audience,
+    Args(q): Args<AlertQuery>,
+) -> Answer<crate::model::schema::Alerts> {
+    let q = AlertQuery { audience, ..q };
     if let Some(s) = q.since_s {
         seconds("since", s)?;
     }
@@ -230,8 +247,10 @@ async fn alerts(State(core): State<Core>, Args(q): Args<AlertQuery>) -> Answer<c
 async fn why(
     State(core): State<Core>,
     Extension(account): Extension<Arc<Account>>,
+    audience: Audience,
     Args(q): Args<WhyQuery>,
 ) -> Answer<Causes> {
+    let q = WhyQuery { audience, ..q };
     if q.container.is_some() {
         account.rate.charge(SEARCH);
     }
@@ -342,6 +361,7 @@ async fn exec_signal(
 async fn events(
     State(core): State<Core>,
     Extension(account): Extension<Arc<Account>>,
+    audience: Audience,
     Args(q): Args<EventFilter>,
 ) -> Result<Response, ApiError> {
     if let Some(s) = q.since_s {
@@ -356,13 +376,14 @@ async fn events(
         .hint("close one: each `jobwarden events` is a stream")
     })?;
     let lines = ask(&core, Some(ANSWER), |r| Request::Events(q, r)).await?;
-    let body = Body::new(Lines { lines, _permit: permit });
+    let body = Body::new(Lines { lines, audience, _permit: permit });
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
 
 /// One JSON object a line, as long as the core and the client last.
 struct Lines {
     lines: Subscription,
+    audience: Audience,
     _permit: StreamPermit,
 }
 
@@ -374,8 +395,10 @@ impl HttpBody for Lines {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, serde_json::Error>>> {
+        let audience = self.audience;
         self.lines.poll_recv(cx).map(|line| {
-            line.map(|l| {
+            line.map(|mut l| {
+                audience.event_line(&mut l);
                 let mut bytes = serde_json::to_vec(&l)?;
                 bytes.push(b'\n');
                 Ok(Frame::data(bytes.into()))

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::{ApiError, Matched, Subscription, Target};
 use crate::enforce::audit;
+use crate::model::audience::Audience;
 use crate::model::kill::AskedBy;
 use crate::model::schema::{Alerts, JobId, Jobs, KillReport, Tree};
 
@@ -27,6 +28,14 @@ pub struct Peer {
     pub privileged: bool,
 }
 
+impl Peer {
+    /// What may be shown to this client. uid 0 of another pid namespace is root too: whoever gave it the socket decided that.
+    #[must_use]
+    pub const fn audience(&self) -> Audience {
+        if self.uid == 0 { Audience::Full } else { Audience::Reader { uid: self.uid, gid: self.gid } }
+    }
+}
+
 impl From<&Peer> for AskedBy {
     fn from(p: &Peer) -> Self {
         Self { uid: Some(p.uid), pid: Some(p.pid), exe: p.exe.clone(), rule: None }
@@ -37,6 +46,9 @@ impl From<&Peer> for AskedBy {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TreeQuery {
+    /// The server's word, never the client's; so in every query.
+    #[serde(skip)]
+    pub audience: Audience,
     /// Its ancestors, itself and its descendants.
     pub target: Option<Target>,
     /// Zombies, with their ancestors.
@@ -53,6 +65,8 @@ pub struct TreeQuery {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AlertQuery {
+    #[serde(skip)]
+    pub audience: Audience,
     /// Pending ones too, and the resolved that are still kept.
     pub all: bool,
     /// From the store: past ones.
@@ -75,6 +89,8 @@ pub struct EventFilter {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WhyQuery {
+    #[serde(skip)]
+    pub audience: Audience,
     /// None: of every firing alert.
     pub target: Option<Target>,
     /// `target` is then a pid as it is in this container.

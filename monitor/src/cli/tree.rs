@@ -50,6 +50,7 @@ impl Args {
             uid: self.user,
             container: self.container,
             rows: !context.json,
+            ..TreeQuery::default()
         };
         if context.json {
             print(&(client.get_text("/v1/tree", &query)? + "\n"))?;

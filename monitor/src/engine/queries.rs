@@ -41,6 +41,7 @@ impl Engine {
             at: self.view().wall(now),
             host: self.settings.host.clone(),
             processes: shown.into_iter().filter_map(|i| self.view().describe(i, now)).collect(),
+            unread: Vec::new(),
         })
     }
 

@@ -7,7 +7,7 @@ use std::ops::Deref;
 use serde::{Deserialize, Serialize};
 
 use super::key::Key;
-use super::schema::{Container, Exit, JobId, LineageKnown, Process, Ref, State, Tree};
+use super::schema::{Container, Exit, JobId, LineageKnown, Process, Ref, State, Tree, Unread};
 
 /// `tree` ([`Tree`]).
 #[derive(Debug, Serialize, Deserialize)]
@@ -16,6 +16,8 @@ pub struct TreeRows<'a> {
     pub at: Text<'a>,
     #[serde(borrow)]
     pub processes: Vec<Row<'a>>,
+    #[serde(default, skip_serializing_if = "<[Unread]>::is_empty")]
+    pub unread: Cow<'a, [Unread]>,
 }
 
 impl<'a> TreeRows<'a> {
@@ -30,7 +32,11 @@ impl<'a> TreeRows<'a> {
 
 impl<'a> From<&'a Tree> for TreeRows<'a> {
     fn from(t: &'a Tree) -> Self {
-        Self { at: text(&t.at), processes: t.processes.iter().map(Row::from).collect() }
+        Self {
+            at: text(&t.at),
+            processes: t.processes.iter().map(Row::from).collect(),
+            unread: Cow::Borrowed(&t.unread),
+        }
     }
 }
 

@@ -112,6 +112,7 @@ pub fn replay_frames<R: Read>(
         at: String::new(),
         host: String::new(),
         processes: Vec::new(),
+        unread: Vec::new(),
     });
     let end = Line::End { kind: "end", truncated: player.truncated(), events, jobs: engine.jobs(), tree };
     out(end).map_err(ReplayError::Output)?;

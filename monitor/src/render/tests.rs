@@ -92,7 +92,7 @@ fn incident() -> Vec<Process> {
 }
 
 fn draw(processes: Vec<Process>, style: Style) -> String {
-    let t = Tree { at: NOW.into(), host: "h".into(), processes };
+    let t = Tree { at: NOW.into(), host: "h".into(), processes, unread: Vec::new() };
     let jobs = HashMap::from([(JOB, "etl".to_owned())]);
     let users = |uid| (uid == 0).then(|| "root".to_owned());
     let causes = HashMap::new();
@@ -113,7 +113,7 @@ fn draw(processes: Vec<Process>, style: Style) -> String {
 /// The subject of a firing alert: what is known of its cause, and what to type.
 #[test]
 fn a_cause_among_the_notes() {
-    let t = Tree { at: NOW.into(), host: "h".into(), processes: incident() };
+    let t = Tree { at: NOW.into(), host: "h".into(), processes: incident(), unread: Vec::new() };
     let (worker, orphan) = (t.processes[1].id, t.processes[4].id);
     let causes = HashMap::from([(worker, Some(Verdict::ParentBlockedOnPipe)), (orphan, None)]);
     let (jobs, users) = (HashMap::new(), |_| None);

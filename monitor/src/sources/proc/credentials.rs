@@ -1,0 +1,121 @@
+//! Whose a process is: the credentials that decide what it may open, and whether a reader may look inside it.
+
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+
+use super::{Proc, read};
+use crate::model::audience::Audience;
+
+/// What is used of the credentials in /proc/PID/status (`credentials(7)`, `capabilities(7)`). Ids are those of the reader's user
+/// namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Credentials {
+    /// Real, effective, saved, file system.
+    pub uids: [u32; 4],
+    pub gids: [u32; 4],
+    pub groups: Vec<u32>,
+    pub permitted: u64,
+    pub effective: u64,
+}
+
+impl Credentials {
+    #[must_use]
+    pub const fn fs_uid(&self) -> u32 {
+        self.uids[3]
+    }
+
+    #[must_use]
+    pub fn in_group(&self, gid: u32) -> bool {
+        self.gids[3] == gid || self.groups.contains(&gid)
+    }
+}
+
+/// Parses /proc/PID/status; None unless all of it is there.
+#[must_use]
+pub fn parse_credentials(b: &[u8]) -> Option<Credentials> {
+    let value = |name: &[u8]| {
+        let line = b.split(|&c| c == b'\n').find_map(|l| l.strip_prefix(name))?;
+        std::str::from_utf8(line).ok()
+    };
+    let numbers = |name: &[u8]| -> Option<Vec<u32>> {
+        value(name)?.split_ascii_whitespace().map(|n| n.parse().ok()).collect()
+    };
+    let mask = |name: &[u8]| u64::from_str_radix(value(name)?.trim(), 16).ok();
+    Some(Credentials {
+        uids: numbers(b"Uid:")?.try_into().ok()?,
+        gids: numbers(b"Gid:")?.try_into().ok()?,
+        groups: numbers(b"Groups:")?,
+        permitted: mask(b"CapPrm:")?,
+        effective: mask(b"CapEff:")?,
+    })
+}
+
+/// Which program a process is running: its start, and where the stack of the program begins, which is another place after
+/// each exec (`randomize_va_space`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Incarnation {
+    start_ticks: u64,
+    start_stack: u64,
+}
+
+/// Fields 22 and 28 of /proc/PID/stat.
+fn parse_incarnation(b: &[u8]) -> Option<Incarnation> {
+    let rest = std::str::from_utf8(b.get(b.iter().rposition(|&c| c == b')')? + 1..)?).ok()?;
+    let mut fields = rest.split_ascii_whitespace();
+    let start_ticks = fields.nth(19)?.parse().ok()?;
+    Some(Incarnation { start_ticks, start_stack: fields.nth(5).and_then(|f| f.parse().ok()).unwrap_or(0) })
+}
+
+impl Proc {
+    pub fn credentials(&self, pid: u32) -> io::Result<Credentials> {
+        let path = self.path(pid, "status");
+        parse_credentials(&read(&path)?).ok_or_else(|| super::bad("no credentials in it", &path))
+    }
+
+    pub fn incarnation(&self, pid: u32) -> io::Result<Incarnation> {
+        let path = self.path(pid, "stat");
+        parse_incarnation(&read(&path)?)
+            .ok_or_else(|| super::bad("not in the form of proc_pid_stat(5)", &path))
+    }
+
+    /// Whether the audience may see what the kernel guards by `ptrace_may_access` (descriptors, system calls, memory): as the kernel
+    /// decides for a reader without capabilities, but that a process with any capability is refused. Gives what to compare afterwards.
+    fn inspectable(&self, pid: u32, uid: u32, gid: u32) -> io::Result<Incarnation> {
+        let before = self.incarnation(pid)?;
+        let c = self.credentials(pid)?;
+        // Of a process that is not dumpable (a setuid program was executed) these files are root's.
+        let owner = std::fs::symlink_metadata(self.path(pid, "fd"))?.uid();
+        let own = c.uids == [uid; 4] && c.gids == [gid; 4] && owner == uid && c.permitted == 0;
+        if own { Ok(before) } else { Err(refused(pid)) }
+    }
+
+    /// Runs a read of what the kernel guards, if the audience may see it.
+    ///
+    /// Race: the process may execute a setuid program between the check and the read. The check is repeated after the read, and
+    /// what was read is dropped unless it is still the same program of the same user.
+    pub(super) fn guarded<T>(&self, pid: u32, read: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let (uid, gid) = match self.audience {
+            Audience::Full => return read(),
+            Audience::Reader { uid, gid } => (uid, gid),
+            Audience::Nobody => return Err(refused(pid)),
+        };
+        let before = self.inspectable(pid, uid, gid)?;
+        let found = read()?;
+        if self.inspectable(pid, uid, gid)? == before { Ok(found) } else { Err(refused(pid)) }
+    }
+
+    /// The same for reads that are not made by [`Proc`].
+    #[must_use]
+    pub fn may_inspect(&self, pid: u32) -> Option<Incarnation> {
+        match self.audience {
+            Audience::Full => self.incarnation(pid).ok(),
+            Audience::Reader { uid, gid } => self.inspectable(pid, uid, gid).ok(),
+            Audience::Nobody => None,
+        }
+    }
+}
+
+fn refused(pid: u32) -> io::Error {
+    let text = format!("process {pid} is another user's: only root is shown what it does");
+    io::Error::new(io::ErrorKind::PermissionDenied, text)
+}

@@ -13,11 +13,9 @@ use crate::api::{
 use crate::config::Config;
 use crate::enforce::audit;
 use crate::engine::{Answer, ExecJob, Input, JobPolicy, JobRecord, Output, Refused, Target};
-use crate::model::audience::Audience;
 use crate::model::key::Key;
 use crate::model::schema::{Alert, Alerts, EventLine, JobId, Jobs, State};
 use crate::model::time::rfc3339;
-use crate::sources::proc::blocking;
 use crate::sources::{host, kernel};
 
 /// Most audit entries in one answer, the newest.

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use super::core::Core;
-use crate::engine::{AlertChange, Change, Input, Output};
+use crate::engine::{AlertChange, Input, Output};
 use crate::model::schema::AlertKind;
 use crate::sources::host;
 use crate::sources::kernel::Ring;

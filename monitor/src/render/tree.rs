@@ -86,7 +86,7 @@ pub fn tree(view: &TreeView<'_>, style: Style) -> String {
             stack.push((c, below.clone(), n + 1 < children.len(), depth + 1));
         }
     }
-    for u in &view.tree.unread {
+    for u in view.tree.unread.iter() {
         let line = format!("not read: {} of {}, blocked for {:.0} s", escape(&u.what), u.pid, u.blocked_s);
         out.push_str(&style.paint(Paint::Odd, &line));
         out.push('\n');

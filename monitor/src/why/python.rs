@@ -42,7 +42,6 @@ pub(super) fn where_it_is(frames: &[Evidence]) -> Option<String> {
 
 #[cfg(feature = "python")]
 mod spy {
-    use std::io::{self, Write as _};
     use std::os::unix::process::CommandExt as _;
     use std::path::Path;
     use std::process::{Command, ExitCode, Stdio};

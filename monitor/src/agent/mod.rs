@@ -226,6 +226,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
     let backend = Backend { requests: requests_tx, metrics: page.provider(), ready: ready_rx };
     let server = Server::serve(listeners, &api::Options::new(&config.agent, crate::VERSION), &backend)?;
     options.listening = server.tcp_address();
+    page.set_connections(server.connections());
 
     page.set_kernel(Arc::clone(&kernel));
     if let Some(tracer) = tracer {

@@ -11,6 +11,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::limit::Rate;
+use crate::metrics::StoreNumbers;
 
 /// The client that a connection is counted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -98,6 +99,8 @@ struct State {
     next: u64,
     open: BTreeMap<u64, Open>,
     accounts: HashMap<Owner, Arc<Account>>,
+    /// Connections that were closed for another one, or found no place.
+    evictions: u64,
 }
 
 /// The connections of one listener.
@@ -117,23 +120,8 @@ impl Pool {
     /// Makes room by closing an idle connection where a bound is reached. None: no connection can be closed.
     pub(super) fn admit(self: &Arc<Self>, owner: Owner) -> Option<Connection> {
         let mut state = self.lock();
-        let root = owner == Owner::Root;
-        if !root {
-            let own = state.open.values().filter(|o| o.owner == owner).count();
-            if own >= self.bounds.per_owner && !state.evict(|o| o.owner == owner) {
-                return None;
-            }
-            let readers = state.open.values().filter(|o| o.owner != Owner::Root).count();
-            if readers >= self.bounds.connections - self.bounds.reserve
-                && !state.evict(|o| o.owner != Owner::Root)
-            {
-                return None;
-            }
-        }
-        if state.open.len() >= self.bounds.connections
-            && !state.evict(|o| o.owner != Owner::Root)
-            && !(root && state.evict(|_| true))
-        {
+        if !self.make_room(&mut state, owner) {
+            state.evictions += 1;
             return None;
         }
         let account = self.account(&mut state, owner);
@@ -144,9 +132,37 @@ impl Pool {
         Some(Connection { slot: Arc::new(Slot { pool: Arc::clone(self), id }), account, evict })
     }
 
+    fn make_room(&self, state: &mut State, owner: Owner) -> bool {
+        let root = owner == Owner::Root;
+        if !root {
+            let own = state.open.values().filter(|o| o.owner == owner).count();
+            if own >= self.bounds.per_owner && !state.evict(|o| o.owner == owner) {
+                return false;
+            }
+            let readers = state.open.values().filter(|o| o.owner != Owner::Root).count();
+            let most = self.bounds.connections - self.bounds.reserve;
+            if readers >= most && !state.evict(|o| o.owner != Owner::Root) {
+                return false;
+            }
+        }
+        state.open.len() < self.bounds.connections
+            || state.evict(|o| o.owner != Owner::Root)
+            || (root && state.evict(|_| true))
+    }
+
     /// Closes the connection that has been idle longest. False: none is idle.
     pub(super) fn evict_one(&self) -> bool {
         self.lock().evict(|_| true)
+    }
+
+    pub(super) fn numbers(&self, store: &'static str) -> StoreNumbers {
+        let state = self.lock();
+        StoreNumbers {
+            store,
+            entries: state.open.len() as u64,
+            max: self.bounds.connections as u64,
+            evictions: state.evictions,
+        }
     }
 
     pub(super) const fn bounds(&self) -> &Bounds {
@@ -191,6 +207,7 @@ impl State {
         if let Some(o) = self.open.remove(&id) {
             o.evict.notify_one();
         }
+        self.evictions += 1;
         true
     }
 }
@@ -278,7 +295,8 @@ mod tests {
         drop(busy);
         let _more: Vec<_> = (0..2).map(|_| p.admit(Owner::Uid(1)).unwrap()).collect();
         assert!(closed(&b).await && closed(&d).await && !closed(&a).await && !closed(&other).await);
-        assert_eq!(p.lock().open.len(), 4);
+        let n = p.numbers("x");
+        assert_eq!((n.entries, n.max, n.evictions), (4, 8, 3));
     }
 
     #[tokio::test]

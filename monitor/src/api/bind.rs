@@ -217,6 +217,8 @@ pub(super) fn tcp(address: SocketAddr) -> Result<std::net::TcpListener, ServeErr
     // std sets SO_REUSEADDR, so a port in TIME_WAIT after a restart is no hindrance.
     let listener = std::net::TcpListener::bind(address).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
+    // std's own queue is short.
+    listen(listener.as_fd(), BACKLOG).map_err(io::Error::from).map_err(failed)?;
     Ok(listener)
 }
 

@@ -46,9 +46,9 @@ type Trees = Arc<SharedAnswers<TreeQuery, Result<Bytes, ApiError>>>;
 /// Of one processor's time, what the trees of readers may use together. Those of root are not bounded.
 const READERS_SHARE: f64 = 0.2;
 const ROOT_SHARE: f64 = 1e3;
-/// A reader's answer costs one request more for each of these.
+/// A reader's tree costs one request more for each of these bytes, and at most [`SEARCH`].
 const BYTES_A_REQUEST: f64 = 256e3;
-/// Cost of a request that makes the core look for a pid in every container, in requests.
+/// Cost of a request that makes the core look at every process, in requests.
 const SEARCH: f64 = 10.0;
 
 #[derive(Clone)]
@@ -198,7 +198,7 @@ async fn tree(
         };
         let json = trees.get(q, compute).await.ok_or_else(ApiError::stopping)??;
         if account.owner != Owner::Root {
-            account.rate.charge(json.len() as f64 / BYTES_A_REQUEST);
+            account.rate.charge((json.len() as f64 / BYTES_A_REQUEST).min(SEARCH));
         }
         Ok((permit, json))
     };

@@ -30,5 +30,5 @@ pub use request::{
     ExecSignal, ExtendReply, KillRequest, Notified, Peer, Reloaded, Reply, Request, Status, TreeQuery,
     WhyQuery,
 };
-pub use server::{Backend, Listeners, Metrics, MetricsPage, Options, Readiness, Server};
+pub use server::{Backend, ConnectionNumbers, Listeners, Metrics, MetricsPage, Options, Readiness, Server};
 pub use target::{Target, TargetError};

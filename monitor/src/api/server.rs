@@ -20,6 +20,7 @@ use super::admission::{Bounds, Owner, Pool};
 use super::bind::{self, Checked, ControlPath, PathWatch, ServeError};
 use super::connection::{self, stop_of};
 use super::{Peer, Request, control, peer, public, tcp_peer};
+use crate::metrics::StoreNumbers;
 use crate::metrics::encode::Format;
 
 /// Root's reserve is large: each of its `exec` and `kill` under way has a connection.
@@ -83,7 +84,11 @@ pub struct Server {
     tasks: JoinSet<()>,
     stop: watch::Sender<bool>,
     tcp: Option<SocketAddr>,
+    pools: Vec<(&'static str, Arc<Pool>)>,
 }
+
+/// How many connections there are, may be, and were closed or refused for want of a place.
+pub type ConnectionNumbers = Arc<dyn Fn() -> Vec<StoreNumbers> + Send + Sync>;
 
 /// Both sockets, bound and not yet served: clients wait.
 #[derive(Debug)]
@@ -121,26 +126,34 @@ impl Server {
         let unix = UnixListener::from_std(unix).map_err(at)?;
         let (stop, stopped) = watch::channel(false);
         let mut tasks = JoinSet::new();
-        let mut bound_tcp = None;
+        let (mut bound_tcp, mut pools) = (None, Vec::new());
         let (lost, path_lost) = watch::channel(None);
         if let Some((address, listener)) = tcp {
             let at = |source| ServeError::Listen { address, source };
             let listener = TcpListener::from_std(listener).map_err(at)?;
             bound_tcp = Some(listener.local_addr().map_err(at)?);
             let clients = Clients::new(TCP, public::router(backend, options, path_lost), &stopped);
+            pools.push(("tcp_connections", Arc::clone(&clients.pool)));
             tasks.spawn(serve_tcp(listener, clients));
         }
         let clients = Clients::new(UNIX, control::router(backend), &stopped);
+        pools.push(("control_connections", Arc::clone(&clients.pool)));
         let (restored_tx, restored) = mpsc::channel(1);
         tasks.spawn(serve_unix(unix, clients, restored));
         tasks.spawn(watch_path(path.watch(), restored_tx, lost));
-        Ok(Self { path, tasks, stop, tcp: bound_tcp })
+        Ok(Self { path, tasks, stop, tcp: bound_tcp, pools })
     }
 
     /// The address of the TCP listener, with the port that the kernel chose if it was 0.
     #[must_use]
     pub const fn tcp_address(&self) -> Option<SocketAddr> {
         self.tcp
+    }
+
+    #[must_use]
+    pub fn connections(&self) -> ConnectionNumbers {
+        let pools = self.pools.clone();
+        Arc::new(move || pools.iter().map(|(name, pool)| pool.numbers(name)).collect())
     }
 
     /// Takes no more, lets what is under way finish within two seconds, and removes the socket's file.
@@ -160,16 +173,27 @@ struct Clients {
     router: Router,
     stopped: watch::Receiver<bool>,
     connections: JoinSet<()>,
+    /// Connections that found no place, until they are told so.
+    refused: JoinSet<()>,
 }
+
+/// Refused connections that are told so at a time. Others are closed at once: they must not delay an accept.
+const REFUSED: usize = 32;
 
 impl Clients {
     fn new(bounds: Bounds, router: Router, stopped: &watch::Receiver<bool>) -> Self {
         let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let bounds = bounds.within(descriptors.map_or(usize::MAX, |n| n as usize));
-        Self { pool: Pool::new(bounds), router, stopped: stopped.clone(), connections: JoinSet::new() }
+        Self {
+            pool: Pool::new(bounds),
+            router,
+            stopped: stopped.clone(),
+            connections: JoinSet::new(),
+            refused: JoinSet::new(),
+        }
     }
 
-    /// Those that are refused or evicted have a task as well until they are closed; their number is bounded here.
+    /// Those that are evicted have a task as well until it runs and closes them; their number is bounded here.
     fn full(&self) -> bool {
         self.connections.len() >= 2 * self.pool.bounds().connections
     }
@@ -183,7 +207,10 @@ impl Clients {
             self.connections.spawn(connection::serve(stream, router, peer, admitted, stopped));
         } else {
             tracing::debug!(?owner, "connection rejected: too many");
-            self.connections.spawn(connection::refuse(stream));
+            while self.refused.try_join_next().is_some() {}
+            if self.refused.len() < REFUSED {
+                self.refused.spawn(connection::refuse(stream));
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::api::Status;
 use jobwarden::model::schema::AlertKind;
-use jobwarden_tests::agent::{Output, run};
+use jobwarden_tests::agent::{Options, Output, run};
 use jobwarden_tests::disk::Disk;
 use jobwarden_tests::fixture::program;
 use jobwarden_tests::{Agent, Fixture, Shape, eventually, fixture, loudly, ms};
@@ -151,8 +151,7 @@ fn a_full_disk_at_the_start() -> Result<()> {
     for folder_is_there in [true, false] {
         let name = if folder_is_there { "full" } else { "no-folder" };
         let at = fixture.path(name);
-        // Room for one inode less than the folder needs.
-        let disk = Disk::mount(&at, 256 << 10)?;
+        let disk = Disk::mount(&at, 4 << 20)?;
         let state = at.join("state");
         if folder_is_there {
             std::fs::create_dir(&state)?;
@@ -162,11 +161,9 @@ fn a_full_disk_at_the_start() -> Result<()> {
             disk.set_writable(false)?;
         }
         let config = "[zombies]\nafter = \"200ms\"\n";
-        let args = ["--state-dir", &state.to_string_lossy()];
-        let options = jobwarden_tests::agent::Options { config, args: &args, name, ..Default::default() };
-        std::fs::create_dir_all(fixture.path(&format!("{name}-agent")))?;
-        let agent_name = format!("{name}-agent");
-        let agent = Agent::with(&fixture, &jobwarden_tests::agent::Options { name: &agent_name, ..options })?;
+        let (args, name) = (["--state-dir", &*state.to_string_lossy()], format!("{name}-agent"));
+        let agent =
+            Agent::with(&fixture, &Options { config, args: &args, name: &name, ..Options::default() })?;
         reported(&agent, &state.to_string_lossy())?;
         let mut zombie = Shape::start(&fixture, "zombie", &["1"])?;
         zombie.fact::<u32>("dead")?;
@@ -247,7 +244,7 @@ fn an_unknown_variable_is_a_warning() -> Result<()> {
     for word in ["JOBWARDEN_NOPE", "JOBWARDEN_SOKET", "JOBWARDEN_SOCKET"] {
         ensure!(out.out().contains(word), "{out:?}");
     }
-    let agent = Agent::with(&fixture, &jobwarden_tests::agent::Options { env: &env, ..Default::default() })?;
+    let agent = Agent::with(&fixture, &Options { env: &env, ..Options::default() })?;
     ensure!(agent.log_tail().contains("JOBWARDEN_NOPE"), "{}", agent.log_tail());
     agent.stop()
 }

@@ -195,7 +195,8 @@ impl Core {
             writer: p.writer,
             storage: Storage::default(),
             reloads: Reloads::default(),
-            state_dirty: false,
+            // So that a disk that takes nothing is known from the start.
+            state_dirty: true,
             word_changed: false,
             facts_wanted: Vec::new(),
             facts_turns: Arc::new(Semaphore::new(

@@ -56,3 +56,29 @@ impl Audience {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_path_of_another_users_exec_is_left_out() {
+        let line = |uid: u32| -> EventLine {
+            serde_json::from_value(serde_json::json!({
+                "at": "t", "kind": "exec", "process": null, "filename": "/home/a/x", "argv": ["x"], "uid": uid,
+            }))
+            .unwrap()
+        };
+        for (audience, uid, seen) in [
+            (Audience::Full, 7, true),
+            (Audience::Reader { uid: 7, gid: 0 }, 7, true),
+            (Audience::Reader { uid: 8, gid: 7 }, 7, false),
+            (Audience::Nobody, 0, false),
+        ] {
+            let mut e = line(uid);
+            audience.event_line(&mut e);
+            assert_eq!(e.more["filename"].is_string(), seen, "{audience:?}");
+            assert_eq!(e.more["argv"], serde_json::json!(["x"]));
+        }
+    }
+}

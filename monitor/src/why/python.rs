@@ -151,8 +151,12 @@ mod spy {
         if !libraries_are_files(&Proc::default(), pid) {
             return None;
         }
-        let config =
-            py_spy::Config { blocking: py_spy::config::LockingStrategy::NonBlocking, ..Default::default() };
+        let config = py_spy::Config {
+            blocking: py_spy::config::LockingStrategy::NonBlocking,
+            // Short names are made by looking for `__init__.py` along paths that the process chose.
+            full_filenames: true,
+            ..Default::default()
+        };
         let mut spy = py_spy::PythonSpy::new(i32::try_from(pid).ok()?, &config).ok()?;
         // What was changed while it was read gives an error: once more, then.
         let traces = spy.get_stack_traces().or_else(|_| spy.get_stack_traces()).ok()?;

@@ -229,13 +229,13 @@ fn wait(id: u64, jobs: &Receiver<Job>) -> Option<Job> {
     }
 }
 
-/// Gives this thread an empty descriptor table of its own.
+/// Gives this thread a descriptor table of its own, with nothing but the standard streams, which a child process needs in their place.
 fn own_descriptors() {
     const CLOSE_RANGE_UNSHARE: libc::c_uint = 1 << 1;
     // SAFETY: takes no pointer. With UNSHARE only this thread's own, new table is changed: no descriptor of others is closed. Where
     // it is refused (a seccomp filter), the thread goes on with the common table.
     let _ = unsafe {
-        libc::syscall(libc::SYS_close_range, 0 as libc::c_uint, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE)
+        libc::syscall(libc::SYS_close_range, 3 as libc::c_uint, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE)
     };
 }
 
@@ -298,7 +298,7 @@ mod tests {
         let here = std::fs::File::open("/proc/self/stat").unwrap();
         let fd = std::os::fd::AsRawFd::as_raw_fd(&here);
         let open = run(4_200_000_000, "memory", Path::new("/"), LIMIT, move || {
-            Ok((0..64).filter(|n| std::fs::read_link(format!("/proc/thread-self/fd/{n}")).is_ok()).count())
+            Ok((3..64).filter(|n| std::fs::read_link(format!("/proc/thread-self/fd/{n}")).is_ok()).count())
         });
         assert_eq!(open.unwrap(), 0);
         assert!(std::fs::read_link(format!("/proc/self/fd/{fd}")).is_ok());

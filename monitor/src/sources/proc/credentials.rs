@@ -119,3 +119,100 @@ fn refused(pid: u32) -> io::Error {
     let text = format!("process {pid} is another user's: only root is shown what it does");
     io::Error::new(io::ErrorKind::PermissionDenied, text)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt as _;
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn parsed_as_the_kernel_writes_them() {
+        let text = b"Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t9 10 \nCapPrm:\t0000000000000006\nCapEff:\t4\n";
+        let c = parse_credentials(text).unwrap();
+        assert_eq!((c.uids, c.gids, c.permitted, c.effective), ([1, 2, 3, 4], [5, 6, 7, 8], 6, 4));
+        assert!(c.in_group(8) && c.in_group(10) && !c.in_group(5));
+        assert_eq!(parse_credentials(b"Uid:\t1\t2\t3\n"), None);
+        assert_eq!(
+            parse_credentials(&[&text[..], b"CapPrm: x"].concat()[9..]),
+            None,
+            "no first line, no user"
+        );
+        let (p, me) = (Proc::default(), std::process::id());
+        assert_eq!(p.credentials(me).unwrap().uids[1], rustix::process::geteuid().as_raw());
+    }
+
+    /// `sleep`, as another user.
+    struct Sleep(std::process::Child);
+
+    impl Sleep {
+        fn new(uid: u32, gid: u32) -> Self {
+            let child = Command::new("sleep").arg("60").uid(uid).gid(gid).spawn().unwrap();
+            // Until it has executed it, it is this program, and not dumpable.
+            while std::fs::read(format!("/proc/{}/comm", child.id())).unwrap() != b"sleep\n" {
+                std::thread::yield_now();
+            }
+            Self(child)
+        }
+    }
+
+    impl Drop for Sleep {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn a_reader_is_shown_the_inside_of_own_processes_only() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("SKIPPED: credentials: needs root, for processes of other users");
+            return;
+        }
+        let (own, group, root) = (Sleep::new(65534, 65533), Sleep::new(65534, 65532), Sleep::new(0, 0));
+        let reader = Audience::Reader { uid: 65534, gid: 65533 };
+        let all = [(&own, reader, true), (&group, reader, false), (&root, reader, false)];
+        let never = [(&own, Audience::Nobody, false), (&root, Audience::Reader { uid: 0, gid: 0 }, false)];
+        for (process, audience, may) in all.into_iter().chain(never).chain([(&root, Audience::Full, true)]) {
+            let (proc, pid) = (Proc::default().for_audience(audience), process.0.id());
+            let reads: [(&str, bool); 9] = [
+                ("exe", proc.exe(pid).is_ok()),
+                ("fd", proc.fds(pid).is_ok()),
+                ("a link", proc.fd_link(pid, 0).is_ok()),
+                ("fdinfo", proc.fdinfo(pid, 0).is_ok()),
+                ("attributes", proc.attributes(pid, "fd/0").is_ok()),
+                ("syscall", proc.syscall(pid, pid).is_ok()),
+                ("environ", proc.environ(pid, 10).is_ok()),
+                ("maps", proc.maps(pid, "/")),
+                ("all", proc.may_inspect(pid).is_some()),
+            ];
+            for (what, read) in reads {
+                assert_eq!(read, may, "{what} for {audience:?}");
+            }
+            assert!(proc.argv(pid).is_ok() && proc.stat(pid).is_ok() && proc.status(pid).is_ok());
+        }
+    }
+
+    #[test]
+    fn an_exec_makes_another_incarnation() {
+        let mut c = Command::new("sh");
+        let mut child =
+            c.args(["-c", "read x; exec sleep 60"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let (p, pid) = (Proc::default(), child.id());
+        let comm = |name: &[u8]| {
+            while std::fs::read(format!("/proc/{pid}/comm")).unwrap() != name {
+                std::thread::yield_now();
+            }
+        };
+        comm(b"sh\n");
+        let before = p.incarnation(pid).unwrap();
+        assert_eq!(p.incarnation(pid).unwrap(), before);
+        drop(child.stdin.take());
+        comm(b"sleep\n");
+        let fixed = std::fs::read("/proc/sys/kernel/randomize_va_space").is_ok_and(|b| b == b"0\n");
+        assert!(fixed || p.incarnation(pid).unwrap() != before);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}

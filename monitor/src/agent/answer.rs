@@ -17,6 +17,8 @@ use crate::model::schema::{Alerts, EventLine, JobId, Jobs, State, Tree, text};
 use crate::model::time::rfc3339;
 use crate::sources::{host, kernel};
 
+/// How old a registration by `exec` may be: half of what the client waits for the answer, so that the answer is in time.
+const REGISTRATION_AGE: Duration = Duration::from_millis(crate::exec::REGISTRATION.as_millis() as u64 / 2);
 /// Most audit entries in one answer, the newest.
 const AUDIT_MAX: usize = 10_000;
 /// From so many processes on the kernel is asked for the states of all at once, rather than /proc for each.
@@ -24,6 +26,7 @@ const MANY: usize = 256;
 
 pub(super) fn answer(core: &mut Core, r: Request) {
     match r {
+        Request::Ping(reply) => drop(reply.send(Ok(()))),
         Request::Tree(q, reply) => drop(reply.send(tree(core, &q))),
         Request::Jobs(reply) => drop(reply.send(Ok(Jobs { jobs: core.engine.jobs() }))),
         Request::Extend { job, by, peer, reply } => {
@@ -74,7 +77,9 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::ExecRegister { exec, peer, reply } => {
             let done = register(core, exec, &peer);
             audited(core, &peer, "exec", &done);
-            let _ = reply.send(done);
+            if let Err(Ok(unheard)) = reply.send(done) {
+                unregister(core, unheard.job);
+            }
         }
         Request::ExecEnd { end, peer, reply } => kill::exec_end(core, &end, &peer, reply),
         Request::ExecSignal { signal, peer, reply } => {
@@ -318,9 +323,21 @@ fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<A
     });
 }
 
+/// The client has gone and does not know of its job: it holds it without the agent.
+fn unregister(core: &mut Core, job: JobId) {
+    let mut fx = Vec::new();
+    // It has just been registered, so it is known.
+    let _ = core.engine.release(job, host::boot_now(), &mut fx);
+    core.apply(fx);
+}
+
 /// A job of `exec`: in the kernel's maps before the reply, so before its root's first instruction.
 fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegistered, ApiError> {
     let now = host::boot_now();
+    if e.asked_at.is_some_and(|at| now.saturating_sub(at) > REGISTRATION_AGE.as_nanos() as u64) {
+        let message = "the request is too old: the agent could not answer in time";
+        return Err(ApiError::new(Class::Unavailable, "too-late", message));
+    }
     // Held by the client and not reaped, so this pid means no other.
     let start = crate::enforce::Lineage::start_of(&*core.kernel, e.pid)
         .map_err(|err| ApiError::failed(format!("the start of process {}: {err}", e.pid)))?

@@ -42,6 +42,7 @@ type Core = mpsc::Sender<Request>;
 
 pub(super) fn router(backend: &Backend) -> Router {
     Router::new()
+        .route("/v1/ping", get(ping))
         .route("/v1/tree", get(tree))
         .route("/v1/jobs", get(jobs))
         .route("/v1/alerts", get(alerts))
@@ -141,6 +142,10 @@ async fn ask<T>(
 }
 
 type Answer<T> = Result<Json<T>, ApiError>;
+
+async fn ping(State(core): State<Core>) -> Answer<()> {
+    ask(&core, Some(ANSWER), Request::Ping).await.map(Json)
+}
 
 async fn tree(State(core): State<Core>, Args(q): Args<TreeQuery>) -> Result<Response, ApiError> {
     let mut tree = ask(&core, Some(ANSWER), |r| Request::Tree(q.clone(), r)).await?;

@@ -12,7 +12,9 @@ use crate::model::key::Key;
 use crate::model::kill::{Reason, What};
 use crate::model::schema::{AlertKind, JobId, KillReport, State};
 
-/// A supervisor of an `exec` job that is alive has this long, after deadline and grace, before an alert says it failed.
+/// How late the supervisor of an `exec` job may act on the deadline before the agent does: a member may have stopped it.
+const SUPERVISOR_SLACK: u64 = SECOND;
+/// How long an end that the supervisor has asked for may take, after its grace, before an alert says that it failed.
 const EXEC_SLACK: u64 = 2 * SECOND;
 pub(super) const MINUTE: u64 = 60 * SECOND;
 
@@ -58,19 +60,37 @@ impl Enforcement {
 }
 
 impl Engine {
-    /// When the deadline is acted upon: that of an `exec` job by its supervisor, unless that one fails to.
     pub(super) fn set_deadline(&mut self, g: Idx) {
-        let Some(r) = self.jobs.get(g).map(|j| &j.record) else { return };
-        let Some(deadline) = r.deadline else { return };
-        let slack = if r.supervisor.is_some() { r.policy.grace_ns.saturating_add(EXEC_SLACK) } else { 0 };
-        self.timers.set(deadline.saturating_add(slack), Timer::Deadline(r.number));
+        if let Some(r) = self.jobs.get(g).map(|j| &j.record)
+            && let Some(due) = self.deadline_acted_on(r)
+        {
+            self.timers.set(due, Timer::Deadline(r.number));
+        }
+    }
+
+    /// When the engine acts on the deadline: later where a supervisor does so itself. One that passed while the agent was
+    /// down could not be acted on by the supervisor either.
+    fn deadline_acted_on(&self, r: &JobRecord) -> Option<u64> {
+        let deadline = r.deadline?;
+        Some(match r.supervisor {
+            Some(_) => deadline.max(self.ready.unwrap_or(0)).saturating_add(SUPERVISOR_SLACK),
+            None => deadline,
+        })
     }
 
     pub(super) fn deadline_due(&mut self, number: u64, now: u64, fx: &mut Vec<Effect>) {
         let Some(g) = self.jobs.by_number(number) else { return };
         // Nothing is decided about those who run before it is known who runs; `become_ready` sets the timer again.
-        let (Some(ready), Some(j)) = (self.ready, self.jobs.get_mut(g)) else { return };
-        let Some(deadline) = j.record.deadline.filter(|&d| d <= now && j.done.is_none()) else { return };
+        let (Some(ready), Some(j)) = (self.ready, self.jobs.get(g)) else { return };
+        // A timer from before the deadline was moved.
+        if j.done.is_some() || self.deadline_acted_on(&j.record).is_none_or(|due| due > now) {
+            return;
+        }
+        if j.record.supervisor.is_some() {
+            return self.supervised_deadline_due(g, now, fx);
+        }
+        let Some(j) = self.jobs.get_mut(g) else { return };
+        let Some(deadline) = j.record.deadline else { return };
         if !j.record.expired {
             j.record.expired = true;
             let job = Box::new(j.record.clone());
@@ -93,6 +113,36 @@ impl Engine {
             }
         }
         self.timeout_alert(g, deadline, kill.as_deref(), now, fx);
+    }
+
+    /// The deadline of an `exec` job, whose supervisor should have acted on it by now.
+    fn supervised_deadline_due(&mut self, g: Idx, now: u64, fx: &mut Vec<Effect>) {
+        let Some(j) = self.jobs.get_mut(g) else { return };
+        let Some(deadline) = j.record.deadline else { return };
+        let number = j.record.number;
+        if j.killing.is_some() {
+            let failed = deadline.saturating_add(j.record.policy.grace_ns).saturating_add(EXEC_SLACK);
+            if now < failed {
+                return self.timers.set(failed, Timer::Deadline(number));
+            }
+        }
+        let act = j.killing.is_none() && !j.timed_kill;
+        j.timed_kill |= act;
+        if !j.record.expired {
+            j.record.expired = true;
+            let job = Box::new(j.record.clone());
+            fx.push(Effect::Job { job, label: false });
+        }
+        // As for a supervisor that died, neither the fuse nor `enforcement` is asked: this end was ordered by who ran `exec`.
+        if act {
+            self.order(g, Reason::Exec, What::Whole, fx);
+        }
+        let text = if act {
+            "Its `exec` did not act on it in time: it is being ended."
+        } else {
+            "It is being ended."
+        };
+        self.timeout_alert(g, deadline, Some(text), now, fx);
     }
 
     fn timeout_alert(&mut self, g: Idx, deadline: u64, kill: Option<&str>, now: u64, fx: &mut Vec<Effect>) {
@@ -214,6 +264,7 @@ impl Engine {
         if let Some(j) = self.jobs.by_id(id).and_then(|g| self.jobs.get_mut(g)) {
             j.killing = Some(reason);
             j.killed = true;
+            j.timed_kill |= reason == Reason::Exec;
         }
     }
 
@@ -234,6 +285,8 @@ impl Engine {
             j.killed |= whole;
             return;
         }
+        // One that was under way at the deadline, and was not about all of the job.
+        let recheck = !j.timed_kill;
         // A kill of some orphans does not make the job a killed one, unless the job ends by it.
         j.killed |= whole || j_is_empty(&self.forest, g);
         let failed = match report {
@@ -251,6 +304,9 @@ impl Engine {
         } else {
             let text = summary::job_over(self, g, "who survived was ended");
             self.clear(name, text, now, fx);
+        }
+        if recheck {
+            self.set_deadline(g);
         }
         self.plan_orphans(g, now);
     }

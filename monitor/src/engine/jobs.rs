@@ -32,7 +32,7 @@ pub(super) struct Job {
     pub(super) killing: Option<Reason>,
     /// It was ended on somebody's order.
     pub(super) killed: bool,
-    /// Its end was ordered because its deadline had passed.
+    /// Its end was ordered because its deadline had passed, or by its `exec`: the deadline is not acted on again.
     pub(super) timed_kill: bool,
     /// Boot-time ns of its end.
     pub(super) done: Option<u64>,
@@ -173,6 +173,8 @@ impl Engine {
         }
         let key = self.forest.node(root).key;
         let number = b.number.unwrap_or_else(|| self.jobs.free_number(now));
+        // CMD of an `exec` was forked a while ago, and starts as soon as this is answered.
+        let from = if b.rule.is_some() { key.start } else { now };
         let record = JobRecord {
             number,
             id: JobId { root: key, ordinal: b.ordinal },
@@ -180,7 +182,7 @@ impl Engine {
             rule: b.rule,
             outer: self.jobs.get(outer).map_or(0, |j| j.record.number),
             started: key.start,
-            deadline: b.policy.timeout_ns.map(|t| key.start.saturating_add(t)),
+            deadline: b.policy.timeout_ns.map(|t| from.saturating_add(t)),
             policy: b.policy,
             existing: b.existing,
             supervisor: b.supervisor,

@@ -48,6 +48,7 @@ async fn core(mut requests: mpsc::Receiver<Request>) {
                 let known = q.target.is_none();
                 drop(reply.send(if known { Ok(tree) } else { Err(ApiError::not_found("process", "7")) }));
             }
+            Request::Ping(reply) => drop(reply.send(Ok(()))),
             Request::Jobs(reply) => drop(reply.send(Ok(Jobs { jobs: vec![] }))),
             Request::Alerts(_, reply) => drop(
                 reply.send(Ok(Alerts { alerts: vec![], undelivered: std::collections::BTreeMap::new() })),

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::core::Core;
+use super::core::{Core, Internal};
 use super::{cause, kill};
 use crate::api::{
     AlertQuery, ApiError, AuditLines, Class, EnforcementStatus, ExecRegistered, ExecRequest, ExtendReply,
@@ -18,11 +18,14 @@ use crate::model::schema::{Alert, Alerts, EventLine, JobId, Jobs, State};
 use crate::model::time::rfc3339;
 use crate::sources::{host, kernel};
 
+/// How old a registration by `exec` may be: half of what the client waits for the answer, so that the answer is in time.
+const REGISTRATION_AGE: Duration = Duration::from_millis(crate::exec::REGISTRATION.as_millis() as u64 / 2);
 /// Most audit entries in one answer, the newest.
 const AUDIT_MAX: usize = 10_000;
 
 pub(super) fn answer(core: &mut Core, r: Request) {
     match r {
+        Request::Ping(reply) => drop(reply.send(Ok(()))),
         Request::Tree(q, reply) => super::tree::answer(core, &q, reply),
         Request::Jobs(reply) => drop(reply.send(Ok(Jobs { jobs: core.engine.jobs() }))),
         Request::Extend { job, by, peer, reply } => {
@@ -74,7 +77,7 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::ExecRegister { exec, peer, reply } => {
             let done = register(core, exec, &peer);
             audited(core, &peer, "exec", &done);
-            reply_when_saved(core, reply, done);
+            reply_to_registration(core, reply, done);
         }
         Request::ExecEnd { end, peer, reply } => kill::exec_end(core, &end, &peer, reply),
         Request::ExecSignal { signal, peer, reply } => {
@@ -93,6 +96,19 @@ pub(super) fn reply_when_saved<T: Send + 'static>(core: &Core, reply: Reply<T>, 
     core.beside.spawn(async move {
         saved.await;
         let _ = reply.send(done);
+    });
+}
+
+/// As [`reply_when_saved`]. A client that is gone by then never learns of its job: the job is released.
+fn reply_to_registration(core: &Core, reply: Reply<ExecRegistered>, done: Result<ExecRegistered, ApiError>) {
+    let (saved, internal) = (core.when_saved(), core.internal.clone());
+    core.beside.spawn(async move {
+        if done.is_ok() {
+            saved.await;
+        }
+        if let Err(Ok(unheard)) = reply.send(done) {
+            let _ = internal.send(Internal::Unheard(unheard.job));
+        }
     });
 }
 
@@ -309,9 +325,21 @@ fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<A
     });
 }
 
+/// The client has gone and does not know of its job: it holds it without the agent.
+pub(super) fn unregister(core: &mut Core, job: JobId) {
+    let mut out = Output::default();
+    // It has just been registered, so it is known.
+    core.engine.handle(Input::ReleaseJob { job }, host::boot_now(), &mut out);
+    core.apply(out);
+}
+
 /// A job of `exec`: in the kernel's maps before the reply, so before its root's first instruction.
 fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegistered, ApiError> {
     let now = host::boot_now();
+    if e.asked_at.is_some_and(|at| now.saturating_sub(at) > REGISTRATION_AGE.as_nanos() as u64) {
+        let message = "the request is too old: the agent could not answer in time";
+        return Err(ApiError::new(Class::Unavailable, "too-late", message));
+    }
     // Held by the client and not reaped, so this pid means no other.
     let start = crate::enforce::Lineage::start_of(&*core.kernel, e.pid)
         .map_err(|err| ApiError::failed(format!("the start of process {}: {err}", e.pid)))?

@@ -77,6 +77,8 @@ pub(super) enum Internal {
     },
     /// The state was written or could not be, or files of the state directory are damaged.
     Saved(Report),
+    /// The client of this `exec` job did not get the reply to its registration.
+    Unheard(JobId),
     /// An alert could not be stored, or could be again.
     Storage(Option<String>),
     /// Stores outside of the engine are full, or have room again.
@@ -481,6 +483,7 @@ impl Core {
                 self.engine.handle(input, now, &mut out);
             }
             Internal::Saved(report) => self.saved(report),
+            Internal::Unheard(job) => super::answer::unregister(self, job),
             Internal::Storage(wrong) => {
                 if wrong.is_none() {
                     self.resubmit();

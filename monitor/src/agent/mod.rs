@@ -107,13 +107,7 @@ pub enum AgentError {
 pub fn run(options: Options) -> Result<(), AgentError> {
     let begun = Privileged::new(&options)?;
     options.log.start().map_err(AgentError::Log)?;
-    let others = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .max_blocking_threads(16)
-        .thread_name("jobwarden")
-        .enable_all()
-        .build()
-        .map_err(AgentError::Runtime)?;
+    let others = background_runtime().map_err(AgentError::Runtime)?;
     let own =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AgentError::Runtime)?;
     let done = others.block_on(serve(options, begun)).and_then(|(core, beside)| {
@@ -126,6 +120,27 @@ pub fn run(options: Options) -> Result<(), AgentError> {
     // Facts of a process that blocks its readers may never come: nobody waits for them.
     others.shutdown_timeout(Duration::from_millis(200));
     done
+}
+
+/// tokio panics where it cannot make its threads (a limit of processes): an error like any other here.
+fn background_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let build = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .max_blocking_threads(16)
+            .thread_name("jobwarden")
+            .enable_all()
+            .build()
+    };
+    // The error is reported once, by the caller. No other thread runs yet that could panic meanwhile.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let built = std::panic::catch_unwind(build);
+    std::panic::set_hook(hook);
+    built.unwrap_or_else(|panic| {
+        let why = panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".into());
+        Err(std::io::Error::other(why))
+    })
 }
 
 /// What needs privileges that are given up then: made by the one thread that there is.

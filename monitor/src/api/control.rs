@@ -66,6 +66,7 @@ impl FromRef<Api> for Core {
 
 pub(super) fn router(backend: &Backend) -> Router {
     Router::new()
+        .route("/v1/ping", get(ping))
         .route("/v1/tree", get(tree))
         .route("/v1/jobs", get(jobs))
         .route("/v1/alerts", get(alerts))
@@ -179,6 +180,10 @@ fn no_answer(within: Duration) -> ApiError {
 }
 
 type Answer<T> = Result<Json<T>, ApiError>;
+
+async fn ping(State(core): State<Core>) -> Answer<()> {
+    ask(&core, Some(ANSWER), Request::Ping).await.map(Json)
+}
 
 /// Made once for all that ask for the same tree, readers apart from root: a flood of theirs does not delay its answers.
 async fn tree(

@@ -136,6 +136,10 @@ pub struct ExecRequest {
     /// The number under which `exec` has entered the job into the kernel's maps already; None: the agent does.
     #[serde(default)]
     pub number: Option<u64>,
+    /// Boot-time nanoseconds when the client asked. A client waits no longer than [`REGISTRATION`](crate::exec::REGISTRATION): if the
+    /// agent was stopped meanwhile, the client holds the job without it by now, or is gone, and its pids may mean others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked_at: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -266,6 +270,8 @@ pub struct Notified {
 /// Everything that can be asked. Those with a [`Peer`] change something and are to be audited.
 #[derive(Debug)]
 pub enum Request {
+    /// Whether the core turns: a client that waits for something else asks this.
+    Ping(Reply<()>),
     Tree(TreeQuery, Reply<Tree>),
     Jobs(Reply<Jobs>),
     Extend {

@@ -36,7 +36,7 @@ pub(super) struct Job {
     pub(super) killing: Option<Reason>,
     /// It was ended by an order.
     pub(super) killed: bool,
-    /// Its end was ordered because its deadline had passed.
+    /// Its end was ordered because its deadline had passed, or by its `exec`: the deadline is not acted on again.
     pub(super) timed_kill: bool,
     /// Boot-time ns of its end.
     pub(super) done: Option<u64>,
@@ -219,6 +219,8 @@ impl Jobs {
         }
         let in_kernel = new.number.is_some();
         let number = new.number.unwrap_or_else(|| self.free_number(turn.now));
+        // CMD of an `exec` was forked a while ago, and starts as soon as this is answered.
+        let from = if new.rule.is_some() { key.start } else { turn.now };
         let record = JobRecord {
             number,
             id: JobId { root: key, ordinal: new.ordinal },
@@ -226,7 +228,7 @@ impl Jobs {
             rule: new.rule,
             outer: self.number(outer).unwrap_or(0),
             started: key.start,
-            deadline: new.policy.timeout_ns.map(|t| key.start.saturating_add(t)),
+            deadline: new.policy.timeout_ns.map(|t| from.saturating_add(t)),
             policy: new.policy,
             existing: new.existing,
             supervisor: new.supervisor,

@@ -46,6 +46,7 @@ pub(super) fn started(id: JobId, reason: Reason, jobs: &mut Jobs) {
     if let Some(j) = jobs.by_id(id).and_then(|g| jobs.get_mut(g)) {
         j.killing = Some(reason);
         j.killed = true;
+        j.timed_kill |= reason == Reason::Exec;
     }
 }
 

@@ -279,7 +279,7 @@ impl Engine {
     }
 
     fn set_deadline(&mut self, g: Idx, out: &mut Output) {
-        deadlines::set(g, &self.jobs, turn!(self, out));
+        deadlines::set(g, self.ready, &self.jobs, turn!(self, out));
     }
 
     fn clear_job_alerts(&mut self, kinds: &[AlertKind], g: Idx, why: &str, out: &mut Output) {

@@ -16,6 +16,8 @@ mod watcher;
 
 use std::time::{Duration, Instant};
 
+use self::agent::NotRegistered;
+pub(crate) use self::agent::REGISTRATION;
 pub use self::options::{ExecError, Options};
 use self::report::{Ended, Report};
 pub use self::status::Finish;
@@ -37,13 +39,14 @@ enum Warden {
 }
 
 impl Warden {
-    /// Registers the held command: with the agent if one answers, else alone.
-    fn of(o: &Options, pid: u32) -> Result<Self, ExecError> {
+    /// Registers the held command: with the agent if one answers, else alone; and what is to be said of that.
+    fn of(o: &Options, pid: u32) -> Result<(Self, Option<String>), ExecError> {
         match agent::Agent::register(o, pid) {
-            Ok(a) => Ok(Self::Agent(a)),
-            Err(no_agent) => match alone::Alone::start(o, pid) {
-                Ok(a) => Ok(Self::Alone(a)),
-                Err(alone) => Err(ExecError::NoWarden { agent: no_agent, alone }),
+            Ok(a) => Ok((Self::Agent(a), None)),
+            Err(NotRegistered::Failed(e)) => Err(e),
+            Err(NotRegistered::NoAgent { why, silent }) => match alone::Alone::start(o, pid) {
+                Ok(a) => Ok((Self::Alone(a), silent.then(|| format!("{why}; going on without it")))),
+                Err(alone) => Err(ExecError::NoWarden { agent: why, alone }),
             },
         }
     }
@@ -93,9 +96,12 @@ fn run_held(
     let begun = Instant::now();
     let mut cage = ExecCgroup::default();
     let pid = held.pid.as_raw_nonzero().get() as u32;
-    let ready = cage.shut(o, pid).and_then(|()| Warden::of(&cage.with(o), pid)).and_then(|warden| {
+    let ready = cage.shut(o, pid).and_then(|()| Warden::of(&cage.with(o), pid)).and_then(|(warden, note)| {
         // After the watcher's fork, and before CMD can use up all threads.
         let stderr = output::Background::start().map_err(ExecError::io("make a thread"))?;
+        if let Some(note) = note {
+            error_line(format_args!("jobwarden: {note}"));
+        }
         Ok((warden, stderr))
     });
     let (warden, stderr) = match ready {
@@ -106,6 +112,12 @@ fn run_held(
             return Err(e);
         }
     };
+    if let Some(n) = signals.pending() {
+        // To a program that has not begun, its usual effect.
+        held.abandon();
+        warden.job_ended();
+        return Ok(Finish::Signal(n));
+    }
     warden.begin(o);
     let supervisor = Supervisor::new(o, held.pid, &warden, signals, &terminal);
     held.release();

@@ -179,7 +179,14 @@ impl<'a> Supervisor<'a> {
             Warden::Alone(a) => a.pass(self.o, number),
         };
         if let Err(e) = passed {
-            self.trouble.push(format!("{} was not passed on: {e}", crate::model::signal::name(number)));
+            // CMD at least: not reaped, so its pid is its own.
+            if let Some(signal) = Signal::from_named_raw(came.number).filter(|_| self.status.is_none()) {
+                let _ = kill_process(self.pid, signal);
+            }
+            self.trouble.push(format!(
+                "{} was passed on to the command only: {e}",
+                crate::model::signal::name(number)
+            ));
         }
     }
 

@@ -94,6 +94,13 @@ impl Engine {
             DeadlineKill::Waits => {
                 Some("It passed while jobwarden was down; the job has one more grace.".to_owned())
             }
+            // As for a supervisor that died, neither the fuse nor the enforcement setting is asked: `exec` ordered this end.
+            DeadlineKill::InPlaceOfSupervisor => {
+                let (g, jobs) = (passed.group, &mut self.jobs);
+                kills::order(g, Reason::Exec, What::Whole, None, jobs, turn!(self, out));
+                Some("Its `exec` did not act on it in time: it is being ended.".to_owned())
+            }
+            DeadlineKill::BySupervisor => Some("It is being ended.".to_owned()),
             DeadlineKill::Order => Some(match self.permit(passed.group, out) {
                 Ok(()) => {
                     let (g, jobs) = (passed.group, &mut self.jobs);
@@ -169,6 +176,10 @@ impl Engine {
         let Some(g) = kills::finished(id, whole, &mut self.jobs, &self.forest) else { return };
         let step = kills::alert(g, reason, report, view!(self), self.now);
         self.alert(step, out);
+        // This kill was under way at the deadline, and was not about all of the job.
+        if self.jobs.get(g).is_some_and(|j| !j.timed_kill) {
+            self.set_deadline(g, out);
+        }
         self.orphans.plan(g, self.now, &self.jobs, turn!(self, out));
     }
 }

@@ -119,6 +119,56 @@ fn the_death_of_the_supervisor_ends_the_job() {
     assert_eq!((k.job, k.reason, &k.what), (r.id, Reason::Exec, &What::Whole), "though enforcement is off");
 }
 
+/// An `exec` job with a deadline in 5 s and a grace of 2 s.
+fn timed_exec_job(w: &mut World) -> (u32, JobRecord) {
+    let sup = w.sim.spawn(1, "jobwarden exec");
+    let root = w.sim.fork(sup);
+    w.drain();
+    let policy = JobPolicy { timeout_ns: Some(5 * S), grace_ns: 2 * S, ..policy() };
+    let (root_key, supervisor) = (w.sim.key(root), Some(w.sim.key(sup)));
+    let j = ExecJob { root: root_key, name: "x".into(), supervisor, number: None, policy };
+    let mut fx = Output::default();
+    let r = record(w.e.handle(Input::RegisterJob(Cow::Owned(j)), w.sim.now, &mut fx)).unwrap();
+    w.answer(fx);
+    (root, r)
+}
+
+#[test]
+fn a_supervisor_that_does_not_act_on_the_deadline_is_not_waited_for() {
+    let mut w = World::new("");
+    let (_, r) = timed_exec_job(&mut w);
+    w.pass(5 * S + S / 2);
+    assert!(w.kills().is_empty(), "the supervisor has a second");
+    w.pass(S);
+    let kills = w.kills();
+    let [k] = kills.as_slice() else { panic!("{kills:?}") };
+    assert_eq!((k.job, k.reason, &k.what), (r.id, Reason::Exec, &What::Whole), "though enforcement is off");
+    assert_eq!((k.signal, k.grace_ns), (15, 2 * S), "as the supervisor would have done it");
+    let alert = &w.e.alerts(false)[0];
+    assert_eq!(alert.kind, AlertKind::JobTimeout);
+    w.pass(20 * S);
+    assert!(w.kills().is_empty(), "once");
+}
+
+#[test]
+fn a_deadline_that_the_supervisor_acts_on_or_that_moved_is_left_to_it() {
+    let mut w = World::new("");
+    let (root, r) = timed_exec_job(&mut w);
+    w.pass(4 * S);
+    let by = std::time::Duration::from_secs(10);
+    record(w.e.handle(Input::ExtendJob { job: r.id, by }, w.sim.now, &mut Output::default())).unwrap();
+    w.pass(8 * S);
+    assert!(w.kills().is_empty(), "extended");
+    w.pass(3 * S);
+    // What `exec` asks for.
+    w.e.handle(Input::KillStarted { job: r.id, reason: Reason::Exec }, w.sim.now, &mut Output::default());
+    w.pass(3 * S);
+    assert!(w.kills().is_empty() && w.e.alerts(false).is_empty(), "within the grace");
+    w.sim.end(root, 15);
+    w.pass(3 * S);
+    assert!(w.kills().is_empty() && w.e.alerts(false).is_empty());
+}
+
 #[test]
 fn a_job_around_those_who_already_run_and_nesting() {
     let mut w = World::new("[[job]]\nname = \"in\"\nmatch = { argv = \"^inner\" }");

@@ -11,7 +11,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::limit::Rate;
-use crate::metrics::StoreNumbers;
+use crate::model::stats::StoreNumbers;
 
 /// The client that a connection is counted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -20,7 +20,7 @@ use super::admission::{Bounds, Owner, Pool};
 use super::bind::{self, Checked, ControlPath, PathWatch, ServeError};
 use super::connection::{self, stop_of};
 use super::{Peer, Request, control, peer, public, tcp_peer};
-use crate::metrics::StoreNumbers;
+use crate::model::stats::StoreNumbers;
 use crate::metrics::encode::Format;
 
 /// Root's reserve is large: each of its `exec` and `kill` under way has a connection.

@@ -66,7 +66,7 @@ impl Background {
         })?;
         if BACKGROUND.set(tx).is_ok() {
             std::panic::set_hook(Box::new(|info| {
-                error_line(format_args!("jobwarden: internal error: {info}"))
+                error_line(format_args!("jobwarden: internal error: {info}"));
             }));
         }
         Ok(Self(()))

@@ -124,7 +124,7 @@ impl Store {
             match found {
                 Ok(state) => loaded.state = loaded.state.or(state),
                 Err(why) if power_cut => {
-                    tracing::info!(file = %path.display(), why, "cut short by the end of another boot")
+                    tracing::info!(file = %path.display(), why, "cut short by the end of another boot");
                 }
                 Err(why) => {
                     let said = match files::set_aside(&path, &[]) {

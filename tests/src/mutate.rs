@@ -37,7 +37,7 @@ pub type Frame = (u8, Vec<u8>);
 pub struct Chance(pub u64);
 
 impl Chance {
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -46,7 +46,7 @@ impl Chance {
 
     /// Below `n`; 0 if `n` is 0.
     pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % (n.max(1) as u64)) as usize
+        (self.number() % (n.max(1) as u64)) as usize
     }
 
     fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
@@ -143,7 +143,9 @@ fn nth(v: &mut Value, n: &mut usize, c: &mut Chance, pool: &Pool) {
         Value::Object(o) => return o.values_mut().for_each(|v| nth(v, n, c, pool)),
         // Bytes as numbers are not taken one by one.
         Value::Array(a) if !a.first().is_some_and(Value::is_number) => {
-            a.iter_mut().for_each(|v| nth(v, n, c, pool))
+            for v in a {
+                nth(v, n, c, pool);
+            }
         }
         _ => {}
     }
@@ -170,7 +172,7 @@ fn change(v: &mut Value, c: &mut Chance, pool: &Pool) {
             }
             _ => {
                 let one = c.pick(a).clone();
-                a.extend(std::iter::repeat_n(one, (c.next() % COPIES) as usize));
+                a.extend(std::iter::repeat_n(one, (c.number() % COPIES) as usize));
             }
         },
         other => *other = Value::Null,
@@ -236,7 +238,7 @@ fn in_order(frames: &mut Vec<Frame>, i: usize, c: &mut Chance) {
             // A long frame many times is only slow.
             let most = COPIES.min(1 + 100_000 / frames[i].1.len().max(1) as u64);
             let one = frames[i].clone();
-            frames.splice(i..i, std::iter::repeat_n(one, (c.next() % most) as usize));
+            frames.splice(i..i, std::iter::repeat_n(one, (c.number() % most) as usize));
         }
     }
 }

@@ -187,7 +187,9 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
                     i64::try_from((host::boot_now() + host::boot_to_wall()) / 1_000_000).unwrap_or(i64::MAX);
                 center.history(q.since_s.map(|s| now.saturating_sub((s * 1e3) as i64))).await
             };
-            alerts.iter_mut().for_each(|a| audience.alert(a));
+            for a in &mut alerts {
+                audience.alert(a);
+            }
             let _ = reply.send(Ok(Alerts { alerts, undelivered }));
         });
         return;

@@ -135,9 +135,9 @@ fn background_runtime() -> std::io::Result<tokio::runtime::Runtime> {
     // The error is reported once, by the caller. No other thread runs yet that could panic meanwhile.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    let built = std::panic::catch_unwind(build);
+    let runtime = std::panic::catch_unwind(build);
     std::panic::set_hook(hook);
-    built.unwrap_or_else(|panic| {
+    runtime.unwrap_or_else(|panic| {
         let why = panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".into());
         Err(std::io::Error::other(why))
     })
@@ -204,7 +204,7 @@ impl Waiting {
     async fn run(self) -> Result<(), AgentError> {
         // It wakes the runtime that it is made in.
         let ring = self.parts.kernel.take_ring().map_err(AgentError::Ring)?;
-        Core::new(self.parts).run(ring, self.requests, self.internal, self.stop, self.reload).await
+        Box::pin(Core::new(self.parts).run(ring, self.requests, self.internal, self.stop, self.reload)).await
     }
 }
 

@@ -106,7 +106,7 @@ pub(super) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) {
     );
     let answer = async {
         // An answer before the request would confuse the client.
-        stream.read(&mut [0; 1024]).await?;
+        let _some = stream.read(&mut [0; 1024]).await?;
         tokio::time::sleep(TOO_OFTEN).await;
         stream.write_all(&[head.as_bytes(), &body].concat()).await
     };

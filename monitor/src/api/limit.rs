@@ -134,7 +134,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_reads_nothing_is_given_up() {
         let (ours, _theirs) = tokio::net::UnixStream::pair().unwrap();
-        let mut io = TimeoutStream::new(ours, Duration::from_millis(50), Duration::from_secs(60));
+        let mut io = TimeoutStream::new(ours, Duration::from_millis(50), Duration::from_mins(1));
         let e = io.write_all(&vec![0; 8 << 20]).await.unwrap_err();
         assert_eq!(e.kind(), io::ErrorKind::TimedOut);
     }
@@ -148,7 +148,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         });
-        let (stalled, total) = (Duration::from_secs(60), Duration::from_millis(200));
+        let (stalled, total) = (Duration::from_mins(1), Duration::from_millis(200));
         let mut io = TimeoutStream::new(ours, stalled, total);
         let begun = Instant::now();
         let e = io.write_all(&vec![0; 64 << 20]).await.unwrap_err();

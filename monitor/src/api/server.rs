@@ -20,8 +20,8 @@ use super::admission::{Bounds, Owner, Pool};
 use super::bind::{self, Checked, ControlPath, PathWatch, ServeError};
 use super::connection::{self, stop_of};
 use super::{Peer, Request, control, peer, public, tcp_peer};
-use crate::model::stats::StoreNumbers;
 use crate::metrics::encode::Format;
+use crate::model::stats::StoreNumbers;
 
 /// Root's reserve is large: each of its `exec` and `kill` under way has a connection.
 const UNIX: Bounds =

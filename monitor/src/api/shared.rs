@@ -42,14 +42,13 @@ where
     {
         let mut answer = {
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-            match pending.get(&key) {
-                Some(a) => a.clone(),
-                None => {
-                    let (tx, rx) = watch::channel(None);
-                    pending.insert(key.clone(), rx.clone());
-                    tokio::spawn(Arc::clone(self).run(key, tx, compute));
-                    rx
-                }
+            if let Some(a) = pending.get(&key) {
+                a.clone()
+            } else {
+                let (tx, rx) = watch::channel(None);
+                pending.insert(key.clone(), rx.clone());
+                tokio::spawn(Arc::clone(self).run(key, tx, compute));
+                rx
             }
         };
         answer.wait_for(Option::is_some).await.ok()?.clone()

@@ -24,7 +24,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// How long to wait before the next try where the agent's queue is full.
 const AGAIN: Duration = Duration::from_millis(10);
 /// How long an answer may take to begin, where the caller says nothing else: the agent gives up itself after 30 s.
-const WITHIN: Duration = Duration::from_secs(60);
+const WITHIN: Duration = Duration::from_mins(1);
 /// How long the agent may take to answer a ping, where the caller says nothing else.
 const SILENCE: Duration = Duration::from_secs(5);
 /// Time from the answer of one ping to the next, and to the first.

@@ -11,7 +11,7 @@ use crate::model::schema::{Alert, AlertState};
 /// A store that could not be opened is tried again this often.
 const OPEN_EVERY: Duration = Duration::from_millis(900);
 /// A file that is damaged again so soon is not replaced: whatever damages it would go on, and the first one is the evidence.
-const REPLACE_EVERY: Duration = Duration::from_secs(60);
+const REPLACE_EVERY: Duration = Duration::from_mins(1);
 /// Episodes copied from a damaged file in one transaction.
 const COPIED: usize = 256;
 

@@ -393,14 +393,14 @@ mod tests {
         std::fs::write(top.join("file"), "").unwrap();
         let file = trusted_folder(&top.join("file/x"), 0o700).unwrap_err();
         assert!(matches!(file, FolderError::NotFolder { .. }), "{file}");
-        let mode = |of: &str, mode| {
+        let set_mode = |of: &str, mode| {
             std::fs::set_permissions(top.join(of), std::fs::Permissions::from_mode(mode)).unwrap();
         };
-        mode("b", 0o777);
+        set_mode("b", 0o777);
         let writable = trusted_folder(&made, 0o700).unwrap_err();
         assert!(writable.to_string().contains("0777"), "{writable}");
         // As /tmp is: others cannot exchange what is in it.
-        mode("b", 0o1777);
+        set_mode("b", 0o1777);
         trusted_folder(&made, 0o700).unwrap();
         if !is_root() {
             eprintln!("SKIPPED: the owners' check needs root");

@@ -209,6 +209,12 @@ fn a_member_that_stops_exec() -> Result<()> {
         for (when, script) in cases {
             let args = ["--timeout", "1s", "--grace", "300ms", "--", "/bin/sh", "-c", script];
             let mut child = quiet(&mut exec.command(&args)?).spawn()?;
+            let proc = jobwarden::sources::proc::Proc::default();
+            eventually("exec is stopped", ms(5000), || {
+                ensure!(proc.stat(child.id())?.state == b'T');
+                Ok(())
+            })
+            .context(when)?;
             // A second for the probes, the deadline, a second, the grace, two seconds.
             job_ends(&fixture, ms(7500)).context(when)?;
             // With an agent it stays stopped.

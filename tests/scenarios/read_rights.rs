@@ -84,8 +84,8 @@ fn as_reader<T: DeserializeOwned>(
 }
 
 fn frames(c: &Cause) -> Vec<(&str, Option<&str>)> {
-    let frame = |e| match e {
-        &Evidence::Python { ref file, ref source, .. } => Some((file.as_str(), source.as_deref())),
+    let frame = |e: &Evidence| match e {
+        Evidence::Python { file, source, .. } => Some((file.as_str(), source.as_deref())),
         _ => None,
     };
     c.evidence.iter().filter_map(frame).collect()

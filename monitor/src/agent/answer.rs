@@ -360,7 +360,7 @@ fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegister
             timeout_ns: e.timeout_s.map(ns),
             zombie_after_ns: None,
             orphan_after_ns: if e.keep_orphans { None } else { Some(ns(e.orphan_after_s.unwrap_or(0.0))) },
-            // The supervisor ends its job itself; the agent does it when the supervisor dies.
+            // The supervisor ends its job itself; the agent does it when the supervisor dies, or does not act on the deadline.
             kill_on_timeout: false,
             kill_on_orphan: false,
             kill_daemons: true,

@@ -136,7 +136,7 @@ pub struct ExecRequest {
     /// The number under which `exec` has entered the job into the kernel's maps already; None: the agent does.
     #[serde(default)]
     pub number: Option<u64>,
-    /// Boot-time nanoseconds when the client asked. A client waits no longer than [`REGISTRATION`](crate::exec::REGISTRATION): if the
+    /// Boot-time nanoseconds when the client asked. A client waits one second: if the
     /// agent was stopped meanwhile, the client holds the job without it by now, or is gone, and its pids may mean others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub asked_at: Option<u64>,
@@ -150,7 +150,7 @@ pub struct ExecRegistered {
 }
 
 /// The deadline has come by the client's clock, or the command has ended: what is left of the job is to be ended now. The
-/// client keeps the deadline; policy only shows it (`jobs`) and moves it (`jobs extend`).
+/// client keeps the deadline; the engine shows it (`jobs`), moves it (`jobs extend`), and acts if the client does not.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExecEnd {

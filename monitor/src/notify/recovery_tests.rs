@@ -68,10 +68,10 @@ async fn every_damaged_page_is_survived_and_costs_only_what_is_in_it() {
 
 #[tokio::test]
 async fn tables_values_and_what_is_no_file() {
+    type Harm = Box<dyn Fn(&Path)>;
     let sql = |statement: &'static str| {
         move |file: &Path| rusqlite::Connection::open(file).unwrap().execute_batch(statement).unwrap()
     };
-    type Harm = Box<dyn Fn(&Path)>;
     let folder = |file: &Path| {
         std::fs::remove_file(file).unwrap();
         std::fs::create_dir_all(file.join("with/content")).unwrap();

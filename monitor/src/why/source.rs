@@ -166,8 +166,8 @@ impl Walk<'_> {
                 continue;
             }
             let fd = step(dir, &name)?;
-            let stat = self.judged(&fd)?;
-            match FileType::from_raw_mode(stat.st_mode) {
+            let found = self.judged(&fd)?;
+            match FileType::from_raw_mode(found.st_mode) {
                 FileType::Symlink => {
                     self.links += 1;
                     if self.links > LINKS {
@@ -181,7 +181,7 @@ impl Walk<'_> {
                 }
                 FileType::Directory => dirs.push(fd),
                 FileType::RegularFile if rest.is_empty() => {
-                    return self.rights.may(&fd, &stat, READ).then_some(fd);
+                    return self.rights.may(&fd, &found, READ).then_some(fd);
                 }
                 _ => return None,
             }

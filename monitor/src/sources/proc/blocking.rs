@@ -258,11 +258,11 @@ mod tests {
 
     #[test]
     fn a_read_that_hangs_holds_up_only_its_own_process_and_a_bounded_number() {
+        const FIRST: u32 = 4_100_000_000;
         if !rustix::process::geteuid().is_root() {
             eprintln!("SKIPPED: blocking reads: needs root, for folders of other users");
             return;
         }
-        const FIRST: u32 = 4_100_000_000;
         let (a, b, root) = (folder(65534), folder(65533), folder(0));
         let fine = |pid, dir: &tempfile::TempDir| run(pid, "memory", dir.path(), LIMIT, || Ok(7));
         let before = numbers();

@@ -84,11 +84,11 @@ fn as_reader<T: DeserializeOwned>(
 }
 
 fn frames(c: &Cause) -> Vec<(&str, Option<&str>)> {
-    let frame = |e: &Evidence| match e {
+    let frames = c.evidence.iter().filter_map(|e| match e {
         Evidence::Python { file, source, .. } => Some((file.as_str(), source.as_deref())),
         _ => None,
-    };
-    c.evidence.iter().filter_map(frame).collect()
+    });
+    frames.collect()
 }
 
 /// Each frame of `wanted`, with its line or without.

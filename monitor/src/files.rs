@@ -374,7 +374,7 @@ mod tests {
             chown(&path, Some(NOBODY), None).unwrap();
             assert!(matches!(refused(), OpenError::Owner(NOBODY)));
         } else {
-            eprintln!("SKIPPED: the owner's check needs root");
+            crate::testing::skipped("the owner's check", "needs root");
         }
         assert_eq!(std::fs::read(&victim).unwrap(), b"v");
     }
@@ -403,7 +403,7 @@ mod tests {
         set_mode("b", 0o1777);
         trusted_folder(&made, 0o700).unwrap();
         if !is_root() {
-            eprintln!("SKIPPED: the owners' check needs root");
+            crate::testing::skipped("the owners' check", "needs root");
             return;
         }
         std::os::unix::fs::lchown(top.join("link"), Some(NOBODY), None).unwrap();

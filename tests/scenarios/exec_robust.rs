@@ -324,7 +324,7 @@ fn commands_say_that_the_agent_hangs() -> Result<()> {
                 let mut all = vec!["--json"];
                 all.extend(*args);
                 let c = agent.command(&all);
-                s.spawn(move || run(c?, ms(15_000)))
+                s.spawn(move || run(c?, ms(30_000)))
             })
             .collect();
         for (asked, args) in asked.into_iter().zip(commands) {

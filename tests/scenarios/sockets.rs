@@ -147,22 +147,23 @@ fn idle_connections_of_a_user_keep_nobody_out() -> Result<()> {
     unharmed(&agent)
 }
 
+/// Seconds until the agent closes it.
+fn kept(mut s: impl Read + Write) -> f64 {
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(20) && s.write_all(b"x").is_ok() {
+        std::thread::sleep(Duration::from_millis(500));
+        match s.read(&mut [0; 1]) {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            _ => break,
+        }
+    }
+    begun.elapsed().as_secs_f64()
+}
+
 #[test]
 fn a_byte_now_and_then_does_not_keep_a_connection() -> Result<()> {
     let fixture = fixture!("a_byte_now_and_then_does_not_keep_a_connection");
     let agent = agent(&fixture)?;
-    /// Seconds until the agent closes it.
-    fn kept(mut s: impl Read + Write) -> f64 {
-        let begun = Instant::now();
-        while begun.elapsed() < Duration::from_secs(20) && s.write_all(b"x").is_ok() {
-            std::thread::sleep(Duration::from_millis(500));
-            match s.read(&mut [0; 1]) {
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-                _ => break,
-            }
-        }
-        begun.elapsed().as_secs_f64()
-    }
     let (a, b) = (tcp(agent.port)?, unix(&agent.socket)?);
     a.set_read_timeout(Some(Duration::from_millis(1)))?;
     b.set_read_timeout(Some(Duration::from_millis(1)))?;

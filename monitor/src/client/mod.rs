@@ -26,7 +26,7 @@ const AGAIN: Duration = Duration::from_millis(10);
 /// How long an answer may take to begin, where the caller says nothing else: the agent gives up itself after 30 s.
 const WITHIN: Duration = Duration::from_mins(1);
 /// How long the agent may take to answer a ping, where the caller says nothing else.
-const SILENCE: Duration = Duration::from_secs(5);
+const SILENCE: Duration = Duration::from_secs(12);
 /// Time from the answer of one ping to the next, and to the first.
 const PING: Duration = Duration::from_secs(1);
 /// How long the agent may take for the next part of an answer that has begun.

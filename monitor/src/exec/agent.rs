@@ -20,7 +20,7 @@ const AGAIN: Duration = Duration::from_millis(100);
 /// How long a registration may take. After that `exec` goes on without the agent.
 pub(crate) const REGISTRATION: Duration = Duration::from_secs(1);
 /// How long the agent may leave a ping unanswered while it ends the job.
-const SILENCE: Duration = Duration::from_secs(1);
+const SILENCE: Duration = Duration::from_secs(3);
 /// How long the passing on of a signal may take.
 const PASS: Duration = Duration::from_secs(1);
 /// How long the agent may take for an end, besides delay and grace.

@@ -265,7 +265,7 @@ mod tests {
     fn root() -> bool {
         let is = rustix::process::geteuid().is_root();
         if !is {
-            eprintln!("SKIPPED: source lines: needs root, for files of other users");
+            crate::testing::skipped("source lines", "needs root, for files of other users");
         }
         is
     }
@@ -410,7 +410,10 @@ mod tests {
                 rustix::fs::XattrFlags::empty(),
             );
             if set == Err(Errno::OPNOTSUPP) {
-                eprintln!("SKIPPED: source lines: no access control lists in {}", t.0.path().display());
+                crate::testing::skipped(
+                    "source lines",
+                    format_args!("no access control lists in {}", t.0.path().display()),
+                );
                 return;
             }
             set.unwrap();

@@ -34,8 +34,12 @@ fn attributes(node: u64) -> Vec<u8> {
     let (mode, size) =
         if node == FILE { (libc::S_IFREG | 0o444, PAGE as u64) } else { (libc::S_IFDIR | 0o755, 0) };
     let mut b = Vec::new();
-    [node, size, 8, 0, 0, 0].iter().for_each(|n| b.extend(n.to_ne_bytes()));
-    [0_u32, 0, 0, mode, 1, 0, 0, 0, PAGE as u32, 0].iter().for_each(|n| b.extend(n.to_ne_bytes()));
+    for n in [node, size, 8, 0, 0, 0] {
+        b.extend(n.to_ne_bytes());
+    }
+    for n in [0_u32, 0, 0, mode, 1, 0, 0, 0, PAGE as u32, 0] {
+        b.extend(n.to_ne_bytes());
+    }
     b
 }
 

@@ -260,7 +260,7 @@ mod tests {
     fn a_read_that_hangs_holds_up_only_its_own_process_and_a_bounded_number() {
         const FIRST: u32 = 4_100_000_000;
         if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIPPED: blocking reads: needs root, for folders of other users");
+            crate::testing::skipped("blocking reads", "needs root, for folders of other users");
             return;
         }
         let (a, b, root) = (folder(65534), folder(65533), folder(0));

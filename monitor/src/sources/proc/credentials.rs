@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn a_reader_is_shown_the_inside_of_own_processes_only() {
         if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIPPED: credentials: needs root, for processes of other users");
+            crate::testing::skipped("credentials", "needs root, for processes of other users");
             return;
         }
         let (own, group, root) = (Sleep::new(65534, 65533), Sleep::new(65534, 65532), Sleep::new(0, 0));

@@ -81,7 +81,8 @@ fn however_the_supervisor_ends_the_job_ends() -> Result<()> {
     let fixture = fixture!("however_the_supervisor_ends_the_job_ends");
     let stubborn = program("shape-stubborn")?.to_string_lossy().into_owned();
     both(&fixture, |exec| {
-        for signal in [Signal::ABORT, Signal::SEGV, Signal::KILL] {
+        // Not SEGV: the Rust runtime takes the first one that comes from outside for a false alarm.
+        for signal in [Signal::ABORT, Signal::SYS, Signal::KILL] {
             let mut c = exec.command(&["--", &stubborn, "2", &fixture.tag])?;
             let mut child = c.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
             let mut out = std::io::BufReader::new(child.stdout.take().context("no stdout")?);

@@ -204,7 +204,10 @@ impl<'g> Agent<'g> {
         let out = std::fs::File::options().create(true).append(true).open(&log)?;
         let mut c = fixture.command(fixture::program("jobwarden")?);
         c.arg("--socket").arg(&socket).arg("agent").arg("--config").arg(&config);
-        c.arg("--listen").arg(format!("127.0.0.1:{port}")).arg("--state-dir").arg(&state);
+        c.arg("--listen").arg(format!("127.0.0.1:{port}"));
+        if !o.args.contains(&"--state-dir") {
+            c.arg("--state-dir").arg(&state);
+        }
         if !o.pin {
             c.arg("--no-pin");
         }

@@ -84,11 +84,13 @@ fn as_reader<T: DeserializeOwned>(
 }
 
 fn frames(c: &Cause) -> Vec<(&str, Option<&str>)> {
-    let frames = c.evidence.iter().filter_map(|e| match e {
-        Evidence::Python { file, source, .. } => Some((file.as_str(), source.as_deref())),
-        _ => None,
-    });
-    frames.collect()
+    let mut all = Vec::new();
+    for e in &c.evidence {
+        if let Evidence::Python { file, source, .. } = e {
+            all.push((file.as_str(), source.as_deref()));
+        }
+    }
+    all
 }
 
 /// Each frame of `wanted`, with its line or without.

@@ -113,9 +113,10 @@ fn run_held(
         }
     };
     if let Some(n) = signals.pending() {
-        // To a program that has not begun, its usual effect.
-        held.abandon();
+        // To a program that has not begun, its usual effect. The watcher ends first: it has inherited the pipe that holds CMD, and
+        // CMD ends only when no copy of it is open.
         warden.job_ended();
+        held.abandon();
         return Ok(Finish::Signal(n));
     }
     warden.begin(o);

@@ -117,7 +117,7 @@ fn move_argv(file: &Path) -> Result<()> {
         [(libc::PR_SET_MM_ARG_START, page as usize), (libc::PR_SET_MM_ARG_END, page as usize + PAGE)]
     {
         // SAFETY: only what /proc shows is changed.
-        check(unsafe { libc::prctl(libc::PR_SET_MM, what, at, 0, 0) })?;
+        check(unsafe { libc::prctl(libc::PR_SET_MM, what as libc::c_ulong, at, 0_usize, 0_usize) })?;
     }
     Ok(())
 }

@@ -169,7 +169,8 @@ fn a_byte_now_and_then_does_not_keep_a_connection() -> Result<()> {
     b.set_read_timeout(Some(Duration::from_millis(1)))?;
     let (on_tcp, on_unix) = std::thread::scope(|s| {
         let on_tcp = s.spawn(|| kept(a));
-        (on_tcp.join().unwrap_or(f64::MAX), kept(b))
+        let on_unix = kept(b);
+        (on_tcp.join().unwrap_or(f64::MAX), on_unix)
     });
     for took in [on_tcp, on_unix] {
         ensure!((3.0..10.0).contains(&took), "closed after {took:.1} s");

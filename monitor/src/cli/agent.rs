@@ -81,7 +81,7 @@ impl Args {
         match done {
             Ok(()) => Ok(ExitCode::SUCCESS),
             // A stderr that takes no lines would hold this up for ever.
-            Err(e) if !flushed && !matches!(e, jobwarden::agent::AgentError::Log(_)) => Ok(ExitCode::FAILURE),
+            Err(_) if !flushed => Ok(ExitCode::FAILURE),
             Err(e) => Err(Failure::failed("agent", e.to_string())),
         }
     }

@@ -71,9 +71,18 @@ impl Log {
     }
 
     fn start_to(&self, to: impl AsFd + Send + 'static) -> io::Result<()> {
-        let Some(lines) = self.unread().take() else { return Ok(()) };
+        if self.unread().is_none() {
+            return Ok(());
+        }
         let log = self.clone();
-        let write = move || log.run(&lines, Output { to, torn: false });
+        // The thread takes the other end itself: where no thread can be made, it is there for the next try. Of two threads that are
+        // started at once, one gets it and the other ends.
+        let write = move || {
+            let lines = log.unread().take();
+            if let Some(lines) = lines {
+                log.run(&lines, Output { to, torn: false });
+            }
+        };
         std::thread::Builder::new().name("jobwarden-log".into()).spawn(write).map(drop)
     }
 

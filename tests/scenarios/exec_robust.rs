@@ -183,7 +183,7 @@ fn commands_and_the_agent_without_threads() -> Result<()> {
     }
     limit.empty()?;
     drop(limit);
-    for max in 1..=4 {
+    for max in 1..=6 {
         let limit = Limit::new(&fixture, max).context("no pids controller")?;
         let state = fixture.path("state-without-threads");
         let mut c = fixture.command(program("jobwarden")?);

@@ -46,6 +46,8 @@ use crate::sources::kernel::{self, Kernel, Tracer};
 use crate::sources::proc::{self, Proc};
 use crate::state::{State, StateDir, StateDirError, StateWriter, Store};
 
+/// tokio adds it to the clock, so it must not overflow.
+const FOREVER: Duration = Duration::from_hours(10 * 365 * 24);
 /// How long deliveries under way may take at a stop; what is left is sent after the next start.
 const DRAIN: Duration = Duration::from_secs(2);
 /// Requests that wait for the core; more are refused by the server's own bounds before.
@@ -122,25 +124,38 @@ pub fn run(options: Options) -> Result<(), AgentError> {
     done
 }
 
-/// tokio panics where it cannot make its threads (a limit of processes): an error like any other here.
+/// tokio panics where it cannot make its threads (a limit of processes), and where it has made the first but not the second it then
+/// waits for the first for ever: the panic's message is the error here, and nobody waits for the thread that builds.
 fn background_runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    let build = || {
-        tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .max_blocking_threads(16)
-            .thread_name("jobwarden")
-            .enable_all()
-            .build()
+    let (built, done) = std::sync::mpsc::channel();
+    let build = {
+        let built = built.clone();
+        move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .max_blocking_threads(16)
+                .thread_keep_alive(FOREVER)
+                .thread_name("jobwarden")
+                .enable_all()
+                .build();
+            // With one thread for blocking work, more of it waits for that thread where no other can be made later. Without any, tokio
+            // panics in whoever asks, which may be the core.
+            let runtime = runtime.inspect(|r| drop(r.spawn_blocking(|| ())));
+            let _ = built.send(runtime);
+        }
     };
-    // The error is reported once, by the caller. No other thread runs yet that could panic meanwhile.
+    // No other thread runs yet that could panic meanwhile.
     let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| {}));
-    let runtime = std::panic::catch_unwind(build);
+    std::panic::set_hook(Box::new(move |panic| {
+        let why = panic.payload().downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".into());
+        let _ = built.send(Err(std::io::Error::other(why)));
+    }));
+    let runtime = std::thread::Builder::new()
+        .name("jobwarden-build".into())
+        .spawn(build)
+        .and_then(|_| done.recv().unwrap_or_else(|e| Err(std::io::Error::other(e))));
     std::panic::set_hook(hook);
-    runtime.unwrap_or_else(|panic| {
-        let why = panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".into());
-        Err(std::io::Error::other(why))
-    })
+    runtime
 }
 
 /// What needs privileges that are given up then: made by the one thread that there is.

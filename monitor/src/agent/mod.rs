@@ -88,7 +88,7 @@ pub enum AgentError {
     Ring(std::io::Error),
     #[error("a snapshot of the processes: {0}")]
     Snapshot(std::io::Error),
-    #[error("the tokio runtime: {0}")]
+    #[error("the threads of the runtime: {0}")]
     Runtime(std::io::Error),
     #[error("the thread that writes the log: {0}")]
     Log(std::io::Error),
@@ -127,9 +127,9 @@ pub fn run(options: Options) -> Result<(), AgentError> {
 /// tokio panics where it cannot make its threads (a limit of processes), and where it has made the first but not the second it then
 /// waits for the first for ever: the panic's message is the error here, and nobody waits for the thread that builds.
 fn background_runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    let (built, done) = std::sync::mpsc::channel();
+    let (sender, done) = std::sync::mpsc::channel();
     let build = {
-        let built = built.clone();
+        let sender = sender.clone();
         move || {
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
@@ -141,14 +141,14 @@ fn background_runtime() -> std::io::Result<tokio::runtime::Runtime> {
             // With one thread for blocking work, more of it waits for that thread where no other can be made later. Without any, tokio
             // panics in whoever asks, which may be the core.
             let runtime = runtime.inspect(|r| drop(r.spawn_blocking(|| ())));
-            let _ = built.send(runtime);
+            let _ = sender.send(runtime);
         }
     };
     // No other thread runs yet that could panic meanwhile.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         let why = panic.payload().downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".into());
-        let _ = built.send(Err(std::io::Error::other(why)));
+        let _ = sender.send(Err(std::io::Error::other(why)));
     }));
     let runtime = std::thread::Builder::new()
         .name("jobwarden-build".into())

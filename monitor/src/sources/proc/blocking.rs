@@ -192,6 +192,7 @@ fn start(id: u64, first: Option<Job>) -> io::Result<()> {
 }
 
 fn worker(id: u64, sender: &SyncSender<Job>, jobs: &Receiver<Job>, first: Option<Job>) {
+    block_signals();
     own_descriptors();
     let mut next = first;
     loop {
@@ -226,6 +227,17 @@ fn wait(id: u64, jobs: &Receiver<Job>) -> Option<Job> {
             pool.idle.swap_remove(at);
             return None;
         }
+    }
+}
+
+/// The kernel delivers a signal to any thread that does not block it. tokio's handler writes to a socket by its number, which a worker's
+/// own table does not hold: a SIGTERM delivered here would be lost. So this comes before the table is made.
+fn block_signals() {
+    // SAFETY: an all-zero set is a valid value, which `sigfillset` overwrites; only this thread's mask changes.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
     }
 }
 
@@ -291,6 +303,19 @@ mod tests {
             std::thread::yield_now();
         }
         assert_eq!(fine(FIRST, &a).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_worker_takes_no_signal_of_the_program() {
+        let status = run(4_250_000_000, "memory", Path::new("/"), LIMIT, || {
+            std::fs::read_to_string("/proc/thread-self/status")
+        });
+        let status = status.unwrap();
+        let blocked = status.lines().find_map(|l| l.strip_prefix("SigBlk:")).unwrap().trim();
+        let blocked = u64::from_str_radix(blocked, 16).unwrap();
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            assert_ne!(blocked & 1 << (signal - 1), 0, "{signal}: {status}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use super::core::Internal;
+use super::message::Message;
 use super::scrape::Page;
 use super::storage::Health;
 use crate::model::stats::StoreNumbers;
@@ -58,7 +58,7 @@ pub(super) async fn watch(
     kernel: Arc<Kernel>,
     center: AlertService,
     page: Arc<Page>,
-    core: mpsc::UnboundedSender<Internal>,
+    core: mpsc::UnboundedSender<Message>,
 ) {
     let mut full = Full::default();
     let (mut maps, mut walked_at, mut turns) = (Vec::new(), 0, 0);
@@ -83,7 +83,7 @@ pub(super) async fn watch(
         stores.push(center.store());
         if let Some(health) = full.look(&stores) {
             // The core has ended, and this ends with it.
-            let _ = core.send(Internal::Full(health.wrong()));
+            let _ = core.send(Message::StoresFull(health.wrong()));
         }
         page.set_stores(stores);
     }

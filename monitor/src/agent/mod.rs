@@ -1,25 +1,34 @@
 //! The agent: wiring only. Everything is made in one order and stopped in the reverse one; a failure on the way is the
 //! start's error, and nothing half-starts.
 
-mod answer;
+mod alert_causes;
 mod capacity;
-mod cause;
+mod cause_cache;
 mod core;
-mod kill;
+mod effects;
+mod event_loop;
+mod intake;
+mod kills;
+mod lineage_map;
+mod message;
+mod messages;
 mod missed_reaps;
+mod options;
+mod proc_poll;
 mod proc_reader;
 mod recorded_engine;
-mod reload;
+mod replies;
+mod requests;
+mod resync;
+mod saving;
 mod scrape;
 mod service_manager;
 mod storage;
 mod sync;
-mod tree;
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,14 +37,22 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use self::core::{Core, Internal, Parts};
+use self::cause_cache::CauseCache;
+use self::core::{Core, ProcReads, Reloads, wall_seconds};
+use self::event_loop::EventLoop;
+use self::message::Message;
+use self::missed_reaps::MissedReaps;
+pub use self::options::{AgentError, Options};
 use self::proc_reader::ProcReader;
 use self::recorded_engine::RecordedEngine;
-use crate::api::{self, Backend, Listeners, Readiness, Server};
-use crate::config::{Config, Overrides};
+use self::service_manager::ServiceManager;
+use self::storage::Storage;
+use self::sync::Sync;
+use crate::api::{self, Backend, Feed, Listeners, Readiness, Server};
+use crate::config::Config;
 use crate::enforce::{self, Audit, Enforcer};
 use crate::engine::{Input, Output, Settings};
-use crate::logging::Log;
+use crate::metrics::Counts;
 use crate::model::key::Key;
 use crate::notify::{self, AlertService, Submission};
 use crate::privileges;
@@ -44,7 +61,8 @@ use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::{self, Kernel, Tracer};
 use crate::sources::proc::{self, Proc};
-use crate::state::{State, StateDir, StateDirError, StateWriter, Store};
+use crate::state::{State, StateDir, StateWriter, Store};
+use crate::why::Holders;
 
 /// tokio adds it to the clock, so it must not overflow.
 const FOREVER: Duration = Duration::from_hours(10 * 365 * 24);
@@ -52,55 +70,6 @@ const FOREVER: Duration = Duration::from_hours(10 * 365 * 24);
 const DRAIN: Duration = Duration::from_secs(2);
 /// Requests that wait for the core; more are refused by the server's own bounds before.
 const REQUESTS: usize = 256;
-
-/// What the command line says, and the config that was read with it.
-#[derive(Clone, Debug)]
-pub struct Options {
-    pub config: Config,
-    pub config_path: Option<PathBuf>,
-    /// For `reload`: flags and environment still override the file.
-    pub overrides: Overrides,
-    pub env: BTreeMap<String, String>,
-    pub record: Option<PathBuf>,
-    /// The probes' own aya-log lines go to the log.
-    pub trace_probes: bool,
-    pub log: Log,
-    /// Set at start: where the TCP listener is.
-    pub listening: Option<SocketAddr>,
-}
-
-/// Why the agent did not start, or stopped by itself.
-#[derive(Debug, thiserror::Error)]
-pub enum AgentError {
-    #[error(transparent)]
-    StateDir(#[from] StateDirError),
-    #[error(transparent)]
-    Kernel(#[from] kernel::KernelError),
-    #[error(transparent)]
-    Serve(#[from] api::ServeError),
-    #[error(transparent)]
-    Alerts(#[from] notify::AlertError),
-    #[error(transparent)]
-    Recording(#[from] recording::RecordingError),
-    #[error("the probes' own lines cannot be shown: {0}")]
-    Trace(#[source] std::io::Error),
-    #[error("the ring buffer: {0}")]
-    Ring(std::io::Error),
-    #[error("a snapshot of the processes: {0}")]
-    Snapshot(std::io::Error),
-    #[error("the threads of the runtime: {0}")]
-    Runtime(std::io::Error),
-    #[error("the thread that writes the log: {0}")]
-    Log(std::io::Error),
-    #[error("a thread cannot be started: {0}")]
-    Thread(std::io::Error),
-    #[error("signal handlers: {0}")]
-    Signals(std::io::Error),
-    #[error(transparent)]
-    Privileges(#[from] privileges::PrivilegeError),
-    #[error("{what}: {source}")]
-    Host { what: &'static str, source: std::io::Error },
-}
 
 /// Runs the agent in the foreground until SIGTERM or SIGINT.
 ///
@@ -112,10 +81,10 @@ pub fn run(options: Options) -> Result<(), AgentError> {
     let others = background_runtime().map_err(AgentError::Runtime)?;
     let own =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AgentError::Runtime)?;
-    let done = others.block_on(serve(options, begun)).and_then(|(core, beside)| {
+    let done = others.block_on(serve(options, begun)).and_then(|(event_loop, background)| {
         own.block_on(async {
-            let done = Box::pin(core.run()).await;
-            beside.end().await;
+            let done = Box::pin(event_loop.run()).await;
+            background.end().await;
             done
         })
     });
@@ -206,23 +175,6 @@ impl Privileged {
     }
 }
 
-/// The core before its first turn, and what it hears from.
-struct Waiting {
-    parts: Parts,
-    requests: mpsc::Receiver<api::Request>,
-    internal: mpsc::UnboundedReceiver<Internal>,
-    stop: watch::Receiver<bool>,
-    reload: mpsc::Receiver<()>,
-}
-
-impl Waiting {
-    async fn run(self) -> Result<(), AgentError> {
-        // It wakes the runtime that it is made in.
-        let ring = self.parts.kernel.take_ring().map_err(AgentError::Ring)?;
-        Box::pin(Core::new(self.parts).run(ring, self.requests, self.internal, self.stop, self.reload)).await
-    }
-}
-
 /// What runs beside the core, and ends after it.
 struct BackgroundTasks {
     _state_dir: Arc<StateDir>,
@@ -243,81 +195,105 @@ impl BackgroundTasks {
     }
 }
 
-async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, BackgroundTasks), AgentError> {
+async fn serve(mut options: Options, begun: Privileged) -> Result<(EventLoop, BackgroundTasks), AgentError> {
     let Privileged { state_dir, boot_id, saved, audit, recorder, listeners, kernel, tracer } = begun;
     let config = options.config.clone();
     let state_dir = Arc::new(state_dir);
     let dir = state_dir.path();
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
-    let (internal_tx, internal) = mpsc::unbounded_channel();
+    let (messages_tx, messages) = mpsc::unbounded_channel();
     let start = Readiness { ready: false, reasons: vec!["the first snapshot is not taken yet".into()] };
     let (ready, ready_rx) = watch::channel(start);
-    let page = Arc::new(scrape::Page::new(internal_tx.clone(), options.log.clone()));
+    let page = Arc::new(scrape::Page::new(messages_tx.clone(), options.log.clone()));
     let backend = Backend { requests: requests_tx, metrics: page.provider(), ready: ready_rx };
     let server = Server::serve(listeners, &api::Options::new(&config.agent, crate::VERSION), &backend)?;
     options.listening = server.tcp_address();
     page.set_connections(server.connections());
-
     page.set_kernel(Arc::clone(&kernel));
     if let Some(tracer) = tracer {
-        tokio::spawn(async move {
-            if let Err(e) = tracer.run().await {
-                tracing::warn!(error = %e, "the probes' own lines are shown no more");
-            }
-        });
+        tokio::spawn(log_probe_lines(tracer));
     }
     let center = AlertService::start(&config, &dir, notify::Clock::system())?;
     page.set_center(center.clone());
-    let watch = capacity::watch(Arc::clone(&kernel), center.clone(), Arc::clone(&page), internal_tx.clone());
+    let watch = capacity::watch(Arc::clone(&kernel), center.clone(), Arc::clone(&page), messages_tx.clone());
     let stores = tokio::spawn(watch);
     let (alerts_tx, alerts) = mpsc::unbounded_channel();
-    let delivery = tokio::spawn(deliver(center.clone(), alerts, internal_tx.clone()));
+    let delivery = tokio::spawn(deliver(center.clone(), alerts, messages_tx.clone()));
 
-    let tell = internal_tx.clone();
-    let others = move || notify::damaged(&dir).into_iter().chain(enforce::audit::damaged(&dir)).collect();
-    let writer = StateWriter::start(Arc::clone(&state_dir), others, move |report| {
-        // The core has ended.
-        let _ = tell.send(Internal::Saved(report));
-    })
-    .map_err(AgentError::Thread)?;
+    let writer = state_writer(&state_dir, messages_tx.clone())?;
     proc::blocking::keep_one();
     let proc = Proc::default();
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
     let of_this_boot = saved.as_ref().filter(|s| s.boot_id == boot_id);
-    let (told, kills) = of_this_boot.map_or_else(Default::default, |s| (s.lost, s.kills.clone()));
+    let (lost, kills) = of_this_boot.map_or_else(Default::default, |s| (s.lost, s.kills.clone()));
     let engine = engine(&config, &boot_id, &kernel, &center, saved, recorder).await;
     leftovers(&kernel, &engine);
-    let parts = Parts {
+    let proc_reader = ProcReader::new(proc.clone());
+    let core = Core {
         engine,
-        told,
-        kills,
-        proc_reader: ProcReader::new(proc.clone()),
+        queue: Output::default(),
+        causes: CauseCache::new(proc_reader.clone(), Arc::clone(&kernel) as Arc<dyn Holders>),
+        proc_reader,
         enforcer: Enforcer {
-            lineage: Arc::clone(&kernel) as Arc<dyn crate::enforce::Lineage>,
+            lineage: Arc::clone(&kernel) as Arc<dyn enforce::Lineage>,
             proc,
             audit: Arc::clone(&audit),
             redact: Arc::clone(&redact),
         },
         audit,
-        kernel,
-        center: center.clone(),
-        alerts: alerts_tx,
+        alert_service: center.clone(),
+        submissions: alerts_tx,
         redact,
-        config,
-        options,
+        feed: Feed::default(),
+        counts: Counts { reload_ok: true, reload_at: wall_seconds(), ..Counts::default() },
+        started: host::boot_now(),
         boot_id,
         ready,
-        internal: internal_tx,
-        beside: Handle::current(),
+        messages: messages_tx,
+        background: Handle::current(),
+        awaiting_cause: HashMap::new(),
+        cgroups: HashMap::new(),
+        kills: (0..).zip(kills).collect(),
+        service_manager: ServiceManager::from_env(),
         writer,
+        storage: Storage::default(),
+        reloads: Reloads::default(),
+        // So that a disk that takes nothing is known from the start.
+        state_dirty: true,
+        sync_needed: false,
+        proc_reads: ProcReads::default(),
+        read_to: 0,
+        sync: Sync { lost: if kernel.from_pins() { lost } else { 0 }, ..Sync::default() },
+        reaps: MissedReaps::default(),
+        kernel,
+        config,
+        options,
     };
-    let (stop_tx, stop) = watch::channel(false);
-    let (reload_tx, reload) = mpsc::channel(1);
-    signals(stop_tx, reload_tx)?;
+    let (stop, reload) = signals()?;
     let listening = server.tcp_address().map(|a| a.to_string());
-    tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
-    let core = Waiting { parts, requests, internal, stop, reload };
-    Ok((core, BackgroundTasks { _state_dir: state_dir, stores, server, delivery, center }))
+    tracing::info!(listen = listening, socket = %core.config.agent.socket.display(), "started");
+    let event_loop = EventLoop { core, requests, messages, stop, reload };
+    Ok((event_loop, BackgroundTasks { _state_dir: state_dir, stores, server, delivery, center }))
+}
+
+async fn log_probe_lines(tracer: Tracer) {
+    if let Err(e) = tracer.run().await {
+        tracing::warn!(error = %e, "the probes' own lines are no longer shown");
+    }
+}
+
+/// Starts the thread that writes the state. It also reports damaged files of the other stores.
+fn state_writer(
+    dir: &Arc<StateDir>,
+    messages: mpsc::UnboundedSender<Message>,
+) -> Result<StateWriter, AgentError> {
+    let path = dir.path();
+    let others = move || notify::damaged(&path).into_iter().chain(enforce::audit::damaged(&path)).collect();
+    let report = move |report| {
+        // Fails only when the core has ended.
+        let _ = messages.send(Message::Saved(report));
+    };
+    StateWriter::start(Arc::clone(dir), others, report).map_err(AgentError::Thread)
 }
 
 /// How many alerts are written in one transaction when they come faster than the disk.
@@ -328,7 +304,7 @@ const TOGETHER: usize = 256;
 async fn deliver(
     center: AlertService,
     mut alerts: mpsc::UnboundedReceiver<Submission>,
-    core: mpsc::UnboundedSender<Internal>,
+    core: mpsc::UnboundedSender<Message>,
 ) {
     let mut error = center.storage_error();
     let mut batch = Vec::new();
@@ -344,7 +320,7 @@ async fn deliver(
             }
             // Only where it is another one: an alert about storage that cannot be stored is not told again.
             Ok(()) = error.changed() => {
-                let _ = core.send(Internal::Storage(error.borrow_and_update().clone()));
+                let _ = core.send(Message::AlertStorage(error.borrow_and_update().clone()));
             }
         }
     }
@@ -417,7 +393,9 @@ fn own_start(kernel: &Kernel, pid: u32) -> u64 {
 }
 
 /// SIGTERM and SIGINT stop, SIGHUP reloads.
-fn signals(stop: watch::Sender<bool>, reload: mpsc::Sender<()>) -> Result<(), AgentError> {
+fn signals() -> Result<(watch::Receiver<bool>, mpsc::Receiver<()>), AgentError> {
+    let (stop_sender, stop) = watch::channel(false);
+    let (reload_sender, reload) = mpsc::channel(1);
     let on = |kind| signal(kind).map_err(AgentError::Signals);
     let (mut term, mut int, mut hup) =
         (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
@@ -427,12 +405,12 @@ fn signals(stop: watch::Sender<bool>, reload: mpsc::Sender<()>) -> Result<(), Ag
                 _ = term.recv() => break,
                 _ = int.recv() => break,
                 _ = hup.recv() => {
-                    // One that waits already is enough.
-                    let _ = reload.try_send(());
+                    // If one is waiting already, that one will do.
+                    let _ = reload_sender.try_send(());
                 }
             }
         }
-        let _ = stop.send(true);
+        let _ = stop_sender.send(true);
     });
-    Ok(())
+    Ok((stop, reload))
 }

@@ -4,8 +4,11 @@
 use std::ops::Deref;
 
 use crate::config::Config;
-use crate::engine::{Answer, Engine, Input, Output, Settings};
+use crate::engine::{Answer, Engine, EventContext, Input, Output, Settings};
+use crate::model::event::Event;
+use crate::model::schema::{EventLine, JobId};
 use crate::recording::{Recorder, RecordingError};
+use crate::redact::Redactor;
 
 pub(super) struct RecordedEngine {
     engine: Engine,
@@ -32,6 +35,18 @@ impl RecordedEngine {
             self.record(|r| r.input(&input, now));
         }
         self.engine.handle(input, now, out)
+    }
+
+    /// Makes a line of `events`, secrets masked.
+    pub(super) fn event_formatter(
+        &self,
+        redact: &Redactor,
+    ) -> impl Fn(&Event<'_>, &EventContext, Option<JobId>) -> EventLine {
+        |e, context, job| {
+            let mut line = self.engine.event_line(e, context, job);
+            redact.event_line(&mut line);
+            line
+        }
     }
 
     /// What is written so far can be read after a SIGKILL.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::core::Internal;
+use super::message::Message;
 use crate::api::{ConnectionNumbers, Metrics, MetricsPage};
 use crate::engine::Gauges;
 use crate::logging::Log;
@@ -20,7 +20,7 @@ use crate::sources::proc::Proc;
 const WAIT: Duration = Duration::from_millis(500);
 
 struct Inner {
-    core: mpsc::UnboundedSender<Internal>,
+    core: mpsc::UnboundedSender<Message>,
     log: Log,
     kernel: OnceLock<Arc<Kernel>>,
     center: OnceLock<AlertService>,
@@ -33,7 +33,7 @@ struct Inner {
 pub(super) struct Page(Arc<Inner>);
 
 impl Page {
-    pub(super) fn new(core: mpsc::UnboundedSender<Internal>, log: Log) -> Self {
+    pub(super) fn new(core: mpsc::UnboundedSender<Message>, log: Log) -> Self {
         let (kernel, center, connections) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
         Self(Arc::new(Inner {
             core,
@@ -75,7 +75,7 @@ impl Page {
 impl Inner {
     async fn page(&self, format: Format) -> Option<String> {
         let (tx, rx) = oneshot::channel();
-        self.core.send(Internal::Scrape(tx)).ok()?;
+        self.core.send(Message::Scrape(tx)).ok()?;
         let fresh = tokio::time::timeout(WAIT, rx).await.ok().and_then(Result::ok);
         let (gauges, counts) = {
             let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,12 +1,13 @@
-//! `tree`: the core copies what the engine knows; the kernel and /proc are asked beside it, so that the ring is read
+//! `tree`: the handler copies what the engine knows; the kernel and /proc are read in the background, so that the ring is read
 //! meanwhile.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::answer::refused;
-use super::core::{Core, Internal};
-use super::proc_reader::ProcReader;
+use crate::agent::core::Core;
+use crate::agent::message::Message;
+use crate::agent::proc_reader::ProcReader;
+use crate::agent::replies::refused;
 use crate::api::{ApiError, Reply, TreeQuery as Asked};
 use crate::engine::{Observation, TreeQuery};
 use crate::model::audience::Audience;
@@ -18,12 +19,12 @@ use crate::sources::host;
 use crate::sources::kernel::Kernel;
 use crate::sources::proc::blocking;
 
-/// From so many processes on the kernel is asked for the states of all at once, rather than /proc for each.
+/// From this many processes on the states of all are read from the kernel at once, rather than each from /proc.
 const MANY: usize = 256;
 
 type TaskStates = HashMap<Key, (u8, Comm)>;
 
-/// What a tree is completed with.
+/// Completes a tree with what the kernel and /proc say now.
 struct Reader {
     kernel: Arc<Kernel>,
     proc_reader: ProcReader,
@@ -31,13 +32,13 @@ struct Reader {
     audience: Audience,
 }
 
-pub(super) fn answer(core: &Core, q: &Asked, reply: Reply<Tree>) {
-    // Of all: the kernel is asked while the engine copies what it knows.
+pub(super) fn tree(core: &Core, q: &Asked, reply: Reply<Tree>) {
+    // For the whole tree: the kernel is read while the engine copies what it knows.
     let kernel = Arc::clone(&core.kernel);
     let states = q
         .target
         .is_none()
-        .then(|| core.beside.spawn_blocking(move || kernel.task_states().unwrap_or_default()));
+        .then(|| core.background.spawn_blocking(move || kernel.task_states().unwrap_or_default()));
     let tree = match known(core, q) {
         Ok(tree) => tree,
         Err(e) => return drop(reply.send(Err(e))),
@@ -48,8 +49,8 @@ pub(super) fn answer(core: &Core, q: &Asked, reply: Reply<Tree>) {
         redact: Arc::clone(&core.redact),
         audience: q.audience,
     };
-    let internal = core.internal.clone();
-    core.beside.spawn(async move {
+    let messages = core.messages.clone();
+    core.background.spawn(async move {
         let states = match states {
             Some(s) => s.await.ok(),
             None => None,
@@ -59,7 +60,7 @@ pub(super) fn answer(core: &Core, q: &Asked, reply: Reply<Tree>) {
         let _ = reply.send(answer.map(|(tree, read)| {
             // The next view need not read it again.
             if !read.is_empty() {
-                let _ = internal.send(Internal::Cgroups(read));
+                let _ = messages.send(Message::Cgroups(read));
             }
             tree
         }));

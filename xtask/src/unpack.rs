@@ -21,7 +21,7 @@ pub(crate) fn bin() -> PathBuf {
 pub(crate) fn prometheus() {
     let programs = ["promtool", "prometheus", "prometheus-alertmanager", "amtool"];
     let there = |p: &&str| needs::runs(p, "--version") || bin().join(p).exists();
-    if programs.iter().all(|p| there(&p)) || !needs::may_set_up() {
+    if programs.iter().all(there) || !needs::may_set_up() {
         return;
     }
     if let Err(error) = unpack(&folder(), &["prometheus", "prometheus-alertmanager"]) {

@@ -1,4 +1,4 @@
-//! What the probes and the agent say to each other: ring records, map keys and values, frozen offsets.
+//! The interface of probes and agent: ring records, map keys and values, frozen offsets.
 //!
 //! No dependencies, and no logic but what both must do alike. Every type is `repr(C)` without implicit padding, so that
 //! a record is defined byte for byte and a pinned map can be opened by another build whose layout hash is the same. The
@@ -60,9 +60,9 @@ pub const KERNEL_THREAD: u16 = 2;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Fork {
     pub hdr: Header,
-    /// Who forked it.
+    /// The forker.
     pub lineage_parent: ProcKey,
-    /// Who will reap it: differs from `lineage_parent` with CLONE_PARENT.
+    /// The process that will reap it: differs from `lineage_parent` with CLONE_PARENT.
     pub parent: ProcKey,
     /// Innermost job, 0 = none.
     pub job: u64,
@@ -109,7 +109,7 @@ pub struct Exit {
     pub comm: [u8; COMM_LEN],
 }
 
-/// The kernel let go of the process: somebody (or the kernel itself) reaped it.
+/// The process was freed: its parent, or the kernel itself, has reaped it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Reap {
@@ -156,21 +156,21 @@ pub struct Kill {
 
 /// Lineage flag: never signalled by a probe while the flags' epoch is the present one ([`is_spared`]).
 pub const LINEAGE_SPARED: u32 = 1;
-/// Lineage flag: whom this one forks is spared as it is.
-pub const LINEAGE_HEIRS: u32 = 2;
+/// Lineage flag: its children inherit [`LINEAGE_SPARED`].
+pub const LINEAGE_SPARES_CHILDREN: u32 = 2;
 /// Lineage flag: made by labelling or mending, not by the fork probe: `parent` is what /proc or the snapshot said.
 pub const LINEAGE_MENDED: u32 = 4;
 
-/// Where the epoch of [`LINEAGE_SPARED`] and [`LINEAGE_HEIRS`] begins in the flags: the [`Control::spares`] that they
+/// Where the epoch of [`LINEAGE_SPARED`] and [`LINEAGE_SPARES_CHILDREN`] begins in the flags: the [`Control::spares`] that they
 /// were set under. A new epoch takes them from all at once: they are inherited, and a chain in which each process forks
-/// one successor and exits outruns whoever takes them from one after the other.
+/// one successor and exits is faster than clearing them one after the other.
 pub const SPARES_SHIFT: u32 = 8;
 /// The bits of an epoch.
 pub const SPARES_MAX: u32 = u32::MAX >> SPARES_SHIFT;
 /// All bits of the flags that sparing uses.
-pub const SPARES_BITS: u32 = LINEAGE_SPARED | LINEAGE_HEIRS | (SPARES_MAX << SPARES_SHIFT);
+pub const SPARES_BITS: u32 = LINEAGE_SPARED | LINEAGE_SPARES_CHILDREN | (SPARES_MAX << SPARES_SHIFT);
 
-/// Whether who has these lineage flags is spared under the epoch `spares`.
+/// Whether a process with these lineage flags is spared under the epoch `spares`.
 #[must_use]
 #[inline]
 pub const fn is_spared(flags: u32, spares: u32) -> bool {
@@ -181,7 +181,7 @@ pub const fn is_spared(flags: u32, spares: u32) -> bool {
 #[must_use]
 #[inline]
 pub const fn handed_down(flags: u32) -> u32 {
-    if flags & LINEAGE_HEIRS != 0 { flags & SPARES_BITS } else { 0 }
+    if flags & LINEAGE_SPARES_CHILDREN != 0 { flags & SPARES_BITS } else { 0 }
 }
 
 /// Value of the lineage map and of the map of the dead, both keyed by [`ProcKey`].
@@ -191,11 +191,11 @@ pub struct Lineage {
     pub parent: ProcKey,
     /// Innermost job, 0 = none.
     pub job: u64,
-    /// `LINEAGE_*`, and the epoch of sparing. Written at fork and by the `edit` program only.
+    /// `LINEAGE_*`, and the epoch of sparing. Written at fork and by `update_lineage` only.
     pub flags: u32,
-    /// `LIFE_*`. A field of its own, so that the fork and exit probes never write the same word as `edit`; and not at the same
-    /// time as each other, since who forks is not its group's last thread. (Who enters a child late may: then a death is told twice, or
-    /// a dead one is not kept.)
+    /// `LIFE_*`. A field of its own, so that the fork and exit probes never write the same word as `update_lineage`; and not at the same
+    /// time as each other, since a forking thread is not the last of its group. (Entering a missed child may: then a death is reported twice, or
+    /// a dead process is not kept.)
     pub life: u8,
     /// Where programs are preempted: not 0 = the first of two programs made the record of the exec, or of the leader's exit, that is
     /// under way; the second takes it away. A byte of its own, since other threads may fork meanwhile.
@@ -223,7 +223,7 @@ pub struct Job {
     pub pad: u32,
 }
 
-/// Pids of one entry of the map of who may be in a job.
+/// Pids in one entry of the job bitmap.
 pub const MEMBERS_BLOCK: usize = 64;
 
 /// How many jobs may be nested for the probes' walk from the innermost outwards.
@@ -252,8 +252,8 @@ pub struct KillCounter {
 /// How far up the fork probe looks for an ancestor with a job while a family is labelled.
 pub const LABEL_DEPTH: usize = 256;
 
-/// How many children the exit probe looks at for one whose fork was passed over.
-pub const HEIRS_MAX: usize = 256;
+/// How many children the exit probe checks for skipped forks.
+pub const MISSED_CHILDREN_MAX: usize = 256;
 
 /// What may change while the maps are pinned; the one entry of an array map.
 #[repr(C)]
@@ -263,8 +263,7 @@ pub struct Control {
     pub signal_mask: u64,
     /// Not 0: the probes log by aya-log.
     pub trace: u32,
-    /// Not 0: a family is being labelled, and who is forked by a process without a job is given that of the nearest ancestor
-    /// that has one.
+    /// Not 0: a family is being labelled, and a process forked by one without a job gets the job of the nearest ancestor that has one.
     pub labelling: u32,
     /// The epoch of sparing, at most [`SPARES_MAX`].
     pub spares: u32,
@@ -279,7 +278,7 @@ pub const ROW_ADOPTS: u32 = 4;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TaskRow {
     pub key: ProcKey,
-    /// The real parent's group leader: who would reap it now.
+    /// The real parent's group leader, which would reap it now.
     pub parent: ProcKey,
     /// From the lineage map, if `known` is not 0.
     pub lineage: Lineage,
@@ -315,28 +314,28 @@ pub struct FdRow {
 /// Most inodes that one run of `iter/task_file` looks for.
 pub const INODES_MAX: u32 = 256;
 
-/// Arguments of the `edit` program, by their index: whom to edit, and the parent that a new entry gets.
-pub const EDIT_TGID: usize = 0;
-pub const EDIT_START: usize = 1;
-pub const EDIT_PARENT_TGID: usize = 2;
-pub const EDIT_PARENT_START: usize = 3;
-/// The job to write, if [`EDIT_SET_JOB`] is set.
-pub const EDIT_JOB: usize = 4;
+/// Arguments of `update_lineage`, by their index: the entry, and the parent that a new entry gets.
+pub const UPDATE_TGID: usize = 0;
+pub const UPDATE_START: usize = 1;
+pub const UPDATE_PARENT_TGID: usize = 2;
+pub const UPDATE_PARENT_START: usize = 3;
+/// The job to write, if [`UPDATE_SET_JOB`] is set.
+pub const UPDATE_JOB: usize = 4;
 /// Lineage flags to add.
-pub const EDIT_FLAGS: usize = 5;
-/// A mask of `EDIT_SET_JOB` and `EDIT_CREATE`.
-pub const EDIT_WHAT: usize = 6;
+pub const UPDATE_FLAGS: usize = 5;
+/// A mask of `UPDATE_SET_JOB` and `UPDATE_CREATE`.
+pub const UPDATE_WHAT: usize = 6;
 /// Lineage flags to take away.
-pub const EDIT_CLEAR: usize = 7;
-pub const EDIT_ARGS: usize = 8;
-pub const EDIT_SET_JOB: u64 = 1;
+pub const UPDATE_CLEAR: usize = 7;
+pub const UPDATE_ARGS: usize = 8;
+pub const UPDATE_SET_JOB: u64 = 1;
 /// Make the entry if there is none ([`LINEAGE_MENDED`] is set in it).
-pub const EDIT_CREATE: u64 = 2;
+pub const UPDATE_CREATE: u64 = 2;
 
-/// Answers of the `edit` program (a negative errno otherwise).
-pub const EDIT_UNCHANGED: i32 = 0;
-pub const EDIT_CHANGED: i32 = 1;
-pub const EDIT_MISSING: i32 = 2;
+/// Results of `update_lineage` (a negative errno otherwise).
+pub const UPDATE_UNCHANGED: i32 = 0;
+pub const UPDATE_CHANGED: i32 = 1;
+pub const UPDATE_MISSING: i32 = 2;
 
 /// What this kernel has beyond 5.10 and the probes make use of; frozen like [`Offsets`]. A branch that is off is
 /// pruned by the verifier before it looks at what stands in it.

@@ -1,19 +1,20 @@
-//! Maps and frozen globals of the probes; the programs stand in the files below, one for each thing they watch.
+//! Maps and frozen globals of the probes; one file below for each thing that is watched.
 //!
-//! Nothing here reads a clock other than boot time, and no program but `edit` and the fork probe writes into an entry
-//! that it did not make. Helpers, map types and program types are those of Linux 5.10; what is newer is behind a
+//! Nothing here reads a clock other than boot time, and only `update_lineage` and the fork probe write into an entry that they
+//! did not make. Helpers, map types and program types are those of Linux 5.10; what is newer is behind a
 //! frozen [`Features`] switch.
 
 mod doom;
-mod edit;
 mod exec;
 mod iter;
-mod life;
-mod member;
+mod job_bitmap;
+mod lifecycle;
 mod ring;
 mod signal;
+mod sparing;
 mod task;
 mod trace;
+mod update_lineage;
 
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
@@ -29,13 +30,13 @@ static EVENTS: RingBuf<[u8; 0], { 1 << 22 }> = RingBuf::new();
 static COUNTERS: PerCpuArray<Counter, KINDS> = PerCpuArray::new();
 #[btf_map]
 static KILLS: PerCpuArray<KillCounter, 1> = PerCpuArray::new();
-/// The living, and the dead that the kernel has not let go of. The loader sets the size.
+/// Processes that are not freed yet. The loader sets the size.
 #[btf_map]
 static LINEAGE: HashMap<ProcKey, Lineage, 65536> = HashMap::new();
-/// The dead, so that a chain of lineage can be followed through them. The loader sets the size.
+/// Freed processes that have forked, so that a chain of lineage can be followed through them. The loader sets the size.
 #[btf_map]
 static DEAD: LruHashMap<ProcKey, Lineage, 32768> = LruHashMap::new();
-/// By pid, a byte each: not 0 = its entry in `LINEAGE` may have a job. The loader sets the size.
+/// A byte for each pid: not 0 = its entry in `LINEAGE` may have a job. The loader sets the size.
 #[btf_map]
 static MEMBERS: Array<[u8; MEMBERS_BLOCK], 512> = Array::new();
 /// Written by the agent only.

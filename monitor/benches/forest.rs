@@ -1,11 +1,12 @@
 //! Forest and policy alone, over a synthetic stream: events a second on one core, what a tick costs, bytes a process. Prints
 //! one `name value` a line, for `cargo xtask bench`; `-- --short` does a twentieth of it.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use jobwarden::config::{self, Config, Overrides};
-use jobwarden::engine::{Effect, Engine, Observation, Settings};
+use jobwarden::engine::{Effect, Engine, Input, Observation, Output, Settings};
 use jobwarden::model::event::{Body, Comm, Event, WaitStatus};
 use jobwarden::model::key::Key;
 use rustix::time::{ClockId, clock_gettime};
@@ -57,7 +58,7 @@ struct Host {
     ring: Vec<(u64, Key, Step)>,
     forkers: Vec<Key>,
     engine: Engine,
-    fx: Vec<Effect>,
+    out: Output,
     events: u64,
     argv: Vec<u8>,
 }
@@ -72,11 +73,11 @@ impl Host {
             ring: Vec::new(),
             forkers: Vec::new(),
             engine,
-            fx: Vec::new(),
+            out: Output::default(),
             events: 0,
             argv: Vec::new(),
         };
-        h.engine.ready(1, &mut h.fx);
+        h.engine.handle(Input::Ready, 1, &mut h.out);
         let init = Key::new(1, 1);
         h.live.push(init);
         while h.live.len() < live {
@@ -140,7 +141,8 @@ impl Host {
                 Step::Exit => Body::Exit { status: WaitStatus(0), comm: Comm::from_bytes(b"cc") },
                 Step::Reap => Body::Reap { status: WaitStatus(0) },
             };
-            self.engine.event(&Event { at, cpu: 0, process, body }, &mut self.fx);
+            let event = Event { at, cpu: 0, process, body };
+            self.engine.handle(Input::Record { event: &event, bytes: &[] }, at, &mut self.out);
         }
     }
 
@@ -169,7 +171,7 @@ impl Host {
             }
             if i % 256 == 0 {
                 self.read();
-                self.engine.tick(self.now, &mut self.fx);
+                self.engine.handle(Input::Tick, self.now, &mut self.out);
                 self.answer();
             }
         }
@@ -182,10 +184,11 @@ impl Host {
 
     /// The edge is no part of what is measured: it says that all have gone.
     fn answer(&mut self) {
-        for f in std::mem::take(&mut self.fx) {
+        for f in std::mem::take(&mut self.out).effects {
             if let Effect::Look(key) = f {
                 let seen = jobwarden::engine::forest::Seen::Absent;
-                self.engine.observe(Observation::Look { key, at: self.now, seen }, self.now, &mut self.fx);
+                let look = Observation::Look { key, at: self.now, seen };
+                self.engine.handle(Input::Observation(Cow::Owned(look)), self.now, &mut self.out);
             }
         }
     }
@@ -228,7 +231,7 @@ fn main() {
             host.read();
             host.now += 2_000_000;
             let begin = cpu();
-            host.engine.tick(host.now, &mut host.fx);
+            host.engine.handle(Input::Tick, host.now, &mut host.out);
             ns.push(cpu() - begin);
             host.answer();
         }

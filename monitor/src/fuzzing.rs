@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::config::{self, Overrides};
 use crate::model::container::Cgroups;
 use crate::model::event;
-use crate::recording::Player;
+use crate::recording::{self, Player};
 use crate::sources::proc;
 
 /// A record of the ring.
@@ -25,6 +25,15 @@ pub fn recording(bytes: &[u8]) {
             None => return,
         }
     }
+}
+
+/// The frames of a recording, not compressed, through the whole engine; what it makes of them is written as JSON.
+pub fn replay(bytes: &[u8]) {
+    let mut player = Player::frames(bytes);
+    let _ = recording::replay_frames(&mut player, None, &mut |line| {
+        serde_json::to_writer(std::io::sink(), &line)?;
+        Ok(())
+    });
 }
 
 /// A config file; what `check --print` writes for a valid one must be a config again, and the same one.

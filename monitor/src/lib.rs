@@ -10,6 +10,8 @@
 //!
 //! `engine` reads no clock and opens no file. See ARCHITECTURE.md.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // they panic when the reader is gone: `output` is the only writer
+
 pub mod agent;
 pub mod api;
 pub mod client;
@@ -17,12 +19,15 @@ pub mod config;
 pub mod enforce;
 pub mod engine;
 pub mod exec;
+pub mod files;
 pub mod fuzzing;
 mod huge_pages;
+pub mod logging;
 pub mod matcher;
 pub mod metrics;
 pub mod model;
 pub mod notify;
+pub mod output;
 pub mod privileges;
 pub mod recording;
 pub mod redact;

@@ -33,9 +33,12 @@ pub const KEPT: [Named; 3] = [
 pub const WHERE_ASKED: [Named; 1] =
     [(CapabilitySet::BPF, "BPF", "reading and writing the maps, attaching the probe that ends doomed jobs")];
 
-/// Kept only where a folder that the agent writes to is another user's.
-const OVERRIDE: Named =
-    (CapabilitySet::DAC_OVERRIDE, "DAC_OVERRIDE", "writing to folders of another user: state, socket");
+/// Kept only where a folder that the agent writes to is not its own user's: root's, since others are refused.
+const OVERRIDE: Named = (
+    CapabilitySet::DAC_OVERRIDE,
+    "DAC_OVERRIDE",
+    "writing to folders of root where the agent is not root: state, socket",
+);
 
 /// Needed to start, and given up then, beside [`WHERE_ASKED`].
 pub const TO_START: [Named; 5] = [

@@ -1,13 +1,20 @@
-//! What the agent must know again after it was killed: its jobs. One small JSON file in the state directory, written to
-//! a temporary file, synced and renamed, so that a crash at any moment leaves the old state or the new one.
+//! What the agent must know again after it was killed: its jobs, the operator's word on enforcement, and kills under way. Two
+//! small JSON files in the state directory; see [`Store`].
+
+mod dir;
+mod writer;
 
 use std::collections::VecDeque;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
+pub use self::dir::{StateDir, StateDirError};
+pub use self::writer::{Report, StateWriter};
 use crate::engine::{EnforcementState, JobRecord};
+use crate::files::{self, OpenError};
 use crate::model::key::Key;
 use crate::model::kill::AskedBy;
 use crate::model::schema::JobId;
@@ -68,91 +75,137 @@ impl State {
     }
 }
 
-/// The state directory, held by its lock (flock) for the agent's whole life: two agents would write over each other's jobs
-/// and alerts.
-#[derive(Debug)]
-pub struct Held(std::fs::File);
-
-impl Held {
-    pub fn lock(state_dir: &Path) -> Result<Self, StateError> {
-        let io = |source| StateError::Io { path: state_dir.to_owned(), source };
-        let dir = std::fs::File::open(state_dir).map_err(io)?;
-        match rustix::fs::flock(&dir, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Self(dir)),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(StateError::Held { path: state_dir.to_owned() }),
-            Err(e) => Err(io(e.into())),
-        }
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        // By hand: a receiver's program that was forked and has not come to its exec holds a copy of the descriptor.
-        let _ = rustix::fs::flock(&self.0, rustix::fs::FlockOperation::Unlock);
-    }
-}
-
+/// A file could not be written.
 #[derive(Debug, thiserror::Error)]
-pub enum StateError {
-    #[error("{path}: {source}. Look at the file system and the permissions of the state directory")]
-    Io { path: PathBuf, source: std::io::Error },
-    #[error(
-        "{path} is no state of this program ({why}). Move it away to start without the jobs that it may hold"
-    )]
-    Foreign { path: PathBuf, why: String },
-    #[error(
-        "{path} is the state directory of another agent that runs; stop that one, or give this one another with --state-dir"
-    )]
-    Held { path: PathBuf },
+#[error("{}: {source}. Look at the file system and the permissions of the state directory", path.display())]
+pub struct StateError {
+    path: PathBuf,
+    source: io::Error,
 }
 
-/// The state file in one state directory.
+/// What [`Store::load`] found.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// None: there is no state yet, or none that can be read.
+    pub state: Option<State>,
+    /// What was damaged, and where it was moved.
+    pub damage: Vec<String>,
+}
+
+/// The state files in one state directory.
+///
+/// `jobs.json` is replaced by a rename and not synced: that outlives a SIGKILL of the agent at any moment, and costs no wait
+/// for the disk. Only a power cut can damage it, and after a power cut all jobs are gone with their boot. What outlives a
+/// boot, the operator's word and the fuse, is in `jobs.synced.json`, which is synced before its rename: at once when one of the
+/// two has changed, and for everything else at most once a second.
 #[derive(Clone, Debug)]
 pub struct Store {
-    path: PathBuf,
+    dir: PathBuf,
 }
+
+/// The newest first.
+const FILES: [&str; 2] = ["jobs.json", "jobs.synced.json"];
+const TEMPORARY: &str = "jobs.json.new";
 
 impl Store {
     #[must_use]
     pub fn new(state_dir: &Path) -> Self {
-        Self { path: state_dir.join("jobs.json") }
+        Self { dir: state_dir.to_owned() }
     }
 
-    fn io(&self, source: std::io::Error) -> StateError {
-        StateError::Io { path: self.path.clone(), source }
-    }
-
-    /// The saved state; None if there is none yet.
-    pub fn load(&self) -> Result<Option<State>, StateError> {
-        let foreign = |why: String| StateError::Foreign { path: self.path.clone(), why };
-        match std::fs::metadata(&self.path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(self.io(e)),
-            Ok(m) if m.len() > MAX_BYTES => return Err(foreign(format!("{} bytes", m.len()))),
-            Ok(_) => {}
+    /// The saved state. A file that cannot be used is moved aside and reported: it never keeps an agent from starting.
+    #[must_use]
+    pub fn load(&self, boot_id: &str) -> Loaded {
+        let mut loaded = Loaded::default();
+        let [newest, synced] = FILES.map(|name| (self.dir.join(name), read(&self.dir.join(name))));
+        // Of a power cut: the name was on the disk before the content.
+        let power_cut = matches!(&synced.1, Ok(Some(s)) if s.boot_id != boot_id);
+        for (path, found) in [newest, synced] {
+            match found {
+                Ok(state) => loaded.state = loaded.state.or(state),
+                Err(why) if power_cut => {
+                    tracing::info!(file = %path.display(), why, "cut short by the end of another boot");
+                }
+                Err(why) => {
+                    let said = match files::set_aside(&path, &[]) {
+                        Ok(bad) => format!(
+                            "{} is damaged ({why}); it was moved to {}",
+                            path.display(),
+                            bad.display()
+                        ),
+                        Err(e) => format!("{} is damaged ({why}) and cannot be moved: {e}", path.display()),
+                    };
+                    loaded.damage.push(said);
+                }
+            }
         }
-        let bytes = std::fs::read(&self.path).map_err(|e| self.io(e))?;
-        let state: State = serde_json::from_slice(&bytes).map_err(|e| foreign(e.to_string()))?;
-        if state.version != VERSION {
-            return Err(foreign(format!("version {}, this program knows {VERSION}", state.version)));
-        }
-        Ok(Some(state))
+        loaded
     }
 
-    /// Replaces the saved state.
+    /// Replaces the saved state; a crash of this process at any moment leaves the old one or the new one.
     pub fn save(&self, state: &State) -> Result<(), StateError> {
-        let bytes = serde_json::to_vec(state).map_err(|e| self.io(e.into()))?;
-        let tmp = self.path.with_extension("json.new");
-        let write = || -> std::io::Result<()> {
-            let mut f = std::fs::File::create(&tmp)?;
-            f.write_all(&bytes)?;
-            f.sync_all()?;
-            std::fs::rename(&tmp, &self.path)?;
-            // The rename itself must survive a power cut too.
-            std::fs::File::open(self.path.parent().unwrap_or(Path::new("/")))?.sync_all()
-        };
-        write().map_err(|e| self.io(e))
+        self.replace(FILES[0], state, false)
     }
+
+    /// As [`save`](Self::save), and a power cut does as well.
+    pub fn save_synced(&self, state: &State) -> Result<(), StateError> {
+        self.replace(FILES[1], state, true)
+    }
+
+    fn replace(&self, name: &str, state: &State, sync: bool) -> Result<(), StateError> {
+        let path = self.dir.join(name);
+        let write = || -> io::Result<()> {
+            let bytes = serde_json::to_vec(state)?;
+            let tmp = self.dir.join(TEMPORARY);
+            let mut file = writable(&tmp)?;
+            file.write_all(&bytes)?;
+            if sync {
+                file.sync_data()?;
+            }
+            if std::fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir()) {
+                files::set_aside(&path, &[])?;
+            }
+            std::fs::rename(&tmp, &path)?;
+            if sync {
+                // The rename itself must survive a power cut too.
+                std::fs::File::open(&self.dir)?.sync_all()?;
+            }
+            Ok(())
+        };
+        write().map_err(|source| StateError { path: path.clone(), source })
+    }
+
+    /// Damaged files that were moved aside, as long as they are there.
+    #[must_use]
+    pub fn damaged(&self) -> Vec<PathBuf> {
+        FILES.iter().chain(&[TEMPORARY]).flat_map(|name| files::damaged(&self.dir.join(name))).collect()
+    }
+}
+
+/// The temporary file, empty. What is in its place and cannot be used is moved aside.
+fn writable(path: &Path) -> io::Result<std::fs::File> {
+    let open = || files::open_own(path, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC);
+    match open() {
+        Err(e) if e.is_unusable() => {
+            files::set_aside(path, &[])?;
+            Ok(open()?)
+        }
+        r => Ok(r?),
+    }
+}
+
+/// None: there is no such file. An error says what is wrong with it.
+fn read(path: &Path) -> Result<Option<State>, String> {
+    let file = match files::open_own(path, OFlags::RDONLY) {
+        Err(OpenError::Io(e)) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        r => r.map_err(|e| e.to_string())?,
+    };
+    let bytes = files::read_bounded(file, MAX_BYTES).map_err(|e| e.to_string())?;
+    let state: State = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
+    if state.version != VERSION {
+        return Err(format!("version {}, this program knows {VERSION}", state.version));
+    }
+    Ok(Some(state))
 }
 
 #[cfg(test)]
@@ -163,10 +216,10 @@ mod tests {
     use crate::model::schema::JobId;
 
     #[test]
-    fn saved_is_loaded_and_foreign_is_refused() {
+    fn saved_is_loaded_and_damaged_is_moved_aside() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path());
-        assert_eq!(store.load().unwrap(), None);
+        assert!(store.load("b").state.is_none());
         let job = JobRecord {
             number: 3,
             id: JobId { root: Key::new(1, 2), ordinal: 0 },
@@ -194,11 +247,23 @@ mod tests {
         };
         let state = State { version: VERSION, jobs: vec![job], boot_id: "b".into(), ..State::default() };
         store.save(&state).unwrap();
-        assert_eq!(store.load().unwrap().unwrap().jobs, state.jobs);
-        for bad in [&b"{"[..], b"", b"{\"version\":99,\"boot_id\":\"\",\"jobs\":[],\"enforcement\":{\"by_operator\":null,\"until\":null,\"fuse_open\":false}}"] {
+        assert_eq!(store.load("b").state.unwrap().jobs, state.jobs);
+        let old = State { jobs: Vec::new(), ..state.clone() };
+        store.save_synced(&old).unwrap();
+        let other = b"{\"version\":99,\"boot_id\":\"\",\"jobs\":[],\"enforcement\":{\"by_operator\":null,\"until\":null,\"fuse_open\":false}}";
+        for bad in [&b"{"[..], b"", other] {
             std::fs::write(dir.path().join("jobs.json"), bad).unwrap();
-            assert!(matches!(store.load(), Err(StateError::Foreign { .. })), "{bad:?}");
+            let loaded = store.load("b");
+            assert_eq!(loaded.state, Some(old.clone()), "the synced one is used instead");
+            assert!(loaded.damage[0].contains("jobs.json.bad"), "{loaded:?}");
         }
+        assert_eq!(store.damaged().len(), 3, "{:?}", store.damaged());
+        // The content of a file that was renamed right before a power cut.
+        std::fs::write(dir.path().join("jobs.json"), "").unwrap();
+        let loaded = store.load("another boot");
+        assert_eq!((loaded.state, loaded.damage), (Some(old), Vec::new()));
+        store.save(&state).unwrap();
+        assert_eq!(store.load("b").state, Some(state));
     }
 
     #[test]
@@ -230,15 +295,5 @@ mod tests {
                 ended: VecDeque::new()
             }
         );
-    }
-
-    #[test]
-    fn one_holder_of_a_state_directory() {
-        let dir = tempfile::tempdir().unwrap();
-        let held = Held::lock(dir.path()).unwrap();
-        let second = Held::lock(dir.path()).unwrap_err();
-        assert!(matches!(second, StateError::Held { .. }), "{second}");
-        drop(held);
-        Held::lock(dir.path()).unwrap();
     }
 }

@@ -44,10 +44,11 @@ async fn core(mut requests: mpsc::Receiver<Request>) {
     while let Some(r) = requests.recv().await {
         match r {
             Request::Tree(q, reply) => {
-                let tree = Tree { at: String::new(), host: "h".into(), processes: vec![] };
+                let tree = Tree { at: String::new(), host: "h".into(), processes: vec![], unread: vec![] };
                 let known = q.target.is_none();
                 drop(reply.send(if known { Ok(tree) } else { Err(ApiError::not_found("process", "7")) }));
             }
+            Request::Ping(reply) => drop(reply.send(Ok(()))),
             Request::Jobs(reply) => drop(reply.send(Ok(Jobs { jobs: vec![] }))),
             Request::Alerts(_, reply) => drop(
                 reply.send(Ok(Alerts { alerts: vec![], undelivered: std::collections::BTreeMap::new() })),

@@ -33,6 +33,11 @@ fn recording() {
 }
 
 #[test]
+fn replay() {
+    each("replay", jobwarden::fuzzing::replay);
+}
+
+#[test]
 fn config() {
     each("config", jobwarden::fuzzing::config);
 }

@@ -153,6 +153,7 @@ fn metrics_are_well_formed() -> Result<()> {
         "jobwarden_enforcement_fuse_open",
         "jobwarden_config_last_reload_successful",
         "jobwarden_config_last_reload_success_timestamp_seconds",
+        "jobwarden_log_dropped_total",
     ] {
         ensure!(metrics.series(name).next().is_some(), "{name} is missing");
     }

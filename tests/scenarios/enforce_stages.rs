@@ -201,7 +201,7 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
     let guards = Guards::new(vec![protect], false);
     let state = fixture.path("audit");
     std::fs::create_dir(&state)?;
-    let e = enforcer(kernel.clone(), Audit::open(&state)?);
+    let e = enforcer(kernel.clone(), Audit::open(&state));
     let dry = run(&e, &Order { dry_run: true, ..order.clone() }, &guards)?;
     ensure!(dry.report.signalled.iter().all(|s| s.outcome == SignalledOutcome::DryRun), "{dry:?}");
     ensure!(lives(root.id()) && lives(below) && lives(other), "a dry run signals nobody");
@@ -216,6 +216,7 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
     let flagged: Vec<Member> = kernel.members(order.job)?.into_iter().filter(|m| m.spared).collect();
     ensure!(flagged.is_empty(), "flags stay: {flagged:?}");
     ensure!(!kernel.doom_attached(), "sys_enter stays attached");
+    ensure!(e.audit.flush(ms(5000)), "{:?}", e.audit.error());
     let lines = audit::read(&state, None, Some("test"), 100)?;
     for what in [audit::What::Kill, audit::What::Spared, audit::What::Signal, audit::What::Done] {
         ensure!(lines.iter().any(|l| l.what == what), "no {what:?} in {lines:?}");

@@ -126,14 +126,18 @@ fn without_setpcap_the_bounding_set_stays_as_it_is() -> Result<()> {
 #[test]
 fn without_sys_nice_the_scheduler_does_not_prefer_it() -> Result<()> {
     let fixture = fixture!("without_sys_nice_the_scheduler_does_not_prefer_it");
+    let nice = |pid: u32| -> Result<String> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        // The fields behind the name begin with the state, the third of all; nice is the 19th.
+        stat.rsplit_once(") ").and_then(|(_, l)| l.split(' ').nth(16)).map(String::from).context("no nice")
+    };
     let without = units() - CapabilitySet::SYS_NICE;
-    for (given, name, nice) in [(units(), "with", "-20"), (without, "without", "0")] {
+    let own = nice(std::process::id())?;
+    for (given, name, expected) in [(units(), "with", "-20"), (without, "without", own.as_str())] {
         let agent =
             Agent::with(&fixture, &Options { capabilities: Some(given), name, ..Options::default() })?;
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", agent.pid()))?;
-        // The fields behind the name begin with the state, the third of all; nice is the 19th.
-        let seen = stat.rsplit_once(") ").and_then(|(_, l)| l.split(' ').nth(16)).context("no nice")?;
-        ensure!(seen == nice, "{name}: {seen}");
+        let seen = nice(agent.pid())?;
+        ensure!(seen == expected, "{name}: {seen}");
         agent.stop()?;
     }
     Ok(())
@@ -200,22 +204,68 @@ fn bpf_is_kept_where_the_kernel_asks_for_it() -> Result<()> {
     agent.stop()
 }
 
+/// Its owner could put symbolic links in the place of the files that root writes.
 #[test]
-fn a_state_folder_of_another_user_needs_dac_override() -> Result<()> {
-    let fixture = fixture!("a_state_folder_of_another_user_needs_dac_override");
-    let foreign = |name: &str| -> Result<()> {
-        let state = fixture.path(name).join("state");
-        std::fs::create_dir_all(&state)?;
-        Ok(std::os::unix::fs::chown(state, Some(NOBODY), Some(NOBODY))?)
-    };
-    let all = capabilities(None)?.permitted;
-    foreign("without")?;
-    let without = all - CapabilitySet::DAC_OVERRIDE;
-    let why =
-        refused(&fixture, &Options { name: "without", capabilities: Some(without), ..Options::default() })?;
-    ensure!(why.contains("state") && why.contains("Permission denied"), "{why}");
-    foreign("with")?;
-    let agent = Agent::with(&fixture, &Options { name: "with", ..Options::default() })?;
-    ensure!(set_of(&agent, "CapEff:")?.contains(CapabilitySet::DAC_OVERRIDE), "it is not kept");
-    agent.stop()
+fn a_state_folder_of_another_user_is_refused() -> Result<()> {
+    let fixture = fixture!("a_state_folder_of_another_user_is_refused");
+    let state = fixture.path("agent").join("state");
+    std::fs::create_dir_all(&state)?;
+    std::os::unix::fs::chown(&state, Some(NOBODY), Some(NOBODY))?;
+    let victim = fixture.path("victim");
+    std::fs::write(&victim, "precious")?;
+    for name in ["jobs.json", "jobs.json.new", "alerts.db", "alerts.db-wal", "audit.log"] {
+        std::os::unix::fs::symlink(&victim, state.join(name))?;
+    }
+    let why = refused(&fixture, &Options::default())?;
+    ensure!(why.contains(&*state.to_string_lossy()) && why.contains("uid 65534"), "{why}");
+    ensure!(why.contains("chown 0") && why.contains("--state-dir"), "it says what to do: {why}");
+    ensure!(std::fs::read(&victim)? == b"precious");
+    // Given back, with the links in it: the agent starts, and follows none of them.
+    std::os::unix::fs::chown(&state, Some(0), Some(0))?;
+    std::fs::set_permissions(&state, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
+    let why = refused(&fixture, &Options::default())?;
+    ensure!(why.contains("0777") && why.contains("chmod go-w"), "{why}");
+    std::fs::set_permissions(&state, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let agent = Agent::start(&fixture, "")?;
+    agent.stop()?;
+    ensure!(std::fs::read(&victim)? == b"precious", "a symbolic link was followed");
+    Ok(())
+}
+
+/// On the way to the folder too: a link or a folder of another user decides where it is.
+#[test]
+fn a_path_through_a_folder_of_another_user_is_refused() -> Result<()> {
+    let fixture = fixture!("a_path_through_a_folder_of_another_user_is_refused");
+    let theirs = fixture.path("theirs");
+    std::fs::create_dir_all(theirs.join("state"))?;
+    std::fs::create_dir(fixture.path("ours"))?;
+    std::os::unix::fs::symlink(fixture.path("ours"), theirs.join("link"))?;
+    for path in [&theirs, &theirs.join("link")] {
+        std::os::unix::fs::lchown(path, Some(NOBODY), Some(NOBODY))?;
+    }
+    for args in [
+        ["--state-dir", &theirs.join("state").to_string_lossy()],
+        ["--state-dir", &theirs.join("link/state").to_string_lossy()],
+        ["--socket", &theirs.join("s.sock").to_string_lossy()],
+        ["--socket", &theirs.join("new/s.sock").to_string_lossy()],
+    ] {
+        let mut c = fixture.command(jobwarden_tests::fixture::program("jobwarden")?);
+        c.args([
+            "agent",
+            "--no-pin",
+            "--listen",
+            &format!("127.0.0.1:{}", jobwarden_tests::agent::free_port()?),
+        ]);
+        c.args(args);
+        if args[0] == "--socket" {
+            c.arg("--state-dir").arg(fixture.path("state"));
+        } else {
+            c.arg("--socket").arg(fixture.path("sock"));
+        }
+        let out = jobwarden_tests::agent::run(c, jobwarden_tests::ms(10_000))?;
+        ensure!(out.code() == Some(1) && out.err().contains("uid 65534"), "{args:?}: {out:?}");
+        ensure!(!theirs.join("s.sock").exists() && !theirs.join("new").exists());
+    }
+    ensure!(std::fs::read_dir(fixture.path("ours"))?.next().is_none(), "something was made behind the link");
+    Ok(())
 }

@@ -261,21 +261,11 @@ fn a_broken_state_file_is_no_crash() -> Result<()> {
         broken += 1;
     }
     ensure!(broken > 0, "the agent keeps no state in {}", state.display());
-    // It may start and say so, or refuse and say so; it does not panic.
-    match Agent::start(&fixture, "") {
-        Ok(agent) => {
-            assert_eq!(agent.cli(&["status"])?.code(), Some(0));
-            let log = agent.log_tail();
-            ensure!(!log.contains("panicked"), "{log}");
-            ensure!(log.contains("WARN") || log.contains("ERROR"), "it says so: {log}");
-        }
-        Err(e) => {
-            let said = format!("{e:#}");
-            ensure!(!said.contains("panicked"), "{said}");
-            ensure!(said.contains(&*state.to_string_lossy()), "it says which file: {said}");
-        }
-    }
-    Ok(())
+    let agent = Agent::start(&fixture, "")?;
+    assert_eq!(agent.cli(&["status"])?.code(), Some(0));
+    let log = agent.log_tail();
+    ensure!(!log.contains("panicked") && log.contains("ERROR"), "{log}");
+    agent.stop()
 }
 
 /// What is lost while no agent runs is told by the next one, and not again by the one after it.

@@ -138,11 +138,22 @@ pub struct Options<'a> {
     pub capabilities: Option<CapabilitySet>,
     /// Its limit of locked memory in bytes, soft and hard; None = the test's.
     pub memlock: Option<u64>,
+    /// Its stderr, which is its log; None = the file [`Agent::log`].
+    pub stderr: Option<&'a std::fs::File>,
 }
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { config: "", args: &[], env: &[], name: "agent", pin: false, capabilities: None, memlock: None }
+        Self {
+            config: "",
+            args: &[],
+            env: &[],
+            name: "agent",
+            pin: false,
+            capabilities: None,
+            memlock: None,
+            stderr: None,
+        }
     }
 }
 
@@ -193,12 +204,16 @@ impl<'g> Agent<'g> {
         let out = std::fs::File::options().create(true).append(true).open(&log)?;
         let mut c = fixture.command(fixture::program("jobwarden")?);
         c.arg("--socket").arg(&socket).arg("agent").arg("--config").arg(&config);
-        c.arg("--listen").arg(format!("127.0.0.1:{port}")).arg("--state-dir").arg(&state);
+        c.arg("--listen").arg(format!("127.0.0.1:{port}"));
+        if !o.args.contains(&"--state-dir") {
+            c.arg("--state-dir").arg(&state);
+        }
         if !o.pin {
             c.arg("--no-pin");
         }
         c.args(o.args).envs(o.env.iter().copied());
-        c.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+        let stderr = o.stderr.unwrap_or(&out).try_clone()?;
+        c.stdin(Stdio::null()).stdout(out).stderr(stderr);
         let (capabilities, memlock) = (o.capabilities, o.memlock);
         // SAFETY: system calls only.
         unsafe { c.pre_exec(move || bounded(capabilities, memlock)) };

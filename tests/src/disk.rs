@@ -15,7 +15,7 @@ impl Disk {
     pub fn mount(at: &Path, bytes: usize) -> Result<Self> {
         std::fs::create_dir_all(at)?;
         let target = CString::new(at.as_os_str().as_bytes())?;
-        let size = CString::new(format!("size={bytes}"))?;
+        let size = CString::new(format!("size={bytes},mode=0755"))?;
         let flags = libc::MS_NOSUID | libc::MS_NODEV;
         // SAFETY: all strings are NUL-terminated and outlive the call.
         let rc = unsafe {
@@ -23,6 +23,18 @@ impl Disk {
         };
         ensure!(rc == 0, "mount a tmpfs: {}", std::io::Error::last_os_error());
         Ok(Self(at.to_owned()))
+    }
+
+    /// Whether it can be written.
+    pub fn set_writable(&self, writable: bool) -> Result<()> {
+        let target = CString::new(self.0.as_os_str().as_bytes())?;
+        let flags = libc::MS_REMOUNT | if writable { 0 } else { libc::MS_RDONLY };
+        // SAFETY: the strings are NUL-terminated and outlive the call; a remount takes no file system type.
+        let rc = unsafe {
+            libc::mount(std::ptr::null(), target.as_ptr(), std::ptr::null(), flags, std::ptr::null())
+        };
+        ensure!(rc == 0, "remount a tmpfs: {}", std::io::Error::last_os_error());
+        Ok(())
     }
 
     /// Takes all that is free.

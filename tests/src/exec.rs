@@ -18,6 +18,11 @@ impl<'a> Exec<'a> {
         Self { fixture, socket: fixture.path("nobody").to_string_lossy().into_owned() }
     }
 
+    #[must_use]
+    pub fn with(fixture: &'a Fixture, agent: &Agent<'_>) -> Self {
+        Self { fixture, socket: agent.socket.to_string_lossy().into_owned() }
+    }
+
     pub fn command(&self, args: &[&str]) -> Result<std::process::Command> {
         let mut c = self.fixture.command(program("jobwarden")?);
         c.args(["--socket", &self.socket, "exec"]).args(args);
@@ -37,8 +42,7 @@ impl<'a> Exec<'a> {
 pub fn both(fixture: &Fixture, test: impl Fn(&Exec<'_>) -> Result<()>) -> Result<()> {
     test(&Exec::alone(fixture)).context("without an agent")?;
     let agent = Agent::start(fixture, "")?;
-    let with = Exec { fixture, socket: agent.socket.to_string_lossy().into_owned() };
-    test(&with).context("with an agent")
+    test(&Exec::with(fixture, &agent)).context("with an agent")
 }
 
 /// Live processes of the test, but for an agent and those of `exec` itself.

@@ -13,6 +13,7 @@ pub mod fixture;
 pub mod kill;
 pub mod limit;
 pub mod metrics;
+pub mod mutate;
 pub mod shape;
 pub mod truth;
 mod wait;

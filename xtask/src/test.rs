@@ -19,6 +19,9 @@ pub(crate) struct Args {
     /// With --all: leave the VMs out
     #[arg(long)]
     no_vm: bool,
+    /// Only the hostile suite: damaged files, hung or malicious clients and processes, outputs that cannot be written
+    #[arg(long, conflicts_with = "only")]
+    attack: bool,
     /// Only test binaries whose name contains this
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
@@ -26,6 +29,10 @@ pub(crate) struct Args {
     #[arg(last = true)]
     libtest: Vec<String>,
 }
+
+/// The scenarios of the hostile suite. Part of every whole run, too.
+const HOSTILE: [&str; 7] =
+    ["bad_input", "exec_robust", "logging", "read_rights", "replay", "sockets", "storage"];
 
 /// For everything but the VMs.
 const LIMIT: Duration = Duration::from_mins(15);
@@ -40,8 +47,11 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     // The scenarios start the agent and the helper programs: those are built first, so that none is stale.
     cargo::build(&["build", "--workspace", "--bins"])?;
     let built = cargo::build(&["test", "--no-run", "--workspace"])?;
+    let named = |b: &Built, only: &String| b.name.contains(only) || b.package.contains(only);
     let wanted = |b: &&Built| {
-        b.is_test && args.only.as_ref().is_none_or(|only| b.name.contains(only) || b.package.contains(only))
+        b.is_test
+            && args.only.as_ref().is_none_or(|only| named(b, only))
+            && (!args.attack || HOSTILE.contains(&b.name.as_str()))
     };
     let started = Instant::now();
     let limit = if args.all { LIMIT_ALL } else { LIMIT };
@@ -51,7 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let left = limit.saturating_sub(started.elapsed());
         total.add(one(test, args, slow, left)?, &format!("{}: ", test.name));
     }
-    if args.all && !args.no_vm && args.only.is_none() {
+    if args.all && !args.no_vm && args.only.is_none() && !args.attack {
         if let Err(error) = vm::run_tests(&mut total) {
             total.fail(format!("vm: {error:#}"));
         }

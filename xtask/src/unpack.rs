@@ -20,8 +20,8 @@ pub(crate) fn bin() -> PathBuf {
 /// Prometheus' own programs, where this machine has none. The scenarios that miss them say so themselves.
 pub(crate) fn prometheus() {
     let programs = ["promtool", "prometheus", "prometheus-alertmanager", "amtool"];
-    let there = |p: &&str| needs::runs(p, "--version") || bin().join(p).exists();
-    if programs.iter().all(there) || !needs::may_set_up() {
+    let there = |p: &str| needs::runs(p, "--version") || bin().join(p).exists();
+    if programs.iter().all(|p| there(p)) || !needs::may_set_up() {
         return;
     }
     if let Err(error) = unpack(&folder(), &["prometheus", "prometheus-alertmanager"]) {

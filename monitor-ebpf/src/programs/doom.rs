@@ -1,4 +1,4 @@
-//! Doomed jobs: whoever in one enters a system call is killed. `sys_enter` is attached only while a job is doomed.
+//! Doomed jobs: a member that enters a system call is killed. `sys_enter` is attached only while a job is doomed.
 //!
 //! Killing forkers alone does not stop a chain in which each process forks one successor and exits; at the entry of
 //! its first system call the successor has not forked yet, and a pending SIGKILL makes its fork fail.
@@ -9,8 +9,9 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use monitor_abi::{JOB_DEPTH, KIND_KILL, Kill, ProcKey, is_spared};
 
+use super::sparing::epoch;
 use super::task::{self, Ptr};
-use super::{JOBS, KILLS, LINEAGE, frozen, life, member, ring};
+use super::{JOBS, KILLS, LINEAGE, frozen, job_bitmap, ring};
 
 const SIGKILL: u32 = 9;
 const EPERM: i64 = -1;
@@ -49,7 +50,7 @@ pub(crate) fn is_doomed(job: u64) -> bool {
 
 /// SIGKILL to `current`, counted and recorded.
 #[inline(always)]
-pub(crate) fn strike(key: ProcKey, job: u64) {
+pub(crate) fn send_sigkill(key: ProcKey, job: u64) {
     // SAFETY: the helper signals `current` only.
     let result = unsafe { bpf_send_signal(SIGKILL) };
     if let Some(k) = KILLS.get_ptr_mut(0) {
@@ -74,7 +75,7 @@ pub(crate) fn strike(key: ProcKey, job: u64) {
 pub(crate) fn sys_enter(_: BtfTracePointContext) -> i32 {
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
     // The kernel's own protection of init does not hold against a probe's signal.
-    if tgid == 1 || !member::may_be(tgid) {
+    if tgid == 1 || !job_bitmap::may_be(tgid) {
         return 0;
     }
     // SAFETY: a helper without arguments.
@@ -88,9 +89,9 @@ pub(crate) fn sys_enter(_: BtfTracePointContext) -> i32 {
     }) else {
         return 0;
     };
-    if job == 0 || is_spared(flags, life::spares()) || !is_doomed(job) {
+    if job == 0 || is_spared(flags, epoch()) || !is_doomed(job) {
         return 0;
     }
-    strike(key, job);
+    send_sigkill(key, job);
     0
 }

@@ -10,7 +10,7 @@ use monitor_abi::{
 };
 
 use super::task::{self, Ptr};
-use super::{frozen, life, ring};
+use super::{frozen, lifecycle, ring};
 
 /// An exec record with room for `F` bytes of file name and `A` of argv behind it. The two stand close together, so
 /// the room is theirs in sum; `F` and `A` are what the verifier can check one by one.
@@ -41,7 +41,7 @@ pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
     execed(&ctx, false)
 }
 
-/// Whom `exec` passed over: see `life.rs`.
+/// For tasks for which `exec` was skipped: see `lifecycle.rs`.
 #[btf_tracepoint(function = "sched_process_exec")]
 pub(crate) fn exec_again(ctx: BtfTracePointContext) -> i32 {
     execed(&ctx, true)
@@ -51,7 +51,7 @@ pub(crate) fn exec_again(ctx: BtfTracePointContext) -> i32 {
 fn execed(ctx: &BtfTracePointContext, again: bool) -> i32 {
     let task: Ptr = ctx.arg(0);
     // SAFETY: an argument of the tracepoint.
-    if !life::is_news(&unsafe { task::key(task) }, again) {
+    if !lifecycle::is_unreported(&unsafe { task::key(task) }, again) {
         return 0;
     }
     let old_tid: u32 = ctx.arg(1);

@@ -23,7 +23,7 @@ fn counter(kind: u16) -> Option<*mut Counter> {
     COUNTERS.get_ptr_mut(u32::from(kind))
 }
 
-/// A record that is not wanted.
+/// Counts a hit for which no record is wanted.
 #[inline(always)]
 pub(crate) fn filtered(kind: u16) {
     let Some(c) = counter(kind) else { return };
@@ -34,7 +34,7 @@ pub(crate) fn filtered(kind: u16) {
     }
 }
 
-/// Something to tell of. What becomes of it is counted apart, in what this gives.
+/// Counts a hit. The result counts separately what becomes of it.
 #[inline(always)]
 pub(crate) fn hit(kind: u16) -> Option<*mut Counter> {
     let c = counter(kind)?;

@@ -124,7 +124,7 @@ pub(crate) unsafe fn live_and_status(leader: Ptr) -> (u32, i32, bool) {
     }
 }
 
-/// Whether orphans are given to it: the init of a pid namespace (marked unkillable), or a subreaper.
+/// Whether it adopts orphans: the init of a pid namespace (marked unkillable), or a subreaper.
 ///
 /// # Safety
 /// As [`load`], `leader` being a group leader.

@@ -1,6 +1,6 @@
-//! What the probes saw, as lines of aya-log, for `agent --trace-probes`.
+//! The events of the probes as lines of aya-log, for `agent --trace-probes`.
 //!
-//! Programs of their own on the same tracepoints: they are attached, behind the others, only while somebody reads the
+//! Programs of their own on the same tracepoints: they are attached, behind the others, only while the agent reads the
 //! lines, so they cost nothing else, and a verifier that refuses them takes nothing else with it.
 
 use aya_ebpf::macros::btf_tracepoint;

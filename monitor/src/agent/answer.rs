@@ -1,9 +1,10 @@
 //! The answers to what clients ask of the agent's core.
 
-use std::collections::{BTreeMap, HashMap};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::core::Core;
+use super::core::{Core, Internal};
 use super::{cause, kill};
 use crate::api::{
     AlertQuery, ApiError, AuditLines, Class, EnforcementStatus, ExecRegistered, ExecRequest, ExtendReply,
@@ -11,25 +12,26 @@ use crate::api::{
 };
 use crate::config::Config;
 use crate::enforce::audit;
-use crate::engine::{ExecJob, JobPolicy, Refused, Target, TreeQuery};
+use crate::engine::{Answer, ExecJob, Input, JobPolicy, JobRecord, Output, Refused, Target};
 use crate::model::key::Key;
-use crate::model::schema::{Alerts, EventLine, JobId, Jobs, State, Tree, text};
+use crate::model::schema::{Alert, Alerts, EventLine, JobId, Jobs, State};
 use crate::model::time::rfc3339;
 use crate::sources::{host, kernel};
 
+/// How old a registration by `exec` may be: half of what the client waits for the answer, so that the answer is in time.
+const REGISTRATION_AGE: Duration = Duration::from_millis(crate::exec::REGISTRATION.as_millis() as u64 / 2);
 /// Most audit entries in one answer, the newest.
 const AUDIT_MAX: usize = 10_000;
-/// From so many processes on the kernel is asked for the states of all at once, rather than /proc for each.
-const MANY: usize = 256;
 
 pub(super) fn answer(core: &mut Core, r: Request) {
     match r {
-        Request::Tree(q, reply) => drop(reply.send(tree(core, &q))),
+        Request::Ping(reply) => drop(reply.send(Ok(()))),
+        Request::Tree(q, reply) => super::tree::answer(core, &q, reply),
         Request::Jobs(reply) => drop(reply.send(Ok(Jobs { jobs: core.engine.jobs() }))),
         Request::Extend { job, by, peer, reply } => {
             let done = extend(core, &job, by);
             audited(core, &peer, &format!("jobs extend {job}"), &done);
-            let _ = reply.send(done);
+            reply_when_saved(core, reply, done);
         }
         Request::Alerts(q, reply) => alerts(core, &q, reply),
         Request::Events(filter, reply) => {
@@ -50,11 +52,12 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         }
         Request::Status(reply) => drop(reply.send(Ok(status(core)))),
         Request::Enforcement { on, lasting, peer, reply } => {
-            let mut fx = Vec::new();
-            core.engine.enforcement(on, lasting, host::boot_now(), &mut fx);
-            core.apply(fx);
+            let mut out = Output::default();
+            core.engine.handle(Input::Enforcement { on, lasts: lasting }, host::boot_now(), &mut out);
+            core.apply(out);
             audited(core, &peer, if on { "enforcement on" } else { "enforcement off" }, &Ok(()));
-            let _ = reply.send(Ok(enforcement(core)));
+            let done = Ok(enforcement(core));
+            reply_when_saved(core, reply, done);
         }
         Request::Audit { since, job, reply } => log(core, since, job.as_ref(), reply),
         Request::Reload { peer, reply } => core.reload(Some(peer), Some(reply)),
@@ -74,13 +77,39 @@ pub(super) fn answer(core: &mut Core, r: Request) {
         Request::ExecRegister { exec, peer, reply } => {
             let done = register(core, exec, &peer);
             audited(core, &peer, "exec", &done);
-            let _ = reply.send(done);
+            reply_to_registration(core, reply, done);
         }
         Request::ExecEnd { end, peer, reply } => kill::exec_end(core, &end, &peer, reply),
         Request::ExecSignal { signal, peer, reply } => {
             drop(reply.send(kill::exec_signal(core, &signal, &peer)));
         }
     }
+}
+
+/// What a client is told outlives a SIGKILL of the agent. An error promises nothing.
+pub(super) fn reply_when_saved<T: Send + 'static>(core: &Core, reply: Reply<T>, done: Result<T, ApiError>) {
+    if done.is_err() {
+        let _ = reply.send(done);
+        return;
+    }
+    let saved = core.when_saved();
+    core.beside.spawn(async move {
+        saved.await;
+        let _ = reply.send(done);
+    });
+}
+
+/// As [`reply_when_saved`]. A client that is gone by then never learns of its job: the job is released.
+fn reply_to_registration(core: &Core, reply: Reply<ExecRegistered>, done: Result<ExecRegistered, ApiError>) {
+    let (saved, internal) = (core.when_saved(), core.internal.clone());
+    core.beside.spawn(async move {
+        if done.is_ok() {
+            saved.await;
+        }
+        if let Err(Ok(unheard)) = reply.send(done) {
+            let _ = internal.send(Internal::Unheard(unheard.job));
+        }
+    });
 }
 
 /// Each mutating request is audited, by whom and what came of it.
@@ -100,6 +129,14 @@ pub(super) fn refused(r: Refused) -> ApiError {
         Refused::TooDeep(..) => (Class::Failed, "too-deep"),
     };
     ApiError::new(class, code, r.to_string())
+}
+
+/// The record that a command about a job gives.
+pub(super) fn job_of(answer: Answer) -> Result<Box<JobRecord>, ApiError> {
+    match answer {
+        Answer::Job(done) => done.map_err(refused),
+        _ => Err(ApiError::failed("the engine gave no record of the job")),
+    }
 }
 
 /// What a target means now; never empty.
@@ -123,52 +160,11 @@ fn one_job(core: &Core, t: &Asked) -> Result<JobId, ApiError> {
     }
 }
 
-fn tree(core: &mut Core, q: &AskedTree) -> Result<Tree, ApiError> {
-    let query = TreeQuery {
-        of: q.target.as_ref().map(ToString::to_string),
-        all: true,
-        zombies: q.zombies,
-        orphans: q.orphans,
-        uid: q.uid,
-    };
-    let task_states = || core.kernel.task_states().unwrap_or_default();
-    // Of all: the kernel is asked while the engine tells what it knows.
-    let (tree, beside) = std::thread::scope(|s| {
-        let spawn = || std::thread::Builder::new().spawn_scoped(s, task_states).ok();
-        let beside = if query.of.is_none() { spawn() } else { None };
-        let tree = core.engine.tree(&query, host::boot_now()).map_err(refused);
-        (tree, beside.and_then(|b| b.join().ok()))
-    });
-    let mut tree = tree?;
-    let few = tree.processes.len() < MANY;
-    let all = beside.unwrap_or_else(|| if few { HashMap::new() } else { task_states() });
-    let host_ns = core.proc_reader.own_pid_ns();
-    let mut read = Vec::new();
-    for p in &mut tree.processes {
-        read.extend(core.proc_reader.place(p, host_ns).into_iter().flatten());
-        match all.get(&p.id) {
-            Some((letter, comm)) if p.state != State::Gone => {
-                (p.kernel_state, p.comm) = (Some(text(&[*letter])), text(comm.bytes()));
-            }
-            _ => core.proc_reader.show(p),
-        }
-        // Last: what was read just now may hold a secret too.
-        core.redact.process(p);
-    }
-    // The next view need not read it again.
-    let mut fx = Vec::new();
-    for o in read {
-        core.engine.observe(o, host::boot_now(), &mut fx);
-    }
-    core.apply(fx);
-    Ok(tree)
-}
-
 fn extend(core: &mut Core, job: &Asked, by: Duration) -> Result<ExtendReply, ApiError> {
     let id = one_job(core, job)?;
-    let mut fx = Vec::new();
-    let record = core.engine.extend(id, by, host::boot_now(), &mut fx).map_err(refused)?;
-    core.apply(fx);
+    let mut out = Output::default();
+    let record = job_of(core.engine.handle(Input::ExtendJob { job: id, by }, host::boot_now(), &mut out))?;
+    core.apply(out);
     let wall = host::boot_to_wall();
     Ok(ExtendReply { job: id, deadline: record.deadline.map(|d| rfc3339(d.saturating_add(wall))) })
 }
@@ -177,8 +173,9 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     if q.history || q.undelivered {
         let (center, q) = (core.center.clone(), q.clone());
         core.beside.spawn(async move {
+            let audience = q.audience;
             let mut undelivered: BTreeMap<_, Vec<_>> = BTreeMap::new();
-            let alerts = if q.undelivered {
+            let mut alerts: Vec<Alert> = if q.undelivered {
                 let owed = center.undelivered().await.into_iter();
                 owed.map(|u| {
                     undelivered.entry(u.alert.id.clone()).or_default().extend(u.undelivered);
@@ -190,6 +187,9 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
                     i64::try_from((host::boot_now() + host::boot_to_wall()) / 1_000_000).unwrap_or(i64::MAX);
                 center.history(q.since_s.map(|s| now.saturating_sub((s * 1e3) as i64))).await
             };
+            for a in &mut alerts {
+                audience.alert(a);
+            }
             let _ = reply.send(Ok(Alerts { alerts, undelivered }));
         });
         return;
@@ -198,13 +198,18 @@ fn alerts(core: &Core, q: &AlertQuery, reply: Reply<Alerts>) {
     for a in &mut alerts {
         a.subject.iter_mut().for_each(|p| core.proc_reader.show(p));
         core.redact.alert(a);
+        q.audience.alert(a);
     }
     let _ = reply.send(Ok(Alerts { alerts, undelivered: BTreeMap::new() }));
 }
 
 /// The process that has this pid in this container (its id, or the beginning of it).
-fn inside(core: &mut Core, pid: u32, container: &str) -> Result<Key, ApiError> {
-    let all = tree(core, &AskedTree::default())?.processes;
+fn inside(core: &Core, pid: u32, container: &str) -> Result<Key, ApiError> {
+    let mut all = super::tree::known(core, &AskedTree::default())?.processes;
+    let host_ns = core.proc_reader.own_pid_ns();
+    for p in &mut all {
+        core.proc_reader.place(p, host_ns);
+    }
     let theirs = |p: &&crate::model::schema::Process| {
         p.state != State::Gone && p.container.as_ref().is_some_and(|c| c.id.starts_with(container))
     };
@@ -221,9 +226,9 @@ fn inside(core: &mut Core, pid: u32, container: &str) -> Result<Key, ApiError> {
 
 fn why(core: &mut Core, q: &WhyQuery, reply: Reply<crate::api::wire::Causes>) {
     let keys = match (&q.target, &q.container) {
-        (None, _) => return cause::of_all(core, reply),
+        (None, _) => return cause::of_all(core, q.audience, reply),
         (Some(Asked::Alert(id)), _) => match core.engine.alerts(true).into_iter().find(|a| a.id == *id) {
-            Some(alert) => return cause::of_one(core, alert, reply),
+            Some(alert) => return cause::of_one(core, alert, q.audience, reply),
             None => Err(ApiError::not_found("alert", id)),
         },
         (Some(Asked::Pid(pid)), Some(container)) => inside(core, *pid, container).map(|k| vec![k]),
@@ -238,7 +243,7 @@ fn why(core: &mut Core, q: &WhyQuery, reply: Reply<crate::api::wire::Causes>) {
         }),
     };
     match keys {
-        Ok(keys) => cause::of(core, keys, reply),
+        Ok(keys) => cause::of(core, keys, q.audience, reply),
         Err(e) => drop(reply.send(Err(e))),
     }
 }
@@ -294,6 +299,7 @@ fn status(core: &Core) -> Status {
         alerts_firing: firing,
         alerts_pending: alerts.len() - firing,
         undelivered: core.center.pending(),
+        storage: core.storage.troubles(),
         probes_off,
         config: core.options.config_path.clone().or_else(super::core::default_config),
         config_ok: core.counts.reload_ok,
@@ -309,7 +315,10 @@ fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<A
         Asked::Name(n) => n.clone(),
         other => other.to_string(),
     });
+    let written = std::sync::Arc::clone(&core.audit);
     core.beside.spawn_blocking(move || {
+        // Without them where the disk does not take them: `storage-failed` says so.
+        written.flush(audit::Audit::LAST);
         let read = audit::read(&dir, since, job.as_deref(), AUDIT_MAX);
         let _ = reply.send(
             read.map(|entries| AuditLines { entries })
@@ -318,9 +327,21 @@ fn log(core: &Core, since: Option<Duration>, job: Option<&Asked>, reply: Reply<A
     });
 }
 
+/// The client has gone and does not know of its job: it holds it without the agent.
+pub(super) fn unregister(core: &mut Core, job: JobId) {
+    let mut out = Output::default();
+    // It has just been registered, so it is known.
+    core.engine.handle(Input::ReleaseJob { job }, host::boot_now(), &mut out);
+    core.apply(out);
+}
+
 /// A job of `exec`: in the kernel's maps before the reply, so before its root's first instruction.
 fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegistered, ApiError> {
     let now = host::boot_now();
+    if e.asked_at.is_some_and(|at| now.saturating_sub(at) > REGISTRATION_AGE.as_nanos() as u64) {
+        let message = "the request is too old: the agent could not answer in time";
+        return Err(ApiError::new(Class::Unavailable, "too-late", message));
+    }
     // Held by the client and not reaped, so this pid means no other.
     let start = crate::enforce::Lineage::start_of(&*core.kernel, e.pid)
         .map_err(|err| ApiError::failed(format!("the start of process {}: {err}", e.pid)))?
@@ -339,7 +360,7 @@ fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegister
             timeout_ns: e.timeout_s.map(ns),
             zombie_after_ns: None,
             orphan_after_ns: if e.keep_orphans { None } else { Some(ns(e.orphan_after_s.unwrap_or(0.0))) },
-            // The supervisor ends its job itself; the agent does it when the supervisor dies.
+            // The supervisor ends its job itself; the agent does it when the supervisor dies, or does not act on the deadline.
             kill_on_timeout: false,
             kill_on_orphan: false,
             kill_daemons: true,
@@ -349,10 +370,10 @@ fn register(core: &mut Core, e: ExecRequest, peer: &Peer) -> Result<ExecRegister
             severity: None,
         },
     };
-    let mut fx = Vec::new();
-    let record = core.engine.register_exec_job(job, now, &mut fx).map_err(refused)?;
+    let mut out = Output::default();
+    let record = job_of(core.engine.handle(Input::RegisterJob(Cow::Owned(job)), now, &mut out))?;
     core.label_error = None;
-    core.apply(fx);
+    core.apply(out);
     match core.label_error.take() {
         None => {
             if let Some(dir) = e.cgroup {

@@ -14,6 +14,7 @@ use super::proc_reader::ProcReader;
 use crate::api::Reply;
 use crate::api::wire::Causes;
 use crate::enforce::Lineage;
+use crate::model::audience::Audience;
 use crate::model::key::Key;
 use crate::model::question::Question;
 use crate::model::schema::{Alert, AlertKind, Cause, State, Verdict};
@@ -71,7 +72,14 @@ impl Holders for Kernel {
 const PLACED: usize = 64;
 
 /// The causes of one parent's zombies, or of an orphan; locked while it is looked at.
-type Slot = Arc<tokio::sync::Mutex<Vec<(Instant, Cause)>>>;
+type Slot = Arc<tokio::sync::Mutex<Vec<Found>>>;
+
+/// What was found, when, and with whose rights.
+struct Found {
+    at: Instant,
+    audience: Audience,
+    cause: Cause,
+}
 
 struct Finder {
     proc_reader: ProcReader,
@@ -113,7 +121,7 @@ impl Finder {
         let mut all = self.parents.lock().unwrap_or_else(PoisonError::into_inner);
         if all.len() >= PARENTS {
             // Only here are they cloned: what nobody else has is not in use.
-            let old = |s: &Slot| s.try_lock().is_ok_and(|f| f.iter().all(|(at, _)| at.elapsed() > RECENT));
+            let old = |s: &Slot| s.try_lock().is_ok_and(|f| f.iter().all(|f| f.at.elapsed() > RECENT));
             all.retain(|_, s| Arc::strong_count(s) > 1 || !old(s));
             if all.len() >= PARENTS {
                 all.retain(|_, s| Arc::strong_count(s) > 1);
@@ -124,14 +132,20 @@ impl Finder {
 
     /// The cause, unless it was found less than `fresh` ago. Not to be dropped half-way: the look would go on, and another one
     /// might begin.
-    async fn find(&self, mut q: Question, fresh: Duration, turn: &Semaphore) -> Option<Cause> {
+    async fn find(
+        &self,
+        mut q: Question,
+        audience: Audience,
+        fresh: Duration,
+        turn: &Semaphore,
+    ) -> Option<Cause> {
         // Before the slot: who has that looks at once, and nobody waits behind the queue of others' looks.
         let _turn = turn.acquire().await.ok()?;
         let slot = self.slot(parent(&q));
         let mut found = slot.lock().await;
-        let known = found.iter().find(|(at, c)| c.process.id == q.subject.id && at.elapsed() < fresh);
-        if let Some((_, cause)) = known {
-            return Some(Cause { alert: q.alert, ..cause.clone() });
+        let of_it = |f: &Found| f.cause.process.id == q.subject.id && f.audience == audience;
+        if let Some(f) = found.iter().find(|f| of_it(f) && f.at.elapsed() < fresh) {
+            return Some(Cause { alert: q.alert, ..f.cause.clone() });
         }
         let (proc_reader, holders) = (self.proc_reader.clone(), Arc::clone(&self.holders));
         let look = move || {
@@ -139,16 +153,18 @@ impl Finder {
             for p in std::iter::once(&mut q.subject).chain(q.family.iter_mut().take(PLACED)) {
                 proc_reader.place(p, host_ns);
             }
-            let mut cause = why::explain(&q, &proc_reader.proc, &*holders, &Limits::default());
+            let proc = proc_reader.proc.for_audience(audience);
+            let mut cause = why::explain(&q, &proc, &*holders, &Limits::default());
             proc_reader.show(&mut cause.process);
+            audience.cause(&mut cause);
             cause
         };
         let cause = tokio::task::spawn_blocking(look).await.ok()?;
-        found.retain(|(_, c)| c.process.id != cause.process.id);
+        found.retain(|f| f.cause.process.id != cause.process.id || f.audience != audience);
         if found.len() >= OF_A_PARENT {
             found.remove(0);
         }
-        found.push((Instant::now(), cause.clone()));
+        found.push(Found { at: Instant::now(), audience, cause: cause.clone() });
         Some(cause)
     }
 }
@@ -216,7 +232,8 @@ fn seek(
     question.alert = Some(alert.to_owned());
     let (finder, redact) = (Arc::clone(&core.causes.finder), Arc::clone(&core.redact));
     Some(core.beside.spawn(async move {
-        let mut cause = finder.find(question, fresh, &finder.for_alerts).await?;
+        // Receivers are named by the config. A line of source is shown to them, too, only where the process itself may read it.
+        let mut cause = finder.find(question, Audience::Full, fresh, &finder.for_alerts).await?;
         redact.cause(&mut cause);
         Some(cause)
     }))
@@ -224,7 +241,7 @@ fn seek(
 
 /// What an alert itself says, where there is no process to be looked at: those about the host, which are jobwarden's own,
 /// and those whose subject is gone.
-pub(super) fn itself(core: &Core, a: Alert) -> Option<Cause> {
+pub(super) fn itself(core: &Core, a: Alert, audience: Audience) -> Option<Cause> {
     let own = || core.engine.current(std::process::id());
     let process = a.subject.or_else(|| core.engine.process(own()?, host::boot_now()))?;
     let remedy = match a.kind {
@@ -251,6 +268,7 @@ pub(super) fn itself(core: &Core, a: Alert) -> Option<Cause> {
         alert: Some(a.id),
     };
     core.redact.cause(&mut cause);
+    audience.cause(&mut cause);
     Some(cause)
 }
 
@@ -260,29 +278,30 @@ fn subject(core: &Core, a: &Alert) -> Option<Key> {
 }
 
 /// For `why` of these processes.
-pub(super) fn of(core: &Core, keys: Vec<Key>, reply: Reply<Causes>) {
-    ask(core, Vec::new(), keys.into_iter().map(|k| (k, None)).collect(), reply);
+pub(super) fn of(core: &Core, keys: Vec<Key>, audience: Audience, reply: Reply<Causes>) {
+    ask(core, audience, Vec::new(), keys.into_iter().map(|k| (k, None)).collect(), reply);
 }
 
 /// For `why` of one alert.
-pub(super) fn of_one(core: &Core, a: Alert, reply: Reply<Causes>) {
+pub(super) fn of_one(core: &Core, a: Alert, audience: Audience, reply: Reply<Causes>) {
     match subject(core, &a) {
-        Some(key) => ask(core, Vec::new(), vec![(key, Some(a.id))], reply),
-        None => ask(core, itself(core, a).into_iter().collect(), Vec::new(), reply),
+        Some(key) => ask(core, audience, Vec::new(), vec![(key, Some(a.id))], reply),
+        None => ask(core, audience, itself(core, a, audience).into_iter().collect(), Vec::new(), reply),
     }
 }
 
 /// For `why` of every firing alert. Of many, what was found for each alert, and a new look only where there is nothing.
-pub(super) fn of_all(core: &Core, reply: Reply<Causes>) {
+pub(super) fn of_all(core: &Core, audience: Audience, reply: Reply<Causes>) {
     let (mut known, mut keys) = (Vec::new(), Vec::new());
     let alerts = core.engine.alerts(false);
-    let few = alerts.len() <= FEW;
+    // What was found for an alert was read with all rights.
+    let anew = alerts.len() <= FEW || audience != Audience::Full;
     for a in alerts {
         let Some(key) = subject(core, &a) else {
-            known.extend(itself(core, a));
+            known.extend(itself(core, a, audience));
             continue;
         };
-        match a.cause.filter(|c| !few && c.process.id == key) {
+        match a.cause.filter(|c| !anew && c.process.id == key) {
             Some(mut cause) => {
                 core.redact.cause(&mut cause);
                 known.push(Cause { alert: Some(a.id), ..cause });
@@ -290,10 +309,16 @@ pub(super) fn of_all(core: &Core, reply: Reply<Causes>) {
             None => keys.push((key, Some(a.id))),
         }
     }
-    ask(core, known, keys, reply);
+    ask(core, audience, known, keys, reply);
 }
 
-fn ask(core: &Core, known: Vec<Cause>, keys: Vec<(Key, Option<String>)>, reply: Reply<Causes>) {
+fn ask(
+    core: &Core,
+    audience: Audience,
+    known: Vec<Cause>,
+    keys: Vec<(Key, Option<String>)>,
+    reply: Reply<Causes>,
+) {
     let now = host::boot_now();
     let more = keys.len().saturating_sub(ASKED_MAX);
     let question = |(key, alert)| core.engine.question(key, now).map(|q| Question { alert, ..q });
@@ -304,7 +329,7 @@ fn ask(core: &Core, known: Vec<Cause>, keys: Vec<(Key, Option<String>)>, reply: 
         let mut all = Causes { causes: known, more };
         for q in questions {
             let finder = Arc::clone(&finder);
-            let job = tokio::spawn(async move { finder.find(q, FRESH, &finder.for_askers).await });
+            let job = tokio::spawn(async move { finder.find(q, audience, FRESH, &finder.for_askers).await });
             match tokio::time::timeout_at(end, job).await {
                 Ok(Ok(Some(mut cause))) => {
                     redact.cause(&mut cause);
@@ -390,7 +415,10 @@ mod tests {
             jobs.spawn(async move {
                 let turn = if n % 2 == 0 { &finder.for_alerts } else { &finder.for_askers };
                 let alert = n.to_string();
-                let c = finder.find(question(20 + n % 3, Some(&alert)), FRESH, turn).await.unwrap();
+                let c = finder
+                    .find(question(20 + n % 3, Some(&alert)), Audience::Full, FRESH, turn)
+                    .await
+                    .unwrap();
                 assert_eq!((c.process.pid, c.alert), (20 + n % 3, Some(alert)), "each gets its own");
             });
         }
@@ -400,8 +428,12 @@ mod tests {
         assert_eq!(most, 1, "two looked at one parent at the same time");
         // Once for each zombie (by each of the two looks that such a verdict needs), the others got what was found.
         assert!((3..=6).contains(&asked), "{asked} looks");
-        finder.find(question(20, None), Duration::ZERO, &finder.for_askers).await.unwrap();
-        assert!(numbers(&slow).0 > asked, "what is too old is sought again");
+        let find = |audience, fresh| finder.find(question(20, None), audience, fresh, &finder.for_askers);
+        find(Audience::Full, Duration::ZERO).await.unwrap();
+        let again = numbers(&slow).0;
+        assert!(again > asked, "what is too old is sought again");
+        find(Audience::Nobody, FRESH).await.unwrap();
+        assert!(numbers(&slow).0 > again, "what was found with all rights is shown to others");
     }
 
     #[test]

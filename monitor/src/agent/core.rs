@@ -2,6 +2,7 @@
 //! or passes on what the engine wants done. Everything slow (reading a process's memory, killing, explaining, sending)
 //! runs beside it and comes back as an [`Internal`] message, so the ring is always read in time.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,9 +12,9 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use super::driver::Driver;
 use super::missed_reaps::MissedReaps;
 use super::proc_reader::ProcReader;
+use super::recorded_engine::RecordedEngine;
 use super::reload::Reloads;
 use super::service_manager::ServiceManager;
 use super::storage::{Source, Storage};
@@ -23,17 +24,17 @@ use crate::api::{Feed, Peer, Readiness, Reloaded, Reply, Request};
 use crate::config::Config;
 use crate::enforce::{Audit, Enforcer};
 use crate::engine::forest::Facts;
-use crate::engine::{AlertChange, Effect, EventContext, Gauges, Observation};
+use crate::engine::{AlertChange, Change, Effect, EventContext, Gauges, Input, Observation, Output};
 use crate::metrics::Counts;
 use crate::model::event::{self, Body, Event};
 use crate::model::key::Key;
 use crate::model::kill::Reason;
-use crate::model::schema::{Alert, AlertKind, Cause, EventLine, JobId, KillReport};
+use crate::model::schema::{Alert, AlertKind, Cause, EventLine, JobId};
 use crate::notify::{AlertService, Submission};
 use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::{Kernel, Ring};
-use crate::state::{Kill, Store};
+use crate::state::{Kill, Report, StateWriter};
 
 /// How often the loss counters are read, and programs that the kernel skipped counted.
 const CHECK: Duration = Duration::from_secs(1);
@@ -74,6 +75,10 @@ pub(super) enum Internal {
         order: Option<u64>,
         result: Result<Box<crate::enforce::Outcome>, String>,
     },
+    /// The state was written or could not be, or files of the state directory are damaged.
+    Saved(Report),
+    /// The client of this `exec` job did not get the reply to its registration.
+    Unheard(JobId),
     /// An alert could not be stored, or could be again.
     Storage(Option<String>),
     /// Stores outside of the engine are full, or have room again.
@@ -87,7 +92,7 @@ pub(super) enum Internal {
 }
 
 pub(super) struct Core {
-    pub engine: Driver,
+    pub engine: RecordedEngine,
     pub kernel: Arc<Kernel>,
     pub proc_reader: ProcReader,
     pub enforcer: Enforcer,
@@ -116,10 +121,13 @@ pub(super) struct Core {
     /// What operators have ordered and is not done, in the order of its coming.
     pub(super) kills: BTreeMap<u64, Kill>,
     pub(super) service_manager: ServiceManager,
-    pub(super) store: Store,
+    pub(super) writer: StateWriter,
     pub(super) storage: Storage,
     pub(super) reloads: Reloads,
+    /// What is to be saved has changed since the last state was given to the writer.
     pub(super) state_dirty: bool,
+    /// Of the change, what must survive a power cut.
+    pub(super) word_changed: bool,
     facts_wanted: Vec<Key>,
     facts_turns: Arc<Semaphore>,
     cgroups_wanted: Vec<(Key, u64)>,
@@ -134,7 +142,7 @@ pub(super) struct Core {
 
 /// What [`Core::new`] is made of.
 pub(super) struct Parts {
-    pub engine: Driver,
+    pub engine: RecordedEngine,
     pub kernel: Arc<Kernel>,
     pub proc_reader: ProcReader,
     pub enforcer: Enforcer,
@@ -150,7 +158,7 @@ pub(super) struct Parts {
     pub internal: mpsc::UnboundedSender<Internal>,
     /// Where all that takes time runs.
     pub beside: Handle,
-    pub store: Store,
+    pub writer: StateWriter,
     /// Lost records that an earlier agent has told of.
     pub told: u64,
     /// Kills that an earlier agent was killed over.
@@ -186,10 +194,12 @@ impl Core {
             cgroups: HashMap::new(),
             kills: (0..).zip(p.kills).collect(),
             service_manager: ServiceManager::from_env(),
-            store: p.store,
+            writer: p.writer,
             storage: Storage::default(),
             reloads: Reloads::default(),
-            state_dirty: false,
+            // So that a disk that takes nothing is known from the start.
+            state_dirty: true,
+            word_changed: false,
             facts_wanted: Vec::new(),
             facts_turns: Arc::new(Semaphore::new(
                 std::thread::available_parallelism().map_or(1, usize::from),
@@ -253,7 +263,7 @@ impl Core {
         self.service_manager.stopping();
         self.drain(&mut ring);
         self.settle(&mut ring);
-        self.stop();
+        self.stop().await;
         Ok(())
     }
 
@@ -270,10 +280,12 @@ impl Core {
         self.internal(m);
     }
 
-    /// Reads what is in the ring, up to a bound of its own. A job's registration is saved and labelled before its exec
-    /// record is let go: after a SIGKILL in between, the record comes again.
+    /// Reads what is in the ring, up to a bound of its own. A job is labelled at once, and its exec record is kept in the ring
+    /// until its registration is saved: after a SIGKILL in between, the record comes again. Nothing waits for the disk: what
+    /// comes behind a kept record is read all the same.
     pub(super) fn drain(&mut self, ring: &mut Ring) -> usize {
-        let (mut fx, mut forkers) = (Vec::new(), Vec::new());
+        self.release_saved(ring);
+        let (mut out, mut forkers) = (Output::default(), Vec::new());
         let mut read = 0;
         while read < DRAIN_MAX {
             // Reading the clock costs more than handling a record.
@@ -281,83 +293,93 @@ impl Core {
             forkers.clear();
             forkers.extend(ring.unread().take(BATCH).filter_map(event::forker));
             self.engine.expect(&forkers);
-            let batch = ring.drain(BATCH, &mut |bytes| match event::decode(bytes) {
-                Ok(e) => self.event(&e, bytes, now, &mut fx),
-                Err(e) => tracing::error!(error = %e, "a record of the ring is unreadable"),
+            let batch = ring.drain_keeping(BATCH, &mut |bytes| match event::decode(bytes) {
+                Ok(e) => self.event(&e, bytes, now, &mut out),
+                Err(e) => {
+                    tracing::error!(error = %e, "a record of the ring is unreadable");
+                    None
+                }
             });
             read += batch;
             if batch < BATCH {
                 break;
             }
         }
-        self.apply(fx);
+        self.apply(out);
         read
     }
 
-    fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, fx: &mut Vec<Effect>) {
+    /// The number of the state that must be saved before the record is let go, if it registered a job.
+    fn event(&mut self, e: &Event<'_>, bytes: &[u8], now: u64, out: &mut Output) -> Option<u64> {
         self.read_to = e.at;
         self.counts.events[usize::from(e.kind())] += 1;
         // What pinned maps kept from before the start did not lag; it waited for an agent.
         if e.at >= self.started {
             self.counts.event_lag.observe(now.saturating_sub(e.at) as f64 / 1e9);
         }
-        let moment = self.engine.moment(e);
+        let moment = self.engine.event_context(e);
         let before = self.feed.chain(self.engine.named_jobs(e.process));
-        self.engine.event(e, bytes, fx);
+        self.engine.handle(Input::Record { event: e, bytes }, e.at, out);
         // A fork's child has its jobs only now, a reaped process only before.
         let jobs = before.or_else(|| self.feed.chain(self.engine.named_jobs(e.process)));
         if !matches!(e.body, Body::Reap { .. }) || self.reaps.came(e.process) {
             self.feed.publish(e, bytes, moment, jobs, &event_formatter(&self.engine, &self.redact));
         }
-        if fx.iter().any(|f| matches!(f, Effect::Job { label: true, .. } | Effect::Enter { .. })) {
-            let taken = std::mem::take(fx);
+        let registers = out.effects.iter().any(|f| matches!(f, Effect::LabelJob(_)));
+        if registers || out.effects.iter().any(|f| matches!(f, Effect::EnterProcess { .. })) {
+            let taken = std::mem::take(out);
             self.apply(taken);
         }
+        registers.then(|| self.unsaved())
     }
 
     fn tick(&mut self) {
-        let mut fx = Vec::new();
-        self.engine.tick(host::boot_now(), &mut fx);
-        self.apply(fx);
+        let mut out = Output::default();
+        self.engine.handle(Input::Tick, host::boot_now(), &mut out);
+        self.apply(out);
     }
 
     /// Does what the engine wants done. Looks and facts are only collected; [`Self::settle`] sees to them.
-    pub(super) fn apply(&mut self, fx: Vec<Effect>) {
-        for f in fx {
-            match f {
+    pub(super) fn apply(&mut self, out: Output) {
+        for change in out.changes {
+            self.apply_change(change);
+        }
+        for effect in out.effects {
+            match effect {
                 Effect::Look(key) => self.looks_wanted.push(key),
                 Effect::ReadFacts(key) => self.facts_wanted.push(key),
                 Effect::ReadCgroup { key, id } => self.cgroups_wanted.push((key, id)),
-                Effect::Job { job, label } => {
-                    self.state_dirty = true;
-                    if label && let Err(e) = self.label(&job) {
+                Effect::LabelJob(job) => {
+                    if let Err(e) = self.label(&job) {
                         tracing::error!(job = %job.id, error = %e, "the job could not be entered into the kernel");
                         self.label_error = Some(e.to_string());
                     }
-                    if label {
-                        tracing::info!(job = %job.id, name = %job.name, "job");
-                        // Before its record in the ring is let go: after a SIGKILL in between, the record comes again.
-                        self.save();
-                    }
+                    tracing::info!(job = %job.id, name = %job.name, "job registered");
                 }
-                Effect::Enter { process, parent, job, missed } => self.enter(process, parent, job, missed),
-                Effect::Emptied(number) => self.sync.emptied.push(number),
-                Effect::JobEnded(job) => {
-                    self.state_dirty = true;
-                    self.cgroups.remove(&job.id);
-                    if let Err(e) = crate::enforce::Lineage::forget(&*self.kernel, job.number) {
-                        tracing::warn!(job = %job.id, error = %e, "the job could not be taken out of the kernel");
-                    }
-                    let took = job.ended.saturating_sub(job.started) as f64 / 1e9;
-                    tracing::info!(job = %job.id, name = %job.name, outcome = job.outcome.as_str(), took_s = took, "job ended");
+                Effect::EnterProcess { process, parent, job, missed } => {
+                    self.enter(process, parent, job, missed);
                 }
-                Effect::Alert { change, alert } => self.alert(change, *alert),
+                Effect::CountMembers(number) => self.sync.emptied.push(number),
                 Effect::Kill(order) => super::kill::policy(self, *order),
-                Effect::Enforcement(_) => self.state_dirty = true,
             }
         }
-        if self.state_dirty {
-            self.save();
+        self.save();
+    }
+
+    fn apply_change(&mut self, change: Change) {
+        match change {
+            Change::Job(_) => self.state_dirty = true,
+            Change::Enforcement(_) => (self.state_dirty, self.word_changed) = (true, true),
+            Change::JobEnded(job) => {
+                self.state_dirty = true;
+                self.cgroups.remove(&job.id);
+                if let Err(e) = crate::enforce::Lineage::forget(&*self.kernel, job.number) {
+                    tracing::warn!(job = %job.id, error = %e, "the job could not be taken out of the kernel");
+                }
+                let took = job.ended.saturating_sub(job.started) as f64 / 1e9;
+                tracing::info!(job = %job.id, name = %job.name, outcome = job.outcome.as_str(), took_s = took, "job ended");
+            }
+            Change::Alert { change, alert } => self.alert(change, *alert),
         }
     }
 
@@ -366,15 +388,15 @@ impl Core {
     }
 
     /// Not `apply`: an alert about what is done there must not come back to it. It is submitted like any other.
-    pub(super) fn alerts_of(&mut self, fx: Vec<Effect>) {
-        for f in fx {
-            if let Effect::Alert { change, alert } = f {
+    pub(super) fn alerts_of(&mut self, out: Output) {
+        for change in out.changes {
+            if let Change::Alert { change, alert } = change {
                 self.alert(change, *alert);
             }
         }
     }
 
-    fn alert(&mut self, change: AlertChange, mut alert: Alert) {
+    pub(super) fn alert(&mut self, change: AlertChange, mut alert: Alert) {
         alert.subject.iter_mut().for_each(|p| self.proc_reader.show(p));
         self.redact.alert(&mut alert);
         match change {
@@ -410,23 +432,31 @@ impl Core {
 
     fn internal(&mut self, m: Internal) {
         let now = host::boot_now();
-        let mut fx = Vec::new();
+        let mut out = Output::default();
         match m {
             Internal::Facts(all) => {
                 for (key, facts) in all {
-                    self.engine.observe(Observation::Facts { key, facts }, now, &mut fx);
+                    self.engine.handle(
+                        Input::Observation(Cow::Owned(Observation::Facts { key, facts })),
+                        now,
+                        &mut out,
+                    );
                 }
             }
             Internal::Cgroups(all) => {
                 for o in all {
-                    self.engine.observe(o, now, &mut fx);
+                    self.engine.handle(Input::Observation(Cow::Owned(o)), now, &mut out);
                 }
             }
             Internal::Cause { alert, cause } => {
                 if let Some(cause) = cause {
-                    self.engine.set_cause(&alert, *cause, now, &mut fx);
+                    self.engine.handle(
+                        Input::Cause { alert: Cow::Borrowed(&alert), cause: Cow::Borrowed(&cause) },
+                        now,
+                        &mut out,
+                    );
                 }
-                self.apply(std::mem::take(&mut fx));
+                self.apply(std::mem::take(&mut out));
                 if let Some(a) = self.waiting.remove(&alert) {
                     self.submit(a);
                 }
@@ -440,32 +470,37 @@ impl Core {
                         *self.counts.signals_sent.entry(*k).or_default() += n;
                     }
                 }
-                let report: Result<&KillReport, &str> =
-                    result.as_ref().map(|o| &o.report).map_err(String::as_str);
-                match job {
-                    Some(id) => {
-                        let ended = result.as_ref().is_ok_and(|o| o.ended());
-                        let outcome = if ended { "ended" } else { "survived" };
-                        *self.counts.job_kills.entry((reason, outcome)).or_default() += 1;
-                        self.engine.kill_finished(id, reason, whole, report, now, &mut fx);
-                    }
-                    None => self.engine.process_killed(root, report, now, &mut fx),
-                }
+                let report =
+                    result.as_ref().map(|o| Cow::Borrowed(&o.report)).map_err(|e| Cow::Borrowed(e.as_str()));
+                let input = if let Some(job) = job {
+                    let ended = result.as_ref().is_ok_and(|o| o.ended());
+                    let outcome = if ended { "ended" } else { "survived" };
+                    *self.counts.job_kills.entry((reason, outcome)).or_default() += 1;
+                    Input::KillFinished { job, reason, whole, report }
+                } else {
+                    Input::ProcessKillFinished { root, report }
+                };
+                self.engine.handle(input, now, &mut out);
             }
+            Internal::Saved(report) => self.saved(report),
+            Internal::Unheard(job) => super::answer::unregister(self, job),
             Internal::Storage(wrong) => {
+                if wrong.is_none() {
+                    self.resubmit();
+                }
                 self.storage.set(Source::Alerts, wrong);
                 self.tell_storage();
             }
             Internal::Full(wrong) => {
                 self.sync.stores_full = wrong;
-                self.capacity(&mut fx);
+                self.capacity(&mut out);
             }
             Internal::Reloaded { result, peer, reply } => self.reloaded(result, peer, reply),
             Internal::Scrape(reply) => {
                 let _ = reply.send((self.engine.gauges(now), self.counts.clone()));
             }
         }
-        self.apply(fx);
+        self.apply(out);
     }
 
     /// Looks at /proc for the engine. What happened before the look is handed over before what it saw: where the ring lags, a
@@ -476,19 +511,23 @@ impl Core {
             wanted.into_iter().map(|k| (k, host::boot_now(), self.proc_reader.look(k))).collect();
         let until = host::boot_now();
         while self.drain(ring) == DRAIN_MAX && self.read_to < until {}
-        let mut fx = Vec::new();
+        let mut out = Output::default();
         for (key, at, seen) in seen {
             let Some(seen) = seen else {
                 self.sync.unseen.push(key);
                 continue;
             };
             let reap = self.before_reap(key, at);
-            self.engine.observe(Observation::Look { key, at, seen }, host::boot_now(), &mut fx);
+            self.engine.handle(
+                Input::Observation(Cow::Owned(Observation::Look { key, at, seen })),
+                host::boot_now(),
+                &mut out,
+            );
             if let Some(reap) = reap.filter(|_| self.engine.is_gone(key)) {
                 self.reaps.gone(key, reap);
             }
         }
-        self.apply(fx);
+        self.apply(out);
     }
 
     /// After each turn: what was only collected is sent off.
@@ -530,14 +569,14 @@ impl Core {
         }
     }
 
-    fn stop(mut self) {
+    async fn stop(mut self) {
         // Pins stay after a clean stop, and nobody is there to renew a doom or to see it through.
         if let Err(e) = self.kernel.stop_dooms() {
             tracing::error!(error = %e, "the dooms in force could not be ended; they expire by themselves");
         }
         // Who asked is told that the agent stops; only a crash leaves an order in force.
         self.kills.clear();
-        self.save();
+        self.save_last().await;
         for (_, alert) in std::mem::take(&mut self.waiting) {
             self.submit(alert);
         }
@@ -549,7 +588,7 @@ impl Core {
 
 /// Makes a line of `events`, secrets masked.
 pub(super) fn event_formatter(
-    engine: &Driver,
+    engine: &RecordedEngine,
     redact: &Redactor,
 ) -> impl Fn(&Event<'_>, &EventContext, Option<JobId>) -> EventLine {
     |e, m, job| {

@@ -7,7 +7,7 @@ use super::core::{Core, Internal};
 use crate::api::{ApiError, Class, ExecEnd, ExecEnded, ExecSignal, KillRequest, Matched, Peer, Reply};
 use crate::config::DEFAULT_GRACE;
 use crate::enforce::{Guards, Order, Outcome, audit};
-use crate::engine::{KillOrder, Target, TreeQuery};
+use crate::engine::{Answer, Input, KillOrder, Output, Target, TreeQuery};
 use crate::model::key::Key;
 use crate::model::kill::{AskedBy, Reason, What};
 use crate::model::schema::{JobId, KillReport, Spared, State};
@@ -51,11 +51,11 @@ pub(super) fn policy(core: &mut Core, k: KillOrder) {
 
 /// As many free job numbers in a row as there are roots; the first.
 fn numbers(core: &mut Core, n: usize) -> u64 {
-    let first = core.engine.free_number(host::boot_now());
-    for _ in 1..n {
-        core.engine.free_number(host::boot_now());
+    let input = Input::ReserveNumbers { count: n as u32 };
+    match core.engine.handle(input, host::boot_now(), &mut Output::default()) {
+        Answer::Number(first) => first,
+        _ => 0,
     }
-    first
 }
 
 /// Whom no kill may touch. Without knowing whom to spare nobody is signalled.
@@ -96,17 +96,26 @@ fn start(core: &mut Core, job: Job, reply: Option<Reply<KillReport>>) {
     if let Some(id) = id
         && !order.dry_run
     {
-        core.engine.kill_started(id, order.reason);
+        core.engine.handle(
+            Input::KillStarted { job: id, reason: order.reason },
+            host::boot_now(),
+            &mut Output::default(),
+        );
     }
     let place = (order.reason == Reason::Operator && !order.dry_run).then(|| {
         let place = core.kills.last_key_value().map_or(0, |(n, _)| n + 1);
         core.kills.insert(place, written(&order, &guards));
-        // Before the first signal: it is not lost should this agent be.
+        core.state_dirty = true;
         core.save();
         place
     });
+    let saved = place.map(|_| core.when_saved());
     let (enforcer, tx) = (core.enforcer.clone(), core.internal.clone());
     core.beside.spawn(async move {
+        if let Some(saved) = saved {
+            // Before the first signal: the order is not lost should this agent be.
+            saved.await;
+        }
         let result = enforcer.run(&order, &guards).await;
         if let Some(reply) = reply {
             let answer = match &result {
@@ -353,17 +362,24 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<E
         return;
     };
     let now = host::boot_now();
+    // Set only where the job outlived its deadline: then this agent has acted on it.
+    let timed_out = e.timed_out || record.expired;
     if e.keep {
-        let mut fx = Vec::new();
-        let done = core.engine.release(e.job, now, &mut fx).map_err(super::answer::refused);
-        core.apply(fx);
+        let mut out = Output::default();
+        let done = super::answer::job_of(core.engine.handle(Input::ReleaseJob { job: e.job }, now, &mut out))
+            .map(drop);
+        core.apply(out);
         let report = kept(core, e.job, now);
-        let _ = reply.send(done.map(|()| ExecEnded { report: Some(report), left_s: None }));
+        super::answer::reply_when_saved(
+            core,
+            reply,
+            done.map(|()| ExecEnded { report: Some(report), left_s: None, timed_out }),
+        );
         return;
     }
     if e.timed_out && record.deadline.is_none_or(|d| d > now) {
         let left_s = record.deadline.map(|d| (d - now) as f64 / 1e9);
-        let _ = reply.send(Ok(ExecEnded { report: None, left_s }));
+        let _ = reply.send(Ok(ExecEnded { report: None, left_s, timed_out: false }));
         return;
     }
     let order = Order {
@@ -387,7 +403,7 @@ pub(super) fn exec_end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<E
     start(core, job, Some(tx));
     core.beside.spawn(async move {
         let report = rx.await.unwrap_or_else(|_| Err(ApiError::stopping()));
-        let _ = reply.send(report.map(|r| ExecEnded { report: Some(r), left_s: None }));
+        let _ = reply.send(report.map(|r| ExecEnded { report: Some(r), left_s: None, timed_out }));
     });
 }
 

@@ -24,7 +24,7 @@ pub(super) struct Seen {
     at: u64,
     /// None: its exit was not seen either.
     status: Option<WaitStatus>,
-    moment: EventContext,
+    context: EventContext,
     jobs: Chain,
     told: bool,
 }
@@ -59,8 +59,8 @@ impl Core {
             return None;
         }
         let status = self.engine.wait_status(key);
-        let moment = self.engine.moment(&reap(key, status, at));
-        Some(Seen { at, status, moment, jobs: self.feed.chain(self.engine.named_jobs(key)), told: false })
+        let context = self.engine.event_context(&reap(key, status, at));
+        Some(Seen { at, status, context, jobs: self.feed.chain(self.engine.named_jobs(key)), told: false })
     }
 
     /// Each second: the lines of those whose record does not come.
@@ -77,7 +77,7 @@ impl Core {
 
     fn reap_line(&self, key: Key, s: &Seen) -> EventLine {
         let tell = super::core::event_formatter(&self.engine, &self.redact);
-        let mut line = tell(&reap(key, s.status, s.at), &s.moment, innermost(&s.jobs));
+        let mut line = tell(&reap(key, s.status, s.at), &s.context, innermost(&s.jobs));
         if s.status.is_none() {
             line.more.insert("exit".into(), serde_json::Value::Null);
         }

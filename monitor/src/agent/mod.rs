@@ -5,16 +5,18 @@ mod answer;
 mod capacity;
 mod cause;
 mod core;
-mod driver;
 mod kill;
 mod missed_reaps;
 mod proc_reader;
+mod recorded_engine;
 mod reload;
 mod scrape;
 mod service_manager;
 mod storage;
 mod sync;
+mod tree;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -27,12 +29,13 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use self::core::{Core, Internal, Parts};
-use self::driver::Driver;
 use self::proc_reader::ProcReader;
+use self::recorded_engine::RecordedEngine;
 use crate::api::{self, Backend, Listeners, Readiness, Server};
 use crate::config::{Config, Overrides};
 use crate::enforce::{self, Audit, Enforcer};
-use crate::engine::Settings;
+use crate::engine::{Input, Output, Settings};
+use crate::logging::Log;
 use crate::model::key::Key;
 use crate::notify::{self, AlertService, Submission};
 use crate::privileges;
@@ -40,9 +43,11 @@ use crate::recording;
 use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::{self, Kernel, Tracer};
-use crate::sources::proc::Proc;
-use crate::state::{Held, State, StateError, Store};
+use crate::sources::proc::{self, Proc};
+use crate::state::{State, StateDir, StateDirError, StateWriter, Store};
 
+/// tokio adds it to the clock, so it must not overflow.
+const FOREVER: Duration = Duration::from_hours(10 * 365 * 24);
 /// How long deliveries under way may take at a stop; what is left is sent after the next start.
 const DRAIN: Duration = Duration::from_secs(2);
 /// Requests that wait for the core; more are refused by the server's own bounds before.
@@ -59,6 +64,7 @@ pub struct Options {
     pub record: Option<PathBuf>,
     /// The probes' own aya-log lines go to the log.
     pub trace_probes: bool,
+    pub log: Log,
     /// Set at start: where the TCP listener is.
     pub listening: Option<SocketAddr>,
 }
@@ -66,10 +72,8 @@ pub struct Options {
 /// Why the agent did not start, or stopped by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    #[error("the state directory {path}: {source}. Give another with --state-dir, or run as root")]
-    StateDir { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
-    State(#[from] StateError),
+    StateDir(#[from] StateDirError),
     #[error(transparent)]
     Kernel(#[from] kernel::KernelError),
     #[error(transparent)]
@@ -84,8 +88,12 @@ pub enum AgentError {
     Ring(std::io::Error),
     #[error("a snapshot of the processes: {0}")]
     Snapshot(std::io::Error),
-    #[error("the tokio runtime: {0}")]
+    #[error("the threads of the runtime: {0}")]
     Runtime(std::io::Error),
+    #[error("the thread that writes the log: {0}")]
+    Log(std::io::Error),
+    #[error("a thread cannot be started: {0}")]
+    Thread(std::io::Error),
     #[error("signal handlers: {0}")]
     Signals(std::io::Error),
     #[error(transparent)]
@@ -100,18 +108,13 @@ pub enum AgentError {
 /// threads has one of them wait for all, and wake the others: two switches more at each turn of the core.
 pub fn run(options: Options) -> Result<(), AgentError> {
     let begun = Privileged::new(&options)?;
-    let others = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .max_blocking_threads(16)
-        .thread_name("jobwarden")
-        .enable_all()
-        .build()
-        .map_err(AgentError::Runtime)?;
+    options.log.start().map_err(AgentError::Log)?;
+    let others = background_runtime().map_err(AgentError::Runtime)?;
     let own =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AgentError::Runtime)?;
     let done = others.block_on(serve(options, begun)).and_then(|(core, beside)| {
         own.block_on(async {
-            let done = core.run().await;
+            let done = Box::pin(core.run()).await;
             beside.end().await;
             done
         })
@@ -121,12 +124,45 @@ pub fn run(options: Options) -> Result<(), AgentError> {
     done
 }
 
+/// tokio panics where it cannot make its threads (a limit of processes), and where it has made the first but not the second it then
+/// waits for the first for ever: the panic's message is the error here, and nobody waits for the thread that builds.
+fn background_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let (sender, done) = std::sync::mpsc::channel();
+    let build = {
+        let sender = sender.clone();
+        move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .max_blocking_threads(16)
+                .thread_keep_alive(FOREVER)
+                .thread_name("jobwarden")
+                .enable_all()
+                .build();
+            // With one thread for blocking work, more of it waits for that thread where no other can be made later. Without any, tokio
+            // panics in whoever asks, which may be the core.
+            let runtime = runtime.inspect(|r| drop(r.spawn_blocking(|| ())));
+            let _ = sender.send(runtime);
+        }
+    };
+    // No other thread runs yet that could panic meanwhile.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let why = panic.payload().downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".into());
+        let _ = sender.send(Err(std::io::Error::other(why)));
+    }));
+    let runtime = std::thread::Builder::new()
+        .name("jobwarden-build".into())
+        .spawn(build)
+        .and_then(|_| done.recv().unwrap_or_else(|e| Err(std::io::Error::other(e))));
+    std::panic::set_hook(hook);
+    runtime
+}
+
 /// What needs privileges that are given up then: made by the one thread that there is.
 struct Privileged {
-    /// The state directory is this agent's alone while it runs.
-    held: Held,
+    /// This agent's alone while it runs.
+    state_dir: StateDir,
     boot_id: String,
-    store: Store,
     saved: Option<State>,
     audit: Arc<Audit>,
     recorder: Option<recording::Recorder>,
@@ -138,15 +174,17 @@ struct Privileged {
 impl Privileged {
     fn new(options: &Options) -> Result<Self, AgentError> {
         let agent = &options.config.agent;
-        let dir = &agent.state_dir;
-        std::fs::create_dir_all(dir)
-            .and_then(|()| std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)))
-            .map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
-        let held = Held::lock(dir)?;
+        let (state_dir, trouble) = StateDir::open(&agent.state_dir)?;
+        if let Some(e) = trouble {
+            tracing::error!(error = %e, "the agent runs without a state directory; it is tried again each second");
+        }
+        let dir = state_dir.path();
         let boot_id = host::boot_id().map_err(|source| AgentError::Host { what: "boot id", source })?;
-        let store = Store::new(dir);
-        let saved = store.load()?;
-        let audit = Audit::open(dir).map_err(|source| AgentError::StateDir { path: dir.clone(), source })?;
+        let loaded = Store::new(&dir).load(&boot_id);
+        for damage in &loaded.damage {
+            tracing::error!("{damage}; jobs and the operator's word of before may be lost");
+        }
+        let audit = Audit::open(&dir);
         let recorder = options.record.as_deref().map(recording::Recorder::create).transpose()?;
         // Listening first: a socket or port in use ends the start before anything is loaded.
         let listeners = Listeners::bind(&api::Options::new(agent, crate::VERSION))?;
@@ -163,7 +201,8 @@ impl Privileged {
             bounding = left.bounding,
             "other capabilities are given up"
         );
-        Ok(Self { held, boot_id, store, saved, audit: Arc::new(audit), recorder, listeners, kernel, tracer })
+        let saved = loaded.state;
+        Ok(Self { state_dir, boot_id, saved, audit: Arc::new(audit), recorder, listeners, kernel, tracer })
     }
 }
 
@@ -180,13 +219,13 @@ impl Waiting {
     async fn run(self) -> Result<(), AgentError> {
         // It wakes the runtime that it is made in.
         let ring = self.parts.kernel.take_ring().map_err(AgentError::Ring)?;
-        Core::new(self.parts).run(ring, self.requests, self.internal, self.stop, self.reload).await
+        Box::pin(Core::new(self.parts).run(ring, self.requests, self.internal, self.stop, self.reload)).await
     }
 }
 
 /// What runs beside the core, and ends after it.
 struct BackgroundTasks {
-    _held: Held,
+    _state_dir: Arc<StateDir>,
     stores: JoinHandle<()>,
     server: Server,
     delivery: JoinHandle<()>,
@@ -205,17 +244,19 @@ impl BackgroundTasks {
 }
 
 async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, BackgroundTasks), AgentError> {
-    let Privileged { held, boot_id, store, saved, audit, recorder, listeners, kernel, tracer } = begun;
+    let Privileged { state_dir, boot_id, saved, audit, recorder, listeners, kernel, tracer } = begun;
     let config = options.config.clone();
-    let dir = &config.agent.state_dir;
+    let state_dir = Arc::new(state_dir);
+    let dir = state_dir.path();
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
     let (internal_tx, internal) = mpsc::unbounded_channel();
     let start = Readiness { ready: false, reasons: vec!["the first snapshot is not taken yet".into()] };
     let (ready, ready_rx) = watch::channel(start);
-    let page = Arc::new(scrape::Page::new(internal_tx.clone()));
+    let page = Arc::new(scrape::Page::new(internal_tx.clone(), options.log.clone()));
     let backend = Backend { requests: requests_tx, metrics: page.provider(), ready: ready_rx };
     let server = Server::serve(listeners, &api::Options::new(&config.agent, crate::VERSION), &backend)?;
     options.listening = server.tcp_address();
+    page.set_connections(server.connections());
 
     page.set_kernel(Arc::clone(&kernel));
     if let Some(tracer) = tracer {
@@ -225,13 +266,21 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
             }
         });
     }
-    let center = AlertService::start(&config, dir, notify::Clock::system())?;
+    let center = AlertService::start(&config, &dir, notify::Clock::system())?;
     page.set_center(center.clone());
     let watch = capacity::watch(Arc::clone(&kernel), center.clone(), Arc::clone(&page), internal_tx.clone());
     let stores = tokio::spawn(watch);
     let (alerts_tx, alerts) = mpsc::unbounded_channel();
     let delivery = tokio::spawn(deliver(center.clone(), alerts, internal_tx.clone()));
 
+    let tell = internal_tx.clone();
+    let others = move || notify::damaged(&dir).into_iter().chain(enforce::audit::damaged(&dir)).collect();
+    let writer = StateWriter::start(Arc::clone(&state_dir), others, move |report| {
+        // The core has ended.
+        let _ = tell.send(Internal::Saved(report));
+    })
+    .map_err(AgentError::Thread)?;
+    proc::blocking::keep_one();
     let proc = Proc::default();
     let redact = Arc::new(Redactor::new(config.agent.redact.clone()));
     let of_this_boot = saved.as_ref().filter(|s| s.boot_id == boot_id);
@@ -260,7 +309,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
         ready,
         internal: internal_tx,
         beside: Handle::current(),
-        store,
+        writer,
     };
     let (stop_tx, stop) = watch::channel(false);
     let (reload_tx, reload) = mpsc::channel(1);
@@ -268,7 +317,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
     let listening = server.tcp_address().map(|a| a.to_string());
     tracing::info!(listen = listening, socket = %parts.config.agent.socket.display(), "started");
     let core = Waiting { parts, requests, internal, stop, reload };
-    Ok((core, BackgroundTasks { _held: held, stores, server, delivery, center }))
+    Ok((core, BackgroundTasks { _state_dir: state_dir, stores, server, delivery, center }))
 }
 
 /// How many alerts are written in one transaction when they come faster than the disk.
@@ -319,7 +368,7 @@ async fn engine(
     center: &AlertService,
     saved: Option<State>,
     recorder: Option<recording::Recorder>,
-) -> Driver {
+) -> RecordedEngine {
     let pid = std::process::id();
     let settings = Settings {
         host: host::hostname(),
@@ -331,20 +380,26 @@ async fn engine(
         boot_to_wall_ns: host::boot_to_wall().cast_signed(),
         ..Settings::default()
     };
-    let mut engine = Driver::new(settings, config, recorder);
+    let mut engine = RecordedEngine::new(settings, config, recorder);
     let now = host::boot_now();
-    let mut fx = Vec::new();
+    let mut out = Output::default();
     let same_boot = saved.as_ref().is_none_or(|s| s.boot_id == boot_id);
     if let Some(s) = saved {
-        engine.restore(if same_boot { s } else { s.on_another_boot(boot_id, host::boot_to_wall()) });
+        let s = if same_boot { s } else { s.on_another_boot(boot_id, host::boot_to_wall()) };
+        engine.handle(Input::RestoreEnforcement(Cow::Owned(s.enforcement)), now, &mut out);
+        engine.handle(Input::RestoreJobs(s.jobs.into()), now, &mut out);
     }
-    engine.restore_alerts(center.restore().await, same_boot, now, &mut fx);
+    engine.handle(
+        Input::RestoreAlerts { alerts: center.restore().await.into(), this_boot: same_boot },
+        now,
+        &mut out,
+    );
     engine
 }
 
 /// An agent that was killed in the middle of a job's end leaves dooms, flags and jobs of its own in the pinned maps. Before
 /// the ring is read: a job whose registration it did not get to save is registered anew by the record that is still there.
-fn leftovers(kernel: &Kernel, engine: &Driver) {
+fn leftovers(kernel: &Kernel, engine: &RecordedEngine) {
     let known = engine.job_records().iter().map(|r| r.number).collect();
     match kernel.take_leftovers_away(&known) {
         Ok(0) => {}

@@ -4,7 +4,6 @@
 //! a stranger is mistaken for the dead one only if it started in the very same tick; the forest, which has seen the
 //! stranger's fork, refuses such an answer by key.
 
-use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt as _;
 
 use crate::engine::Observation;
@@ -49,12 +48,13 @@ impl ProcReader {
         }))
     }
 
-    /// What rules and views want to know beside that. May block: /proc/PID/cmdline takes the process's `mmap_lock`.
+    /// What rules and views want to know beside that. May take [`proc::blocking::LIMIT`]: /proc/PID/cmdline lies in the process's
+    /// memory. What does not come within it is left out.
     pub(super) fn facts(&self, key: Key) -> Option<Facts> {
         let pid = key.pid;
         let status = self.proc.status(pid).ok()?;
         let mut facts = Facts {
-            argv: self.argv(pid).ok().filter(|b| !b.is_empty()),
+            argv: self.proc.cmdline(pid, ARGV_MAX as u64).ok().filter(|b| !b.is_empty()),
             exe: self.proc.exe(pid).ok().map(|p| p.into_os_string().into_vec()),
             cgroup: None,
             uid: status.uid,
@@ -110,13 +110,6 @@ impl ProcReader {
             inside.map(|(pid_ns, ns_pid)| Observation::Inside { key: p.id, pid_ns, ns_pid }),
             cgroup.map(|c| Observation::Cgroup { key: p.id, id: 0, cgroup: Some(c), by_id: false }),
         ]
-    }
-
-    /// The beginning of /proc/PID/cmdline, which may have megabytes.
-    fn argv(&self, pid: u32) -> std::io::Result<Vec<u8>> {
-        let mut argv = Vec::new();
-        std::fs::File::open(self.proc.path(pid, "cmdline"))?.take(ARGV_MAX as u64).read_to_end(&mut argv)?;
-        Ok(argv)
     }
 
     /// The inode of its pid namespace.

@@ -1,12 +1,14 @@
 //! The config read anew while the agent runs: one reload after the other, each whole or not at all. What the new config means
 //! is the engine's and the receivers'.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::core::{Core, Internal, default_config, wall_seconds};
 use crate::api::{ApiError, Class, Peer, Reloaded, Reply};
 use crate::config::Config;
+use crate::engine::{Input, Output};
 use crate::redact::Redactor;
 use crate::sources::host;
 
@@ -18,7 +20,7 @@ pub(super) struct Reloads {
 }
 
 impl Core {
-    /// The config file again; all of it or nothing. The receivers are tried first, beside the core, and the rest is
+    /// The config file again; all of it or nothing. It is read and the receivers are tried beside the core, and the rest is
     /// swapped when they are there.
     pub(super) fn reload(&mut self, peer: Option<Peer>, reply: Option<Reply<Reloaded>>) {
         self.reloads.waiting.push_back((peer, reply));
@@ -32,14 +34,17 @@ impl Core {
         let Some((peer, reply)) = self.reloads.waiting.pop_front() else { return };
         self.reloads.under_way = true;
         self.service_manager.reloading(host::monotonic_us());
-        let o = &self.options;
-        let config = match crate::config::load(o.config_path.as_deref(), &o.env, &o.overrides) {
-            Ok(c) => Box::new(c),
-            Err(e) => return self.reloaded(Err(e.to_string()), peer, reply),
-        };
+        let (path, env) = (self.options.config_path.clone(), self.options.env.clone());
+        let overrides = self.options.overrides.clone();
         let (center, tx) = (self.center.clone(), self.internal.clone());
         self.beside.spawn(async move {
-            let result = center.reload(&config).await.map(|()| config).map_err(|e| e.to_string());
+            let read =
+                move || crate::config::load(path.as_deref(), &env, &overrides).map_err(|e| e.to_string());
+            let read = tokio::task::spawn_blocking(read).await;
+            let result = match read.map_err(|e| e.to_string()).flatten() {
+                Ok(c) => center.reload(&c).await.map(|()| Box::new(c)).map_err(|e| e.to_string()),
+                Err(e) => Err(e),
+            };
             let _ = tx.send(Internal::Reloaded { result, peer, reply });
         });
     }
@@ -69,8 +74,8 @@ impl Core {
 
     fn swap(&mut self, config: Config) -> Reloaded {
         let needs_restart = super::answer::needs_restart(&self.config, &config);
-        let mut fx = Vec::new();
-        self.engine.reload(&config, host::boot_now(), &mut fx);
+        let mut out = Output::default();
+        self.engine.handle(Input::Reload(Cow::Borrowed(&config)), host::boot_now(), &mut out);
         self.redact = Arc::new(Redactor::new(config.agent.redact.clone()));
         self.enforcer.redact = Arc::clone(&self.redact);
         self.counts.reload_ok = true;
@@ -82,7 +87,7 @@ impl Core {
             needs_restart,
         };
         self.config = config;
-        self.apply(fx);
+        self.apply(out);
         tracing::info!(jobs = reloaded.jobs, receivers = reloaded.receivers, "config reloaded");
         reloaded
     }

@@ -7,8 +7,9 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use super::core::Internal;
-use crate::api::{Metrics, MetricsPage};
+use crate::api::{ConnectionNumbers, Metrics, MetricsPage};
 use crate::engine::Gauges;
+use crate::logging::Log;
 use crate::metrics::{self, Counts, Sources, encode::Format};
 use crate::model::stats::StoreNumbers;
 use crate::notify::AlertService;
@@ -20,8 +21,10 @@ const WAIT: Duration = Duration::from_millis(500);
 
 struct Inner {
     core: mpsc::UnboundedSender<Internal>,
+    log: Log,
     kernel: OnceLock<Arc<Kernel>>,
     center: OnceLock<AlertService>,
+    connections: OnceLock<ConnectionNumbers>,
     last: Mutex<Option<(Gauges, Counts)>>,
     stores: Mutex<Vec<StoreNumbers>>,
 }
@@ -30,9 +33,17 @@ struct Inner {
 pub(super) struct Page(Arc<Inner>);
 
 impl Page {
-    pub(super) fn new(core: mpsc::UnboundedSender<Internal>) -> Self {
-        let (kernel, center) = (OnceLock::new(), OnceLock::new());
-        Self(Arc::new(Inner { core, kernel, center, last: Mutex::default(), stores: Mutex::default() }))
+    pub(super) fn new(core: mpsc::UnboundedSender<Internal>, log: Log) -> Self {
+        let (kernel, center, connections) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        Self(Arc::new(Inner {
+            core,
+            log,
+            kernel,
+            center,
+            connections,
+            last: Mutex::default(),
+            stores: Mutex::default(),
+        }))
     }
 
     pub(super) fn set_kernel(&self, k: Arc<Kernel>) {
@@ -41,6 +52,10 @@ impl Page {
 
     pub(super) fn set_center(&self, c: AlertService) {
         let _ = self.0.center.set(c);
+    }
+
+    pub(super) fn set_connections(&self, of: ConnectionNumbers) {
+        let _ = self.0.connections.set(of);
     }
 
     /// How full the stores outside of the engine are.
@@ -71,6 +86,7 @@ impl Inner {
         };
         let mut kernel = numbers(self.kernel.get()?);
         kernel.stores.clone_from(&self.stores.lock().unwrap_or_else(PoisonError::into_inner));
+        kernel.stores.extend(self.connections.get().into_iter().flat_map(|of| of()));
         let notifications = self.center.get().map(AlertService::notifications).unwrap_or_default();
         Some(metrics::encode(
             &Sources {
@@ -81,6 +97,7 @@ impl Inner {
                 counts: &counts,
                 kernel: &kernel,
                 notifications: &notifications,
+                log_dropped: self.log.dropped(),
                 proc: &Proc::default(),
                 boot_to_wall_ns: host::boot_to_wall(),
             },

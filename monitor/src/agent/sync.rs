@@ -1,6 +1,7 @@
 //! Keeping the forest equal to the kernel: losses counted and told, snapshots merged, entries that the kernel's lineage map
 //! had no room for, jobs that seem to be over. What it all means is the engine's.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use tokio::time::Instant;
 use super::AgentError;
 use super::core::Core;
 use crate::api::Readiness;
-use crate::engine::Effect;
+use crate::engine::{Answer, Input, Output};
 use crate::model::key::Key;
 use crate::model::schema::AlertKind;
 use crate::sources::host;
@@ -74,9 +75,9 @@ impl Core {
         let end = Instant::now() + STILL;
         while !self.sync.carried && Instant::now() < end {
             self.catch_up(ring);
-            let before = self.kernel.ring_positions();
+            let before = (ring.position(), self.kernel.ring_positions().1);
             let Ok(totals) = self.kernel.totals() else { return };
-            if before.0 == before.1 && self.kernel.ring_positions() == before {
+            if before.0 == before.1 && self.kernel.ring_positions().1 == before.1 {
                 for (n, c) in self.counts.events.iter_mut().zip(totals) {
                     *n = c.sent;
                 }
@@ -88,7 +89,8 @@ impl Core {
     /// Each second: whatever the probes lost since the last look makes the forest doubtful until the next snapshot.
     pub(super) fn check(&mut self, ring: &mut Ring) {
         self.service_manager.alive();
-        self.engine.set_clock(host::boot_to_wall().cast_signed());
+        let boot_to_wall_ns = host::boot_to_wall().cast_signed();
+        self.engine.handle(Input::Clock { boot_to_wall_ns }, host::boot_now(), &mut Output::default());
         self.engine.flush();
         // A doom that nobody renewed has run out in the kernel; its probe costs each system call until it is detached.
         if self.kernel.doom_attached()
@@ -107,6 +109,7 @@ impl Core {
         self.tell_reaps(host::boot_now());
         self.enter_waiting();
         self.check_storage();
+        self.release_saved(ring);
         super::cause::renew(self);
         if let Some(totals) = self.totals() {
             self.sweep(&totals);
@@ -132,12 +135,12 @@ impl Core {
         self.sync.lost = lost;
         tracing::warn!(records = n, "records were lost: the forest is taken anew from the kernel");
         let now = host::boot_now();
-        let mut fx = Vec::new();
-        self.engine.events_lost(n, now, &mut fx);
+        let mut out = Output::default();
+        self.engine.handle(Input::EventsLost { count: n }, now, &mut out);
         self.feed.announce(now, super::answer::lost_line(n), None);
         // What was told is saved with the jobs, so that a restart does not tell it again.
         self.state_dirty = true;
-        self.apply(fx);
+        self.apply(out);
         self.counts.synced = false;
         true
     }
@@ -161,30 +164,32 @@ impl Core {
     fn snapshot(&mut self, reason: &'static str, ring: &mut Ring) -> io::Result<()> {
         self.sync.resync_at = None;
         *self.counts.resyncs.entry(reason).or_default() += 1;
-        self.engine.snapshot_started(self.kernel.now());
+        let t0 = self.kernel.now();
+        self.engine.handle(Input::SnapshotStarted { t0 }, t0, &mut Output::default());
         let taken = self.kernel.snapshot()?;
         // No record that is older than the snapshot may be handled after it: a fork whose exit and reap were lost would make
         // a process that nothing ever ends.
         let caught_up = self.catch_up(ring);
         let now = host::boot_now();
-        let mut fx = Vec::new();
-        let merge = self.engine.snapshot(taken.snapshot, now, &mut fx);
+        let mut out = Output::default();
+        let answer = self.engine.handle(Input::Snapshot(Cow::Owned(taken.snapshot)), now, &mut out);
+        let Answer::Merged(merge) = answer else { return Err(io::Error::other("no merge")) };
         tracing::debug!(?merge, reason, from_proc = taken.from_proc, "snapshot");
         if taken.unentered > 0 {
             self.counts.lineage_inserts_failed += taken.unentered as u64;
-            self.lineage_full(&mut fx);
+            self.lineage_full(&mut out);
         }
         if taken.lost_before == taken.lost_after && !merge.overrun && caught_up {
             self.sync.resync_after = Duration::ZERO;
             self.counts.synced = true;
-            self.engine.ready(now, &mut fx);
+            self.engine.handle(Input::Ready, now, &mut out);
             let _ = self.ready.send(Readiness { ready: true, reasons: Vec::new() });
             self.service_manager.ready();
             host::trim();
         } else {
             self.resync_later();
         }
-        self.apply(fx);
+        self.apply(out);
         Ok(())
     }
 
@@ -192,7 +197,7 @@ impl Core {
     fn catch_up(&mut self, ring: &mut Ring) -> bool {
         let (_, until) = self.kernel.ring_positions();
         let mut idle = 0;
-        while self.kernel.ring_positions().0 < until {
+        while ring.position() < until {
             if self.drain(ring) == 0 {
                 idle += 1;
                 if idle > SPINS {
@@ -208,9 +213,9 @@ impl Core {
     pub(super) fn enter(&mut self, key: Key, parent: Key, job: u64, missed: bool) {
         if missed {
             self.counts.lineage_inserts_failed += 1;
-            let mut fx = Vec::new();
-            self.lineage_full(&mut fx);
-            self.alerts_of(fx);
+            let mut out = Output::default();
+            self.lineage_full(&mut out);
+            self.alerts_of(out);
         }
         if let Err(e) = self.kernel.enter(key, parent, job) {
             tracing::debug!(process = %key, error = %e, "no entry in the kernel's lineage map; tried again");
@@ -238,17 +243,17 @@ impl Core {
         }));
     }
 
-    fn lineage_full(&mut self, fx: &mut Vec<Effect>) {
+    fn lineage_full(&mut self, out: &mut Output) {
         if self.sync.full_at.replace(Instant::now()).is_none() {
             tracing::error!(
                 "the kernel's lineage map is full: what it has no room for escapes kills until there is"
             );
-            self.capacity(fx);
+            self.capacity(out);
         }
     }
 
     /// The one alert about what is full: the lineage map as the probes find it, and the stores as they are looked at.
-    pub(super) fn capacity(&mut self, fx: &mut Vec<Effect>) {
+    pub(super) fn capacity(&mut self, out: &mut Output) {
         let map = self.sync.full_at.map(|_| {
             format!(
                 "The kernel's lineage map ({} processes) is full: a kill does not reach those it has no room for",
@@ -257,7 +262,11 @@ impl Core {
         });
         let said: Vec<String> = map.into_iter().chain(self.sync.stores_full.clone()).collect();
         let wrong = (!said.is_empty()).then(|| said.join("; "));
-        self.engine.condition(AlertKind::Capacity, wrong, host::boot_now(), fx);
+        self.engine.handle(
+            Input::Condition { kind: AlertKind::Capacity, problem: wrong.map(Cow::Owned) },
+            host::boot_now(),
+            out,
+        );
     }
 
     fn enter_waiting(&mut self) {
@@ -267,9 +276,9 @@ impl Core {
         let over = self.sync.full_at.is_some_and(|at| at.elapsed() >= ROOM_AFTER);
         if over && self.sync.unentered.is_empty() {
             self.sync.full_at = None;
-            let mut fx = Vec::new();
-            self.capacity(&mut fx);
-            self.apply(fx);
+            let mut out = Output::default();
+            self.capacity(&mut out);
+            self.apply(out);
         }
     }
 
@@ -285,14 +294,14 @@ impl Core {
             tracing::error!(error = %e, "the kernel could not be asked who is in a job");
         }
         self.catch_up(ring);
-        let (now, mut fx) = (host::boot_now(), Vec::new());
+        let (now, mut out) = (host::boot_now(), Output::default());
         let mut wrong = false;
         for job in jobs {
             let lives = alive.as_ref().is_ok_and(|a| a.contains(&job)) || alive.is_err();
             wrong |= lives;
-            self.engine.emptied(job, lives, now, &mut fx);
+            self.engine.handle(Input::JobCounted { number: job, alive: lives }, now, &mut out);
         }
-        self.apply(fx);
+        self.apply(out);
         if wrong && self.sync.resync_at.is_none() {
             tracing::warn!(
                 "a job seems to be over and the kernel has members of it: the forest is taken anew"

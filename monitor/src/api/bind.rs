@@ -1,4 +1,5 @@
-//! The sockets themselves: taking over a stale one, refusing one in use, and never a moment with the wrong mode.
+//! The sockets themselves: taking over a stale one, refusing one in use, never a moment with the wrong mode, and putting the
+//! control socket back where its path was removed.
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -7,12 +8,16 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
-/// Connections that may wait to be accepted.
-const BACKLOG: i32 = 64;
+use crate::files::{FolderError, trusted_folder};
+
+/// Connections that may wait to be accepted. A full queue refuses root's clients as well, so it is long; net.core.somaxconn
+/// bounds it.
+const BACKLOG: i32 = 4096;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -22,6 +27,8 @@ pub enum ServeError {
     InUse { path: PathBuf },
     #[error("{path} exists and is no socket: it is left alone. Give another --socket")]
     NoSocket { path: PathBuf },
+    #[error("the control socket {path}: {source}. Another path can be given with --socket")]
+    Folder { path: PathBuf, source: FolderError },
     #[error("cannot make the control socket {path}: {doing}: {source}")]
     Socket { path: PathBuf, doing: &'static str, source: io::Error },
     #[error("agent.socket_group: no group {group:?} on this host")]
@@ -35,7 +42,7 @@ pub enum ServeError {
 /// A bound control socket's file, which goes with this. To be dropped before its listener is closed: as long as that
 /// answers, no other agent takes the path over, so it cannot be another's file that is removed.
 #[derive(Debug)]
-pub(super) struct Bound {
+struct Bound {
     path: PathBuf,
     /// For where somebody removed the file by hand and another agent made its own.
     identity: Identity,
@@ -56,13 +63,90 @@ fn identity(path: &Path) -> io::Result<Identity> {
     std::fs::symlink_metadata(path).map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec()))
 }
 
+/// The control socket's file; removed when this is dropped.
+#[derive(Debug)]
+pub(super) struct ControlPath(Arc<Held>);
+
+#[derive(Debug)]
+struct Held {
+    path: PathBuf,
+    group: Option<u32>,
+    /// None: the server stops, and nothing is bound any more.
+    bound: Mutex<Option<Bound>>,
+}
+
+impl ControlPath {
+    pub(super) fn bind(path: &Path, group: Option<u32>) -> Result<(UnixListener, Self), ServeError> {
+        let (listener, bound) = control(path, group)?;
+        let bound = Mutex::new(Some(bound));
+        Ok((listener, Self(Arc::new(Held { path: path.to_owned(), group, bound }))))
+    }
+
+    pub(super) fn watch(&self) -> PathWatch {
+        PathWatch(Arc::clone(&self.0))
+    }
+}
+
+impl Drop for ControlPath {
+    fn drop(&mut self) {
+        self.0.bound.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+/// Finds out whether the path still leads to this agent.
+#[derive(Clone, Debug)]
+pub(super) struct PathWatch(Arc<Held>);
+
+/// What a look at the path gave.
+#[derive(Debug)]
+pub(super) enum Checked {
+    /// The path leads here.
+    Ours,
+    /// The file was removed, or nobody listens on the one that replaced it: bound again. With the reason where the group
+    /// could not be set.
+    Restored(UnixListener, Option<ServeError>),
+    /// Another process listens there, or the socket cannot be made.
+    Lost(ServeError),
+    Stopped,
+}
+
+impl PathWatch {
+    /// Blocks for up to two seconds.
+    ///
+    /// A process that binds the same path between the look and the bind makes the bind fail; a server that stops meanwhile
+    /// waits for the lock, and then removes what was bound here.
+    pub(super) fn check(&self) -> Checked {
+        let Held { path, group, bound } = &*self.0;
+        let mut bound = bound.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*bound {
+            None => return Checked::Stopped,
+            Some(b) if identity(path).is_ok_and(|i| i == b.identity) => return Checked::Ours,
+            Some(_) => {}
+        }
+        // CAP_CHOWN was dropped after the start: without it the file stays root's own.
+        let (made, group_error) = match (control(path, *group), group) {
+            (Err(e @ ServeError::Socket { .. }), Some(_)) => (control(path, None), Some(e)),
+            (made, _) => (made, None),
+        };
+        match made {
+            Ok((listener, new)) => {
+                *bound = Some(new);
+                Checked::Restored(listener, group_error)
+            }
+            Err(e) => Checked::Lost(e),
+        }
+    }
+}
+
 /// Binds the control socket with mode 0600, or 0660 and this group.
-pub(super) fn control(path: &Path, group: Option<u32>) -> Result<(UnixListener, Bound), ServeError> {
+fn control(path: &Path, group: Option<u32>) -> Result<(UnixListener, Bound), ServeError> {
     let failed = |doing| move |source| ServeError::Socket { path: path.to_owned(), doing, source };
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(dir).map_err(failed("creating its folder"))?;
+    // Whoever can exchange the socket for a symbolic link between two of the steps below chooses what is given to the group.
+    let dir =
+        trusted_folder(dir, 0o755).map_err(|source| ServeError::Folder { path: path.to_owned(), source })?;
     // Two agents that start at once must not both take the same stale socket over: one at a time looks and binds.
-    let lock = File::open(dir).map_err(failed("opening its folder"))?;
+    let lock = File::open(&dir).map_err(failed("opening its folder"))?;
     lock_exclusive(&lock).map_err(failed("locking its folder"))?;
     clear_stale(path)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -133,6 +217,8 @@ pub(super) fn tcp(address: SocketAddr) -> Result<std::net::TcpListener, ServeErr
     // std sets SO_REUSEADDR, so a port in TIME_WAIT after a restart is no hindrance.
     let listener = std::net::TcpListener::bind(address).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
+    // std's own queue is short.
+    listen(listener.as_fd(), BACKLOG).map_err(io::Error::from).map_err(failed)?;
     Ok(listener)
 }
 
@@ -157,6 +243,27 @@ mod tests {
         drop(bound);
         assert!(path.exists());
         drop(second_bound);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_that_was_removed_is_bound_again_and_one_of_another_process_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        let (_first, held) = ControlPath::bind(&path, None).unwrap();
+        let watch = held.watch();
+        assert!(matches!(watch.check(), Checked::Ours));
+        std::fs::remove_file(&path).unwrap();
+        let Checked::Restored(second, None) = watch.check() else { panic!("not restored") };
+        let _client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        assert!(second.accept().is_ok() && matches!(watch.check(), Checked::Ours));
+        std::fs::remove_file(&path).unwrap();
+        let other = UnixListener::bind(&path).unwrap();
+        assert!(matches!(watch.check(), Checked::Lost(ServeError::InUse { .. })));
+        drop(other);
+        assert!(matches!(watch.check(), Checked::Restored(..)));
+        drop(held);
+        assert!(matches!(watch.check(), Checked::Stopped));
         assert!(!path.exists());
     }
 

@@ -1,32 +1,34 @@
 //! The control socket's routes: JSON in, a [`Request`] to the core, JSON out. Who may do what is decided here.
 
-use std::collections::BTreeSet;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
-use axum::extract::{FromRequestParts, Query, Request as HttpRequest, State};
+use axum::extract::{FromRef, FromRequestParts, Query, Request as HttpRequest, State};
 use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::body::Frame;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot};
 
+use super::admission::{Account, Owner, StreamPermit};
+use super::connection::Pieces;
 use super::server::Backend;
+use super::shared::SharedAnswers;
 use super::wire::{AuditQuery, Causes, EnforcementBody, ExtendBody, NotifyBody, Resolved, seconds};
 use super::{
-    AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, ExecSignal, KillRequest, NAMELESS, Peer,
-    Reply, Request, Subscription, Target, TreeQuery, WhyQuery,
+    AlertQuery, ApiError, Class, EventFilter, ExecEnd, ExecRequest, ExecSignal, KillRequest, Peer, Reply,
+    Request, Subscription, Target, TreeQuery, WhyQuery,
 };
-use crate::model::schema::Tree;
-use crate::render::{self, Style};
-use crate::sources::host;
+use crate::model::audience::Audience;
+use crate::model::tree_rows::TreeRows;
 
 /// How long the core may take for an answer that needs no waiting for processes.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -39,9 +41,32 @@ const TREE_PROCESS: usize = 768;
 const BODY_TIME: Duration = Duration::from_secs(10);
 
 type Core = mpsc::Sender<Request>;
+type Trees = Arc<SharedAnswers<TreeQuery, Result<Bytes, ApiError>>>;
+
+/// Of one processor's time, what the trees of readers may use together. Those of root are not bounded.
+const READERS_SHARE: f64 = 0.2;
+const ROOT_SHARE: f64 = 1e3;
+/// A reader's tree costs one request more for each of these bytes, and at most [`SEARCH`].
+const BYTES_A_REQUEST: f64 = 256e3;
+/// Cost of a request that makes the core look at every process, in requests.
+const SEARCH: f64 = 10.0;
+
+#[derive(Clone)]
+struct Api {
+    core: Core,
+    trees: Trees,
+    reader_trees: Trees,
+}
+
+impl FromRef<Api> for Core {
+    fn from_ref(api: &Api) -> Self {
+        api.core.clone()
+    }
+}
 
 pub(super) fn router(backend: &Backend) -> Router {
     Router::new()
+        .route("/v1/ping", get(ping))
         .route("/v1/tree", get(tree))
         .route("/v1/jobs", get(jobs))
         .route("/v1/alerts", get(alerts))
@@ -63,7 +88,11 @@ pub(super) fn router(backend: &Backend) -> Router {
                 .hint("client and agent are of different versions: see `jobwarden status` and `--version`")
         })
         .method_not_allowed_fallback(|| async { ApiError::usage("that method is not for this request") })
-        .with_state(backend.requests.clone())
+        .with_state(Api {
+            core: backend.requests.clone(),
+            trees: SharedAnswers::new(ROOT_SHARE),
+            reader_trees: SharedAnswers::new(READERS_SHARE),
+        })
 }
 
 impl IntoResponse for ApiError {
@@ -90,6 +119,14 @@ impl<S: Sync> FromRequestParts<S> for Privileged {
             _ => Err(ApiError::new(Class::Denied, "not-permitted", "only root may do this")
                 .hint("run it as root; members of agent.socket_group may only read")),
         }
+    }
+}
+
+/// What may be shown to the peer. A connection without credentials is shown what everybody may see.
+impl<S: Sync> FromRequestParts<S> for Audience {
+    type Rejection = std::convert::Infallible;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(parts.extensions.get::<Peer>().map_or(Self::Nobody, Peer::audience))
     }
 }
 
@@ -133,63 +170,95 @@ async fn ask<T>(
     })?;
     let reply = match patience {
         None => rx.await,
-        Some(p) => tokio::time::timeout(p, rx).await.map_err(|_| {
-            ApiError::new(Class::Unavailable, "no-answer", format!("the agent did not answer within {p:?}"))
-        })?,
+        Some(p) => tokio::time::timeout(p, rx).await.map_err(|_| no_answer(p))?,
     };
     reply.map_err(|_| ApiError::stopping())?
 }
 
+fn no_answer(within: Duration) -> ApiError {
+    ApiError::new(Class::Unavailable, "no-answer", format!("the agent did not answer within {within:?}"))
+}
+
 type Answer<T> = Result<Json<T>, ApiError>;
 
-async fn tree(State(core): State<Core>, Args(q): Args<TreeQuery>) -> Result<Response, ApiError> {
+async fn ping(State(core): State<Core>) -> Answer<()> {
+    ask(&core, Some(ANSWER), Request::Ping).await.map(Json)
+}
+
+/// Made once for all that ask for the same tree, readers apart from root: a flood of theirs does not delay its answers.
+async fn tree(
+    State(api): State<Api>,
+    Extension(account): Extension<Arc<Account>>,
+    audience: Audience,
+    Args(q): Args<TreeQuery>,
+) -> Result<Response, ApiError> {
+    // Part of the key of a shared answer, so no reader gets the answer of another user.
+    let q = TreeQuery { audience, ..q };
+    let answer = async {
+        let permit = Arc::clone(&account.answers).acquire_owned().await.map_err(|_| ApiError::stopping())?;
+        let trees = if account.owner == Owner::Root { &api.trees } else { &api.reader_trees };
+        let compute = {
+            let (core, q) = (api.core.clone(), q.clone());
+            move || tree_json(core, q)
+        };
+        let json = trees.get(q, compute).await.ok_or_else(ApiError::stopping)??;
+        if account.owner != Owner::Root {
+            account.rate.charge((json.len() as f64 / BYTES_A_REQUEST).min(SEARCH));
+        }
+        Ok((permit, json))
+    };
+    let (permit, json) = tokio::time::timeout(ANSWER, answer).await.map_err(|_| no_answer(ANSWER))??;
+    let body = Body::new(Pieces::new(json, permit));
+    Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
+}
+
+async fn tree_json(core: Core, q: TreeQuery) -> Result<Bytes, ApiError> {
     let mut tree = ask(&core, Some(ANSWER), |r| Request::Tree(q.clone(), r)).await?;
     if let Some(c) = &q.container {
         super::wire::only_container(&mut tree, c);
     }
-    if q.text {
-        return tree_text(&core, q, tree).await;
-    }
-    // In one piece of memory: a buffer that grows to megabytes is copied again and again.
-    let mut body = Vec::with_capacity(TREE_HEAD + tree.processes.len() * TREE_PROCESS);
-    serde_json::to_writer(&mut body, &tree)
-        .map_err(|e| ApiError::failed(format!("the answer's JSON: {e}")))?;
-    Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
-}
-
-/// Where the tree is: its JSON is five times as long, and to read it costs more than all else.
-async fn tree_text(core: &Core, q: TreeQuery, tree: Tree) -> Result<Response, ApiError> {
-    let jobs = ask(core, Some(ANSWER), Request::Jobs).await.ok();
-    let alerts = ask(core, Some(ANSWER), |r| Request::Alerts(AlertQuery::default(), r)).await.ok();
     let made = tokio::task::spawn_blocking(move || {
-        let users = host::users();
-        let name = |uid| users.get(&uid).cloned();
-        let style = Style { color: q.color, width: q.width };
-        let text = render::tree_with(&tree, jobs, alerts, &name, q.kernel_threads, style);
-        let uids: BTreeSet<u32> = tree.processes.iter().filter_map(|p| p.uid).collect();
-        let nameless: Vec<String> =
-            uids.iter().filter(|u| !users.contains_key(u)).map(ToString::to_string).collect();
+        // In one piece of memory: a buffer that grows to megabytes is copied again and again.
+        let mut json = Vec::with_capacity(TREE_HEAD + tree.processes.len() * TREE_PROCESS);
+        let written = if q.rows {
+            serde_json::to_writer(&mut json, &TreeRows::from(&tree))
+        } else {
+            serde_json::to_writer(&mut json, &tree)
+        };
         // The answer does not wait until so many small pieces are freed.
         tokio::task::spawn_blocking(move || drop(tree));
-        (text, nameless.join(" "))
+        written.map(|()| Bytes::from(json))
     });
-    let (text, nameless) = made.await.map_err(|e| ApiError::failed(format!("the tree's text: {e}")))?;
-    let content = (header::CONTENT_TYPE, "text/plain; charset=utf-8");
-    Ok(([content], [(NAMELESS, nameless)], text).into_response())
+    let failed = |e: &dyn std::fmt::Display| ApiError::failed(format!("the answer's JSON: {e}"));
+    made.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
 }
 
 async fn jobs(State(core): State<Core>) -> Answer<crate::model::schema::Jobs> {
     ask(&core, Some(ANSWER), Request::Jobs).await.map(Json)
 }
 
-async fn alerts(State(core): State<Core>, Args(q): Args<AlertQuery>) -> Answer<crate::model::schema::Alerts> {
+async fn alerts(
+    State(core): State<Core>,
+    audience: Audience,
+    Args(q): Args<AlertQuery>,
+) -> Answer<crate::model::schema::Alerts> {
+    let q = AlertQuery { audience, ..q };
     if let Some(s) = q.since_s {
         seconds("since", s)?;
     }
     ask(&core, Some(ANSWER), |r| Request::Alerts(q, r)).await.map(Json)
 }
 
-async fn why(State(core): State<Core>, Args(q): Args<WhyQuery>) -> Answer<Causes> {
+async fn why(
+    State(core): State<Core>,
+    Extension(account): Extension<Arc<Account>>,
+    audience: Audience,
+    Args(q): Args<WhyQuery>,
+) -> Answer<Causes> {
+    let q = WhyQuery { audience, ..q };
+    if q.container.is_some() {
+        account.rate.charge(SEARCH);
+    }
     ask(&core, Some(ANSWER), |r| Request::Why(q, r)).await.map(Json)
 }
 
@@ -294,16 +363,34 @@ async fn exec_signal(
     ask(&core, Some(ANSWER), |reply| Request::ExecSignal { signal, peer, reply }).await.map(Json)
 }
 
-async fn events(State(core): State<Core>, Args(q): Args<EventFilter>) -> Result<Response, ApiError> {
+async fn events(
+    State(core): State<Core>,
+    Extension(account): Extension<Arc<Account>>,
+    audience: Audience,
+    Args(q): Args<EventFilter>,
+) -> Result<Response, ApiError> {
     if let Some(s) = q.since_s {
         seconds("since", s)?;
     }
+    let permit = account.open_stream().ok_or_else(|| {
+        ApiError::new(
+            Class::Unavailable,
+            "too-many-streams",
+            "too many event streams of this user, or of all users but root, are open",
+        )
+        .hint("close one: each `jobwarden events` is a stream")
+    })?;
     let lines = ask(&core, Some(ANSWER), |r| Request::Events(q, r)).await?;
-    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::new(Lines(lines))).into_response())
+    let body = Body::new(Lines { lines, audience, _permit: permit });
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
 
 /// One JSON object a line, as long as the core and the client last.
-struct Lines(Subscription);
+struct Lines {
+    lines: Subscription,
+    audience: Audience,
+    _permit: StreamPermit,
+}
 
 impl HttpBody for Lines {
     type Data = Bytes;
@@ -313,8 +400,10 @@ impl HttpBody for Lines {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, serde_json::Error>>> {
-        self.0.poll_recv(cx).map(|line| {
-            line.map(|l| {
+        let audience = self.audience;
+        self.lines.poll_recv(cx).map(|line| {
+            line.map(|mut l| {
+                audience.event_line(&mut l);
                 let mut bytes = serde_json::to_vec(&l)?;
                 bytes.push(b'\n');
                 Ok(Frame::data(bytes.into()))

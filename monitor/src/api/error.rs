@@ -141,10 +141,20 @@ impl ApiError {
 }
 
 /// 429, for clients that ask faster than is allowed.
-pub(super) fn too_many() -> axum::response::Response {
+pub(super) fn too_often() -> axum::response::Response {
     let e = ApiError::new(Class::Unavailable, "too-many-requests", "too many requests within one second")
         .hint("ask less often; `jobwarden events` follows what happens");
     (axum::http::StatusCode::TOO_MANY_REQUESTS, axum::Json(e.body())).into_response()
+}
+
+/// 503, for a connection that found no place.
+pub(super) fn no_place() -> ApiError {
+    ApiError::new(
+        Class::Unavailable,
+        "too-many-connections",
+        "too many requests of this user, or of all users, are under way at the agent",
+    )
+    .hint("try again in a moment; each `events` and `kill` under way counts")
 }
 
 #[cfg(test)]

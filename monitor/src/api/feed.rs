@@ -45,7 +45,7 @@ enum Past {
         at: u64,
         pid: u32,
         len: usize,
-        moment: EventContext,
+        context: EventContext,
         jobs: Chain,
     },
     Line {
@@ -96,14 +96,14 @@ impl Feed {
         let mut bytes: &[u8] = self.bytes.make_contiguous();
         for p in &self.past {
             match p {
-                Past::Record { at, pid, len, moment, jobs } => {
+                Past::Record { at, pid, len, context, jobs } => {
                     let (record, rest) = bytes.split_at_checked(*len).unwrap_or_default();
                     bytes = rest;
                     if *at >= from
                         && reader.wants(jobs, *pid)
                         && let Ok(e) = event::decode(record)
                     {
-                        reader.offer(&tell(&e, moment, innermost(jobs)));
+                        reader.offer(&tell(&e, context, innermost(jobs)));
                     }
                 }
                 Past::Line { at, jobs, line } => {
@@ -141,7 +141,7 @@ impl Feed {
         &mut self,
         e: &Event<'_>,
         bytes: &[u8],
-        moment: EventContext,
+        context: EventContext,
         jobs: Chain,
         tell: Teller<'_>,
     ) {
@@ -151,10 +151,10 @@ impl Feed {
             if !r.wants(&jobs, pid) {
                 return !r.tx.is_closed();
             }
-            r.offer(line.get_or_insert_with(|| tell(e, &moment, innermost(&jobs))))
+            r.offer(line.get_or_insert_with(|| tell(e, &context, innermost(&jobs))))
         });
         self.bytes.extend(bytes);
-        self.remember(Past::Record { at: e.at, pid, len: bytes.len(), moment, jobs });
+        self.remember(Past::Record { at: e.at, pid, len: bytes.len(), context, jobs });
     }
 
     /// A line that no record tells. One that is no process's is for every reader.
@@ -261,7 +261,7 @@ mod tests {
             let bytes = record(pid, at);
             let e = event::decode(&bytes).unwrap();
             let jobs = self.feed.chain(jobs.iter().copied());
-            self.feed.publish(&e, &bytes, self.engine.moment(&e), jobs, &tell);
+            self.feed.publish(&e, &bytes, self.engine.event_context(&e), jobs, &tell);
         }
 
         fn subscribe(&mut self, filter: EventFilter, now: u64) -> Result<Subscription, ApiError> {
@@ -303,7 +303,7 @@ mod tests {
         w.publish(now, &[], 7);
         let bytes = record(8, now);
         let e = event::decode(&bytes).unwrap();
-        let of = |job| tell(&e, &w.engine.moment(&e), job);
+        let of = |job| tell(&e, &w.engine.event_context(&e), job);
         w.feed.announce(now, of(None), None);
         assert_eq!(pids(&mut one), [7]);
         let jobs = w.feed.chain([(job, "etl")].into_iter());

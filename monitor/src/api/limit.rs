@@ -1,4 +1,4 @@
-//! Bounds for clients: how often, and how long one may keep the server waiting for it to read.
+//! Bounds in time for clients: how often one may ask, and how long it may take to read its answer.
 
 use std::io;
 use std::pin::Pin;
@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep_until};
 
 /// A token bucket: `burst` at once, `per_second` in the long run.
 #[derive(Debug)]
@@ -22,37 +22,59 @@ impl Rate {
         Self { burst, per_second, state: Mutex::new((burst, Instant::now())) }
     }
 
-    /// Whether one more is allowed now.
-    pub(super) fn take(&self) -> bool {
+    /// Whether a request of this cost is allowed now.
+    pub(super) fn take(&self, cost: f64) -> bool {
+        self.update(|tokens| (tokens >= cost).then_some(tokens - cost))
+    }
+
+    /// Takes the cost in any case: requests that follow wait for it.
+    pub(super) fn charge(&self, cost: f64) {
+        self.update(|tokens| Some(tokens - cost));
+    }
+
+    /// Nothing was taken for so long that this equals a new one.
+    pub(super) fn is_full(&self) -> bool {
+        self.update(|tokens| (tokens >= self.burst).then_some(tokens))
+    }
+
+    fn update(&self, to: impl FnOnce(f64) -> Option<f64>) -> bool {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let tokens = (now - state.1).as_secs_f64().mul_add(self.per_second, state.0).min(self.burst);
-        let ok = tokens >= 1.0;
-        *state = (if ok { tokens - 1.0 } else { tokens }, now);
-        ok
+        let left = to(tokens);
+        *state = (left.unwrap_or(tokens), now);
+        left.is_some()
     }
 }
 
-/// A stream whose writes fail when the other end has taken nothing for `patience`.
+/// A stream whose writes fail when the other end has read nothing for `stalled`, or has not read all that was written
+/// within `total`.
 #[derive(Debug)]
 pub(super) struct TimeoutStream<S> {
     io: S,
-    patience: Duration,
-    stalled: Option<Pin<Box<Sleep>>>,
+    stalled: Duration,
+    total: Duration,
+    timer: Option<Pin<Box<Sleep>>>,
+    /// Since when there is something to write.
+    writing: Option<Instant>,
 }
 
 impl<S> TimeoutStream<S> {
-    pub(super) const fn new(io: S, patience: Duration) -> Self {
-        Self { io, patience, stalled: None }
+    pub(super) const fn new(io: S, stalled: Duration, total: Duration) -> Self {
+        Self { io, stalled, total, timer: None, writing: None }
     }
 
     fn watch<T>(&mut self, cx: &mut Context<'_>, done: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if done.is_ready() {
-            self.stalled = None;
-            return done;
+        let now = Instant::now();
+        let until = *self.writing.get_or_insert(now) + self.total;
+        if now < until {
+            if done.is_ready() {
+                self.timer = None;
+                return done;
+            }
+            let until = until.min(now + self.stalled);
+            ready!(self.timer.get_or_insert_with(|| Box::pin(sleep_until(until))).as_mut().poll(cx));
         }
-        let patience = self.patience;
-        ready!(self.stalled.get_or_insert_with(|| Box::pin(sleep(patience))).as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
@@ -73,9 +95,14 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for TimeoutStream<S> {
         self.watch(cx, done)
     }
 
+    /// The caller has written all that it had: what follows has its own time.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let done = Pin::new(&mut self.io).poll_flush(cx);
-        self.watch(cx, done)
+        let done = self.watch(cx, done);
+        if done.is_ready() {
+            self.writing = None;
+        }
+        done
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -86,23 +113,48 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for TimeoutStream<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::AsyncWriteExt as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     #[tokio::test]
     async fn a_bucket_gives_its_burst_and_refills() {
         let rate = Rate::new(3.0, 1000.0);
-        assert_eq!((0..3).filter(|_| rate.take()).count(), 3);
+        assert!(rate.is_full());
+        assert_eq!((0..3).filter(|_| rate.take(1.0)).count(), 3);
         tokio::time::sleep(Duration::from_millis(20)).await;
-        assert!(rate.take());
+        assert!(rate.take(1.0));
         let dry = Rate::new(1.0, 0.0);
-        assert!(dry.take() && !dry.take());
+        assert!(dry.take(1.0) && !dry.take(1.0) && !dry.is_full());
+        let charged = Rate::new(1.0, 50.0);
+        charged.charge(3.0);
+        assert!(!charged.take(0.5));
+        tokio::time::sleep(Duration::from_millis(80)).await;
+        assert!(charged.take(1.0));
     }
 
     #[tokio::test]
-    async fn a_reader_that_takes_nothing_is_given_up() {
+    async fn a_reader_that_reads_nothing_is_given_up() {
         let (ours, _theirs) = tokio::net::UnixStream::pair().unwrap();
-        let mut io = TimeoutStream::new(ours, Duration::from_millis(50));
+        let mut io = TimeoutStream::new(ours, Duration::from_millis(50), Duration::from_mins(1));
         let e = io.write_all(&vec![0; 8 << 20]).await.unwrap_err();
         assert_eq!(e.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_reads_slowly_is_given_up_after_the_whole_time() {
+        let (ours, mut theirs) = tokio::net::UnixStream::pair().unwrap();
+        let slow = tokio::spawn(async move {
+            let mut buf = vec![0; 1 << 16];
+            while theirs.read(&mut buf).await.is_ok_and(|n| n > 0) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        let (stalled, total) = (Duration::from_mins(1), Duration::from_millis(200));
+        let mut io = TimeoutStream::new(ours, stalled, total);
+        let begun = Instant::now();
+        let e = io.write_all(&vec![0; 64 << 20]).await.unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::TimedOut);
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        drop(io);
+        slow.await.unwrap();
     }
 }

@@ -1,9 +1,11 @@
 //! The TCP listener: what Prometheus and probes read. GET and HEAD only, and nothing that changes anything.
 
 use std::io::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Bytes;
 use axum::extract::{Request as HttpRequest, State};
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -11,15 +13,33 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use tokio::sync::watch;
 
 use super::server::{Backend, Options};
+use super::shared::SharedAnswers;
 use crate::metrics::encode::Format;
 
 /// How long the core may take for one page.
 const PAGE: Duration = Duration::from_secs(10);
 
-pub(super) fn router(backend: &Backend, options: &Options) -> Router {
+/// Of one processor's time, what pages may use: the core gives its numbers for each.
+const PAGES_SHARE: f64 = 0.25;
+
+#[derive(Clone)]
+struct Public {
+    backend: Backend,
+    pages: Arc<SharedAnswers<Format, Option<Bytes>>>,
+    /// Why the control socket is out of reach, if it is.
+    path_lost: watch::Receiver<Option<String>>,
+}
+
+pub(super) fn router(
+    backend: &Backend,
+    options: &Options,
+    path_lost: watch::Receiver<Option<String>>,
+) -> Router {
     let version = options.version.clone();
+    let state = Public { backend: backend.clone(), pages: SharedAnswers::new(PAGES_SHARE), path_lost };
     Router::new()
         .route("/", get(move || async move { landing(&version) }))
         .route("/metrics", get(metrics))
@@ -27,7 +47,7 @@ pub(super) fn router(backend: &Backend, options: &Options) -> Router {
         .route("/readyz", get(readyz))
         .fallback(|| async { text(StatusCode::NOT_FOUND, "not found: see /\n") })
         .layer(middleware::from_fn(read_only))
-        .with_state(backend.clone())
+        .with_state(state)
 }
 
 fn text(status: StatusCode, body: impl Into<String>) -> Response {
@@ -57,15 +77,16 @@ fn landing(version: &str) -> Response {
 }
 
 /// 200 as long as the core takes requests.
-async fn healthz(State(backend): State<Backend>) -> Response {
-    if backend.requests.is_closed() {
+async fn healthz(State(public): State<Public>) -> Response {
+    if public.backend.requests.is_closed() {
         return text(StatusCode::SERVICE_UNAVAILABLE, "the agent's core has ended\n");
     }
     text(StatusCode::OK, "ok\n")
 }
 
-async fn readyz(State(backend): State<Backend>) -> Response {
-    let now = backend.ready.borrow().clone();
+async fn readyz(State(public): State<Public>) -> Response {
+    let mut now = public.backend.ready.borrow().clone();
+    now.reasons.extend(public.path_lost.borrow().clone());
     let mut body = String::from(if now.ready { "ready\n" } else { "not ready\n" });
     for reason in &now.reasons {
         body.push_str(reason);
@@ -74,10 +95,15 @@ async fn readyz(State(backend): State<Backend>) -> Response {
     text(if now.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, body)
 }
 
-async fn metrics(State(backend): State<Backend>, headers: HeaderMap) -> Response {
+async fn metrics(State(public): State<Public>, headers: HeaderMap) -> Response {
     let header = |name| headers.get(name).and_then(|v: &header::HeaderValue| v.to_str().ok());
     let format = Format::from_accept(header(header::ACCEPT));
-    let Ok(Some(page)) = tokio::time::timeout(PAGE, (backend.metrics)(format)).await else {
+    let compute = {
+        let metrics = Arc::clone(&public.backend.metrics);
+        move || async move { metrics(format).await.map(Bytes::from) }
+    };
+    let page = tokio::time::timeout(PAGE, public.pages.get(format, compute)).await;
+    let Ok(Some(Some(page))) = page else {
         return text(
             StatusCode::SERVICE_UNAVAILABLE,
             "the agent's core gives no numbers: it is stopping or stuck\n",
@@ -85,7 +111,7 @@ async fn metrics(State(backend): State<Backend>, headers: HeaderMap) -> Response
     };
     let mut response = page.clone().into_response();
     if header(header::ACCEPT_ENCODING).is_some_and(takes_gzip)
-        && let Some(packed) = gzip(page.as_bytes())
+        && let Some(packed) = gzip(&page)
     {
         response = packed.into_response();
         response.headers_mut().insert(header::CONTENT_ENCODING, header::HeaderValue::from_static("gzip"));

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::{ApiError, Matched, Subscription, Target};
 use crate::enforce::audit;
+use crate::model::audience::Audience;
 use crate::model::kill::AskedBy;
 use crate::model::schema::{Alerts, JobId, Jobs, KillReport, Tree};
 
@@ -27,6 +28,14 @@ pub struct Peer {
     pub privileged: bool,
 }
 
+impl Peer {
+    /// What may be shown to this client. uid 0 of another pid namespace is root too: whoever gave it the socket decided that.
+    #[must_use]
+    pub const fn audience(&self) -> Audience {
+        if self.uid == 0 { Audience::Full } else { Audience::Reader { uid: self.uid, gid: self.gid } }
+    }
+}
+
 impl From<&Peer> for AskedBy {
     fn from(p: &Peer) -> Self {
         Self { uid: Some(p.uid), pid: Some(p.pid), exe: p.exe.clone(), rule: None }
@@ -34,9 +43,12 @@ impl From<&Peer> for AskedBy {
 }
 
 /// `tree`: all of it, or what the fields select. Kernel threads are always among the answer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TreeQuery {
+    /// The server's word, never the client's; so in every query.
+    #[serde(skip)]
+    pub audience: Audience,
     /// Its ancestors, itself and its descendants.
     pub target: Option<Target>,
     /// Zombies, with their ancestors.
@@ -46,20 +58,15 @@ pub struct TreeQuery {
     pub uid: Option<u32>,
     /// A container's id, or its beginning: narrowed down by the server, not by the core.
     pub container: Option<String>,
-    /// As `jobwarden tree` prints it, not as JSON; made by the server. What follows says how.
-    pub text: bool,
-    pub kernel_threads: bool,
-    pub color: bool,
-    /// Columns of the terminal.
-    pub width: Option<usize>,
+    /// Only what the text shows: [`crate::model::tree_rows`].
+    pub rows: bool,
 }
-
-/// Header of a tree's text: uids of users who are shown by number, since /etc/passwd does not name them.
-pub const NAMELESS: &str = "x-jobwarden-nameless-users";
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AlertQuery {
+    #[serde(skip)]
+    pub audience: Audience,
     /// Pending ones too, and the resolved that are still kept.
     pub all: bool,
     /// From the store: past ones.
@@ -82,6 +89,8 @@ pub struct EventFilter {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WhyQuery {
+    #[serde(skip)]
+    pub audience: Audience,
     /// None: of every firing alert.
     pub target: Option<Target>,
     /// `target` is then a pid as it is in this container.
@@ -127,6 +136,10 @@ pub struct ExecRequest {
     /// The number under which `exec` has entered the job into the kernel's maps already; None: the agent does.
     #[serde(default)]
     pub number: Option<u64>,
+    /// Boot-time nanoseconds when the client asked. A client waits one second: if the
+    /// agent was stopped meanwhile, the client holds the job without it by now, or is gone, and its pids may mean others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked_at: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,7 +150,7 @@ pub struct ExecRegistered {
 }
 
 /// The deadline has come by the client's clock, or the command has ended: what is left of the job is to be ended now. The
-/// client keeps the deadline; policy only shows it (`jobs`) and moves it (`jobs extend`).
+/// client keeps the deadline; the engine shows it (`jobs`), moves it (`jobs extend`), and acts if the client does not.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExecEnd {
@@ -160,6 +173,9 @@ pub struct ExecEnded {
     pub report: Option<KillReport>,
     /// Seconds from now to the moved deadline; None: there is none any more.
     pub left_s: Option<f64>,
+    /// The job was ended because its deadline had passed, whoever acted on it.
+    #[serde(default)]
+    pub timed_out: bool,
 }
 
 /// A signal that `exec` got is passed on to all members, once (`Enforcer::pass`).
@@ -208,6 +224,9 @@ pub struct Status {
     pub alerts_firing: usize,
     pub alerts_pending: usize,
     pub undelivered: u64,
+    /// What is wrong in the state directory; empty when nothing is.
+    #[serde(default)]
+    pub storage: Vec<String>,
     /// Probes that are not attached, with the reason.
     pub probes_off: BTreeMap<String, String>,
     pub config: Option<PathBuf>,
@@ -251,6 +270,8 @@ pub struct Notified {
 /// Everything that can be asked. Those with a [`Peer`] change something and are to be audited.
 #[derive(Debug)]
 pub enum Request {
+    /// Whether the core turns: a client that waits for something else asks this.
+    Ping(Reply<()>),
     Tree(TreeQuery, Reply<Tree>),
     Jobs(Reply<Jobs>),
     Extend {

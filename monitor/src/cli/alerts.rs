@@ -39,6 +39,7 @@ impl Args {
             history: self.history,
             since_s: self.since.map(|d| d.as_secs_f64()),
             undelivered: self.undelivered,
+            ..AlertQuery::default()
         };
         let alerts: Alerts = context.client()?.get("/v1/alerts", &query)?;
         let none = match (self.history, self.undelivered, self.all) {

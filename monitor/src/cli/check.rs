@@ -38,9 +38,11 @@ impl Args {
         let there = path.exists();
         // The file may be meant for another host, so this is no mistake of it.
         let here: Vec<String> = notify::check(&c).iter().map(ToString::to_string).collect();
+        let ignored = config::unknown_environment(&config::environment());
+        let all: Vec<&String> = here.iter().chain(&ignored).collect();
         let mut value = json!({
             "valid": true,
-            "warnings": here,
+            "warnings": all,
             "config": there.then_some(&path),
             "jobs": c.jobs.len(),
             "receivers": c.receivers.len(),
@@ -50,8 +52,10 @@ impl Args {
         }
         context.show(&value, |_| {
             let what = if there { escape(&path.to_string_lossy()) } else { "no file, the defaults".into() };
-            let warning = |w| format!("warning: {}; the agent would not start here\n", escape(w));
-            let warnings: String = here.iter().map(|w| warning(w)).collect();
+            let fatal =
+                here.iter().map(|w| format!("warning: {}; the agent would not start here\n", escape(w)));
+            let other = ignored.iter().map(|w| format!("warning: {}\n", escape(w)));
+            let warnings: String = fatal.chain(other).collect();
             format!("valid: {what}: {} job rules, {} receivers\n{warnings}", c.jobs.len(), c.receivers.len())
         })?;
         Ok(ExitCode::SUCCESS)

@@ -88,7 +88,10 @@ impl Args {
         o.cgroup = self.cgroup;
         o.report = self.report;
         o.verbose = self.verbose;
-        match exec::run(&o) {
+        // A panic has ended the job on its way here, and is one of jobwarden's own failures.
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| exec::run(&o)));
+        let Ok(done) = done else { return ExitCode::from(FAILED) };
+        match done {
             Ok(finish) => finish.code(),
             Err(e) => {
                 let command = o.command[0].to_string_lossy().into_owned();

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use jobwarden::api::{ApiError, Class};
 use jobwarden::client::ClientError;
 use jobwarden::model::schema::{ErrorBody, ErrorInfo};
+use jobwarden::output::error_line;
 use jobwarden::render::escape;
 
 use super::journal;
@@ -40,18 +41,18 @@ impl Failure {
         let status = ExitCode::from(self.status);
         if json {
             let body = ErrorBody { error: self.info };
-            eprintln!("{}", serde_json::to_string(&body).unwrap_or_default());
+            error_line(serde_json::to_string(&body).unwrap_or_default());
             return status;
         }
         let mark = if journal::reads_stderr() { journal::ERROR } else { "" };
         // What it is about may come from a process; the line breaks of a config's mistakes are ours.
         let lines: Vec<String> = self.info.message.lines().map(escape).collect();
-        eprintln!("{mark}jobwarden: {}", lines.join(&format!("\n{mark}")));
+        error_line(format_args!("{mark}jobwarden: {}", lines.join(&format!("\n{mark}"))));
         for m in &self.info.matches {
-            eprintln!("{mark}  {}  {}", escape(&m.target), escape(&m.what));
+            error_line(format_args!("{mark}  {}  {}", escape(&m.target), escape(&m.what)));
         }
         if let Some(h) = &self.info.hint {
-            eprintln!("{mark}hint: {}", escape(h));
+            error_line(format_args!("{mark}hint: {}", escape(h)));
         }
         status
     }

@@ -4,11 +4,15 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use jobwarden::api::{KillRequest, Target};
+use jobwarden::config::DEFAULT_GRACE;
 use jobwarden::model::schema::KillReport;
 use jobwarden::render;
 
 use super::output::Context;
 use super::{Outcome, values};
+
+/// How long the agent may take from the end of the grace to its report.
+const KILL: Duration = Duration::from_mins(1);
 
 /// End a process and all who descend from it, or a whole job, so that nothing of it escapes
 #[derive(Debug, clap::Args)]
@@ -50,7 +54,8 @@ impl Args {
             orphans: self.orphans,
             all: self.all,
         };
-        let report: KillReport = context.client()?.post("/v1/kill", &request)?;
+        let time = self.grace.unwrap_or(DEFAULT_GRACE).saturating_add(KILL);
+        let report: KillReport = context.client()?.post_long("/v1/kill", &request, time)?;
         context.show(&report, |style| render::kill(&report, self.dry_run, style))?;
         Ok(if report.survivors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }

@@ -1,6 +1,7 @@
 //! `jobwarden notify`.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use jobwarden::api::Notified;
 use jobwarden::api::wire::NotifyBody;
@@ -19,9 +20,13 @@ pub(crate) struct Args {
     receiver: String,
 }
 
+/// More than any receiver's own timeout.
+const RECEIVER: Duration = Duration::from_mins(10);
+
 impl Args {
     pub(super) fn run(self, context: &Context) -> Outcome {
-        let n: Notified = context.client()?.post("/v1/notify", &NotifyBody { receiver: self.receiver })?;
+        let n: Notified =
+            context.client()?.post_long("/v1/notify", &NotifyBody { receiver: self.receiver }, RECEIVER)?;
         context.show(&n, |_| {
             let word = if n.delivered { "delivered" } else { "NOT delivered" };
             format!("{}: {word} in {}: {}\n", escape(&n.receiver), age(n.took_s), escape(&n.answer))

@@ -1,6 +1,6 @@
 //! Where a command's output goes and how: JSON or text, colour, the terminal's width, and pipes that close.
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _};
 use std::path::PathBuf;
 
 use clap::ValueEnum;
@@ -79,8 +79,7 @@ impl Context {
 
 /// To stdout, at once. A reader that has closed the pipe has seen enough: that ends the program quietly.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match jobwarden::output::print(text) {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
         Err(e) => Err(Failure::failed("failed", format!("cannot write to stdout: {e}"))),
         Ok(()) => Ok(()),

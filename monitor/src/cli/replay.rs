@@ -4,6 +4,7 @@ use std::io::{BufWriter, ErrorKind, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use jobwarden::output::error_line;
 use jobwarden::recording::{self, Line, ReplayError};
 
 use super::{Failure, Outcome};
@@ -43,7 +44,7 @@ impl Args {
         match done.and_then(|()| out.flush().map_err(ReplayError::Output)) {
             Ok(()) => {
                 if broken {
-                    eprintln!("{}: the recording breaks off here", self.file.display());
+                    error_line(format_args!("{}: the recording breaks off here", self.file.display()));
                 }
                 Ok(ExitCode::SUCCESS)
             }

@@ -2,15 +2,13 @@
 
 use std::process::ExitCode;
 
-use axum::http::HeaderMap;
-use jobwarden::api::{AlertQuery, NAMELESS, Target, TreeQuery};
-use jobwarden::client::Client;
+use jobwarden::api::{Target, TreeQuery};
 use jobwarden::config::user_name;
-use jobwarden::model::schema::Tree;
-use jobwarden::render::{self, Style};
+use jobwarden::model::tree_rows::TreeRows;
+use jobwarden::render;
 
 use super::output::{Context, print};
-use super::{Failure, Outcome, values};
+use super::{Outcome, values};
 
 /// The forest by who started whom: ancestors, it, descendants; the dead and the zombies included
 #[derive(Debug, clap::Args)]
@@ -45,39 +43,22 @@ pub(crate) struct Args {
 impl Args {
     pub(super) fn run(self, context: &Context) -> Outcome {
         let client = context.client()?;
-        let style = context.style();
         let query = TreeQuery {
             target: self.target,
             zombies: self.zombies,
             orphans: self.orphans,
             uid: self.user,
             container: self.container,
-            text: !context.json,
-            kernel_threads: self.all,
-            color: style.color,
-            width: style.width,
+            rows: !context.json,
+            ..TreeQuery::default()
         };
-        let (headers, mut answer) = client.get_text("/v1/tree", &query)?;
         if context.json {
-            answer.push('\n');
-        } else if named_here(&headers) {
-            answer = drawn_here(&client, TreeQuery { text: false, ..query }, style)?;
+            print(&(client.get_text("/v1/tree", &query)? + "\n"))?;
+        } else {
+            let (json, jobs, alerts) = client.tree(&query)?;
+            let tree = TreeRows::parse(&json).map_err(|e| client.not_understood(&e))?;
+            print(&render::tree_with(&tree, jobs, alerts, &user_name, self.all, context.style()))?;
         }
-        print(&answer)?;
         Ok(ExitCode::SUCCESS)
     }
-}
-
-/// Whether a name is known here, of a directory service, for a user whom the agent has no name of.
-fn named_here(headers: &HeaderMap) -> bool {
-    let uids = headers.get(NAMELESS).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    uids.split(' ').filter_map(|u| u.parse().ok()).any(|u| user_name(u).is_some())
-}
-
-/// The text, with the names of users as they are known here.
-fn drawn_here(client: &Client, query: TreeQuery, style: Style) -> Result<String, Failure> {
-    let tree: Tree = client.get("/v1/tree", &query)?;
-    let jobs = client.get("/v1/jobs", &()).ok();
-    let alerts = client.get("/v1/alerts", &AlertQuery::default()).ok();
-    Ok(render::tree_with(&tree, jobs, alerts, &user_name, query.kernel_threads, style))
 }

@@ -32,7 +32,7 @@ pub(super) fn job(s: &str) -> Result<Target, String> {
 /// What `why` can be asked about.
 pub(super) fn question(s: &str) -> Result<WhyQuery, String> {
     let target = Some(s.parse().map_err(|e: jobwarden::api::TargetError| e.to_string())?);
-    Ok(WhyQuery { target, container: None })
+    Ok(WhyQuery { target, ..WhyQuery::default() })
 }
 
 /// A user's name or number.

@@ -22,7 +22,7 @@ use regex::Regex;
 
 pub use self::error::{ConfigError, Place, Problem};
 pub use self::names::{group_id, user_id, user_name};
-pub use self::read::{environment, load, parse};
+pub use self::read::{environment, load, parse, unknown_environment};
 pub use self::value::{duration_text, parse_duration};
 use crate::model::schema::{AlertKind, Severity};
 

@@ -1,8 +1,7 @@
 //! Text to [`Config`]: each section of the contract, key by key.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -16,6 +15,7 @@ use super::{
     Action, Agent, Config, DEFAULT_AFTER, DEFAULT_GRACE, DEFAULT_PATH, DEFAULT_RECEIVER_TIMEOUT, Enforcement,
     Match, Overrides, PAGERDUTY_URL, Receiver, ReceiverKind, Rule, Zombies,
 };
+use crate::files;
 use crate::model::schema::{AlertKind, Severity};
 
 const MAX_BYTES: u64 = 4 << 20;
@@ -35,6 +35,13 @@ const OWN_LABELS: [&str; 10] = [
     "namespace",
     "pod",
 ];
+/// Of the variables that override a section's scalars.
+const SECTIONS: [&str; 3] = ["JOBWARDEN_AGENT_", "JOBWARDEN_ZOMBIES_", "JOBWARDEN_ENFORCEMENT_"];
+/// What a receiver's program gets, and what Kubernetes sets for a service that is called `jobwarden`.
+const OF_OTHERS: [&str; 4] =
+    ["JOBWARDEN_ALERT_", "JOBWARDEN_NOTIFY_RUN", "JOBWARDEN_SERVICE_", "JOBWARDEN_PORT"];
+/// Characters by which a name may differ from the one that was meant.
+const NEAR: usize = 4;
 const ACTIONS: [(&str, Action); 2] = [("alert", Action::Alert), ("kill", Action::Kill)];
 const SEVERITIES: [(&str, Severity); 4] = [
     ("info", Severity::Info),
@@ -50,6 +57,34 @@ pub fn environment() -> BTreeMap<String, String> {
         .map(|(k, v)| (k.to_string_lossy().into_owned(), v.to_string_lossy().into_owned()))
         .filter(|(k, _)| k.starts_with("JOBWARDEN_"))
         .collect()
+}
+
+/// A sentence for each variable of [`environment`] that nothing reads, with the names that are near it. One with the prefix of
+/// a config section is no warning but an error of [`load`].
+#[must_use]
+pub fn unknown_environment(env: &BTreeMap<String, String>) -> Vec<String> {
+    let none = BTreeMap::new();
+    let doc = Doc::new(Path::new(DEFAULT_PATH), "", &none);
+    // An empty config asks for every variable that there is.
+    let empty = DeTable::new();
+    config(&doc, &empty, &Overrides::default());
+    let mut known = doc.asked_variables();
+    known.insert("JOBWARDEN_SOCKET".to_owned());
+    let unknown = env.keys().filter(|name| {
+        let starts = |list: &[&str]| list.iter().any(|p| name.starts_with(p));
+        !known.contains(*name) && !starts(&SECTIONS) && !starts(&OF_OTHERS)
+    });
+    let say = |name: &String| {
+        let near: Vec<&str> = known
+            .iter()
+            .map(String::as_str)
+            .filter(|k| strsim::damerau_levenshtein(k, name) <= NEAR)
+            .collect();
+        let hint =
+            if near.is_empty() { String::new() } else { format!("; did you mean {}?", near.join(" or ")) };
+        format!("the environment variable {} is not known and sets nothing{hint}", value::quoted(name))
+    };
+    unknown.map(say).collect()
 }
 
 /// The effective config: `overrides` over `env` over the file at `path`. Without a `path`, [`DEFAULT_PATH`] is read if it
@@ -78,13 +113,10 @@ pub fn load(
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {
-    let failed = |source| ConfigError::Read { path: path.into(), source };
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(failed)?;
-    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(ConfigError::TooLarge { path: path.into(), max: MAX_BYTES });
-    }
+    let bytes = files::read_regular(path, MAX_BYTES).map_err(|source| match source.kind() {
+        io::ErrorKind::FileTooLarge => ConfigError::TooLarge { path: path.into(), max: MAX_BYTES },
+        _ => ConfigError::Read { path: path.into(), source },
+    })?;
     String::from_utf8(bytes).map_err(|e| {
         let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
         let line = good.split(|&b| b == b'\n').count();
@@ -141,10 +173,9 @@ fn config(doc: &Doc<'_>, root: &DeTable<'_>, overrides: &Overrides) -> Config {
 /// that is called `jobwarden-agent`; those are let pass.
 fn unknown_variables(doc: &Doc<'_>) {
     for name in doc.env.keys() {
-        let ours = ["JOBWARDEN_AGENT_", "JOBWARDEN_ZOMBIES_", "JOBWARDEN_ENFORCEMENT_"];
         let kubernetes = ["JOBWARDEN_AGENT_SERVICE_", "JOBWARDEN_AGENT_PORT"];
         let starts = |list: &[&str]| list.iter().any(|p| name.starts_with(p));
-        if starts(&ours) && !starts(&kubernetes) && !doc.used(name) {
+        if starts(&SECTIONS) && !starts(&kubernetes) && !doc.used(name) {
             doc.report(Place::Environment(name.clone()), "no key of the config is overridden by this");
         }
     }

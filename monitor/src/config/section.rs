@@ -39,6 +39,11 @@ impl<'s> Doc<'s> {
         self.used.borrow().contains(name)
     }
 
+    /// The environment variables that a config reads.
+    pub(super) fn asked_variables(&self) -> BTreeSet<String> {
+        self.used.borrow().clone()
+    }
+
     /// In the order of the file.
     pub(super) fn into_problems(self) -> Vec<Problem> {
         let mut all = self.problems.into_inner();

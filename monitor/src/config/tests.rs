@@ -143,6 +143,44 @@ fn escape_sequences_do_not_reach_the_terminal() {
 }
 
 #[test]
+fn a_config_that_is_no_regular_file_is_refused_and_not_waited_for() {
+    let d = tempfile::tempdir().unwrap();
+    let fifo = d.path().join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+        .unwrap();
+    let load = |path: &Path| super::load(Some(path), &BTreeMap::new(), &Overrides::default()).unwrap_err();
+    for (path, what) in [(&*fifo, "a FIFO"), (d.path(), "a folder"), (Path::new("/dev/zero"), "a device")] {
+        let e = load(path).to_string();
+        assert!(e.contains(what) && e.contains(&*path.to_string_lossy()), "{e}");
+    }
+    let large = d.path().join("large");
+    std::fs::File::create(&large).unwrap().set_len(1 << 40).unwrap();
+    assert!(load(&large).to_string().contains("more than 4194304 bytes"));
+}
+
+#[test]
+fn an_unknown_variable_is_a_warning_that_names_what_is_near() {
+    let none = unknown_environment(&env(&[
+        ("JOBWARDEN_SOCKET", ""),
+        ("JOBWARDEN_AGENT_LISTEN", ""),
+        ("JOBWARDEN_ALERT_ID", ""),
+        ("JOBWARDEN_PORT_80_TCP", ""),
+        // Refused with the whole config.
+        ("JOBWARDEN_AGENT_LISTNE", ""),
+    ]));
+    assert!(none.is_empty(), "{none:?}");
+    let said = |name: &str| {
+        let all = unknown_environment(&env(&[(name, "1")]));
+        assert_eq!(all.len(), 1, "{all:?}");
+        all[0].clone()
+    };
+    assert!(!said("JOBWARDEN_NOPE_OF_THEM").contains("did you mean"));
+    assert!(said("JOBWARDEN_SOKET").contains("did you mean JOBWARDEN_SOCKET?"));
+    assert!(said("JOBWARDEN_AGNT_LISTEN").contains("JOBWARDEN_AGENT_LISTEN"));
+    assert!(said("JOBWARDEN_\u{1b}[2J").contains("\\u{1b}"));
+}
+
+#[test]
 fn flag_over_environment_over_file() {
     let text = "[agent]\nlisten = \"127.0.0.1:1\"\nsocket = \"/file\"\npin = true\n";
     let vars = env(&[

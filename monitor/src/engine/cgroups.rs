@@ -4,9 +4,10 @@
 
 use std::collections::HashMap;
 
+use super::forest::{Fast, Flags, Forest, Idx, Str};
+use super::output::Effect;
 use super::proc_poll::Budget;
-use super::{Effect, Engine};
-use crate::engine::forest::{Fast, Flags, Idx, Str};
+use super::turn::Turn;
 use crate::model::key::Key;
 
 /// Ids whose paths are kept; with more all are asked for again.
@@ -18,7 +19,7 @@ const WAITING_MAX: usize = 256;
 #[derive(Debug)]
 pub(super) struct Cgroups {
     known: HashMap<u64, Str, Fast>,
-    /// Asked for by one process; the others wait for what it is told.
+    /// Asked for by one process; the others wait for its answer.
     asked: HashMap<u64, Vec<Key>, Fast>,
     budget: Budget,
 }
@@ -29,68 +30,68 @@ impl Default for Cgroups {
     }
 }
 
-impl Engine {
+impl Cgroups {
     /// `key` has execed in the cgroup with this id (0: not told).
-    pub(super) fn execed_in(&mut self, key: Key, id: u64, now: u64, fx: &mut Vec<Effect>) {
-        let Some(i) = self.forest.find(key).filter(|&i| self.forest.node(i).alive()) else { return };
-        if id == 0 || self.forest.node(i).flags.has(Flags::KERNEL) {
+    pub(super) fn execed_in(&mut self, key: Key, id: u64, forest: &mut Forest, turn: &mut Turn<'_>) {
+        let Some(i) = forest.find(key).filter(|&i| forest.node(i).alive()) else { return };
+        if id == 0 || forest.node(i).flags.has(Flags::KERNEL) {
             return;
         }
-        if let Some(&path) = self.cgroups.known.get(&id) {
-            return self.forest.in_cgroup(i, path);
+        if let Some(&path) = self.known.get(&id) {
+            return forest.in_cgroup(i, path);
         }
-        let full = self.cgroups.asked.len() >= ASKED_MAX;
-        match self.cgroups.asked.get_mut(&id) {
+        let full = self.asked.len() >= ASKED_MAX;
+        match self.asked.get_mut(&id) {
             Some(waiting) if waiting.len() < WAITING_MAX => waiting.push(key),
             Some(_) => {}
-            None if full || !self.cgroups.budget.take(now) => {}
+            None if full || !self.budget.take(turn.now) => {}
             None => {
-                self.cgroups.asked.insert(id, Vec::new());
-                fx.push(Effect::ReadCgroup { key, id });
+                self.asked.insert(id, Vec::new());
+                turn.effect(Effect::ReadCgroup { key, id });
             }
         }
     }
 
-    pub(super) fn cgroup_came(
+    pub(super) fn answered(
         &mut self,
         key: Key,
         id: u64,
         cgroup: Option<&str>,
         by_id: bool,
-        now: u64,
-        fx: &mut Vec<Effect>,
+        forest: &mut Forest,
+        turn: &mut Turn<'_>,
     ) {
-        let mut waiting = self.cgroups.asked.remove(&id).unwrap_or_default();
+        let mut waiting = self.asked.remove(&id).unwrap_or_default();
         if let Some(path) = cgroup {
-            let path = self.forest.strings.intern(path.as_bytes());
-            if let Some(i) = self.forest.find(key) {
-                self.forest.in_cgroup(i, path);
+            let path = forest.strings.intern(path.as_bytes());
+            if let Some(i) = forest.find(key) {
+                forest.in_cgroup(i, path);
             }
             if by_id {
-                for i in waiting.drain(..).filter_map(|k| self.forest.find(k)).collect::<Vec<Idx>>() {
-                    self.forest.in_cgroup(i, path);
+                for i in waiting.drain(..).filter_map(|k| forest.find(k)).collect::<Vec<Idx>>() {
+                    forest.in_cgroup(i, path);
                 }
-                self.keep_cgroup(id, path);
+                self.keep(id, path, forest);
             }
-            self.forest.strings.release(path);
+            forest.strings.release(path);
         }
-        // It told nothing about the others: each must be read.
+        // It says nothing about the others: each must be read.
         for k in waiting {
-            if self.forest.find(k).is_some() && self.cgroups.budget.take(now) {
-                fx.push(Effect::ReadCgroup { key: k, id });
+            if forest.find(k).is_some() && self.budget.take(turn.now) {
+                turn.effect(Effect::ReadCgroup { key: k, id });
             }
         }
     }
 
-    fn keep_cgroup(&mut self, id: u64, path: Str) {
-        if self.cgroups.known.len() >= KNOWN_MAX {
-            for (_, s) in self.cgroups.known.drain() {
-                self.forest.strings.release(s);
+    fn keep(&mut self, id: u64, path: Str, forest: &mut Forest) {
+        if self.known.len() >= KNOWN_MAX {
+            for (_, s) in self.known.drain() {
+                forest.strings.release(s);
             }
         }
-        let path = self.forest.strings.share(path);
-        if let Some(old) = self.cgroups.known.insert(id, path) {
-            self.forest.strings.release(old);
+        let path = forest.strings.share(path);
+        if let Some(old) = self.known.insert(id, path) {
+            forest.strings.release(old);
         }
     }
 }

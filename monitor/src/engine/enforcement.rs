@@ -1,24 +1,22 @@
-//! Deadlines, and when policy may kill: `enforcement.enabled`, the operator's word, the fuse, what is never enforced upon.
-//! It makes orders; whom to spare and how to end the rest is `enforce`'s.
+//! Whether policy may end jobs: the config, the operator's setting, the fuse, and what is never enforced upon.
 
-use std::collections::HashSet;
-
-use super::alerts::{About, Raise};
+use super::forest::{Forest, Idx, Node};
+use super::input::Settings;
+use super::jobs::Jobs;
+use super::output::Change;
+use super::record::EnforcementState;
 use super::timers::Timer;
-use super::{Effect, EnforcementState, Engine, JobRecord, KillOrder, SECOND, summary};
+use super::turn::{SECOND, Turn};
 use crate::config;
-use crate::engine::forest::Idx;
 use crate::model::key::Key;
-use crate::model::kill::{Reason, What};
-use crate::model::schema::{AlertKind, JobId, KillReport, State};
 
-/// A supervisor of an `exec` job that is alive has this long, after deadline and grace, before an alert says it failed.
-const EXEC_SLACK: u64 = 2 * SECOND;
 pub(super) const MINUTE: u64 = 60 * SECOND;
+/// Ancestors of the agent that are looked through.
+const ANCESTORS_MAX: usize = 4_096;
 
 #[derive(Debug, Default)]
 pub(super) struct Enforcement {
-    pub(super) enabled: bool,
+    enabled: bool,
     pub(super) max_per_minute: u32,
     pub(super) state: EnforcementState,
 }
@@ -32,6 +30,7 @@ impl Enforcement {
         (self.enabled, self.max_per_minute) = (c.enabled, c.max_job_kills_per_minute);
     }
 
+    /// By config and operator; the fuse is another matter.
     pub(super) fn on(&self, now: u64) -> bool {
         match (self.state.by_operator, self.state.until) {
             (Some(on), None) => on,
@@ -55,346 +54,93 @@ impl Enforcement {
         ended.push_back((now, number));
         true
     }
-}
 
-impl Engine {
-    /// When the deadline is acted upon: that of an `exec` job by its supervisor, unless that one fails to.
-    pub(super) fn set_deadline(&mut self, g: Idx) {
-        let Some(r) = self.jobs.get(g).map(|j| &j.record) else { return };
-        let Some(deadline) = r.deadline else { return };
-        let slack = if r.supervisor.is_some() { r.policy.grace_ns.saturating_add(EXEC_SLACK) } else { 0 };
-        self.timers.set(deadline.saturating_add(slack), Timer::Deadline(r.number));
+    /// How many jobs policy has ended within the last minute.
+    pub(super) fn kills_last_minute(&self, now: u64) -> u32 {
+        self.state.ended.iter().filter(|(at, _)| at.saturating_add(MINUTE) > now).count() as u32
     }
 
-    pub(super) fn deadline_due(&mut self, number: u64, now: u64, fx: &mut Vec<Effect>) {
-        let Some(g) = self.jobs.by_number(number) else { return };
-        // Nothing is decided about those who run before it is known who runs; `become_ready` sets the timer again.
-        let (Some(ready), Some(j)) = (self.ready, self.jobs.get_mut(g)) else { return };
-        let Some(deadline) = j.record.deadline.filter(|&d| d <= now && j.done.is_none()) else { return };
-        if !j.record.expired {
-            j.record.expired = true;
-            let job = Box::new(j.record.clone());
-            fx.push(Effect::Job { job, label: false });
-        }
-        let mut kill = None;
-        if j.record.policy.kill_on_timeout && j.killing.is_none() && !j.timed_kill {
-            let waits = ready.saturating_add(j.record.policy.grace_ns);
-            if j.restored && deadline <= ready && now < waits {
-                self.timers.set(waits, Timer::Deadline(number));
-                kill = Some("It passed while jobwarden was down; the job has one more grace.".to_owned());
-            } else {
-                kill = Some(match self.may_kill(g, now, fx) {
-                    Ok(()) => {
-                        self.order(g, Reason::Timeout, What::Whole, fx);
-                        "It is being ended.".to_owned()
-                    }
-                    Err(why) => format!("It would have been ended: {why}."),
-                });
-            }
-        }
-        self.timeout_alert(g, deadline, kill.as_deref(), now, fx);
-    }
-
-    fn timeout_alert(&mut self, g: Idx, deadline: u64, kill: Option<&str>, now: u64, fx: &mut Vec<Effect>) {
-        let text = summary::timeout(self, g, deadline, kill, now);
-        let raise = Raise { since: deadline, summary: text, ..self.about_job(g, now) };
-        let Some(number) = self.number(g) else { return };
-        self.raise((AlertKind::JobTimeout, About::Job(number)), &raise, now, fx);
-    }
-
-    fn number(&self, g: Idx) -> Option<u64> {
-        self.jobs.get(g).map(|j| j.record.number)
-    }
-
-    /// A firing alert about a job; its root is the subject, as far as it is known.
-    fn about_job(&self, g: Idx, now: u64) -> Raise {
-        let j = self.jobs.get(g);
-        let root = j.and_then(|j| j.root);
-        Raise {
-            job: Some(g),
-            severity: j.and_then(|j| j.record.policy.severity),
-            subject: root,
-            whose: root,
-            count: self.forest.groups.get(g).map_or(0, |g| g.all.live as usize),
-            ..Raise::host(now)
-        }
-    }
-
-    pub(super) fn clear_timeout(&mut self, g: Idx, why: &str, now: u64, fx: &mut Vec<Effect>) {
-        let Some(number) = self.number(g) else { return };
-        let text = summary::job_over(self, g, why);
-        self.clear((AlertKind::JobTimeout, About::Job(number)), text, now, fx);
-    }
-
-    /// The job has ended: nothing about it holds any more.
-    pub(super) fn clear_job_alerts(&mut self, g: Idx, now: u64, fx: &mut Vec<Effect>) {
-        let Some(number) = self.number(g) else { return };
-        for kind in [AlertKind::Orphan, AlertKind::JobTimeout, AlertKind::KillFailed] {
-            let text = summary::job_over(self, g, "no process of it is left");
-            self.clear((kind, About::Job(number)), text, now, fx);
-        }
-    }
-
-    /// Whether policy may end this job now; asked before its first signal. `Err` says why not. The fuse counts it here.
-    pub(super) fn may_kill(&mut self, g: Idx, now: u64, fx: &mut Vec<Effect>) -> Result<(), String> {
-        let Some(j) = self.jobs.get(g) else { return Err("the job is not known".into()) };
+    /// Whether policy may end this job now; asked before its first signal. `Err` says why not. The fuse counts it here, and may open.
+    pub(super) fn permit(
+        &mut self,
+        g: Idx,
+        ready: bool,
+        (forest, jobs, settings): (&Forest, &Jobs, &Settings),
+        turn: &mut Turn<'_>,
+    ) -> Result<(), &'static str> {
+        let Some(j) = jobs.get(g) else { return Err("the job is not known") };
         let (number, root) = (j.record.number, j.record.id.root);
-        if !self.enforcement.on(now) {
-            return Err("enforcement is off".into());
+        if !self.on(turn.now) {
+            return Err("enforcement is off");
         }
-        if self.enforcement.state.fuse_open {
-            return Err("the fuse is open (`jobwarden enforcement on` closes it)".into());
+        if self.state.fuse_open {
+            return Err("the fuse is open (`jobwarden enforcement on` closes it)");
         }
-        if self.untouchable(root) {
-            return Err("its root is PID 1, or jobwarden itself or an ancestor of it".into());
+        if untouchable(root, settings.agent, forest) {
+            return Err("its root is PID 1, or jobwarden itself or an ancestor of it");
         }
         if j.record.existing && !j.record.policy.enforce_existing {
-            return Err(
-                "its root already ran when the rule first saw it (`enforce_existing` is not set)".into()
-            );
+            return Err("its root already ran when the rule first saw it (`enforce_existing` is not set)");
         }
-        if self.ready.is_none() {
-            return Err("the forest is not synced yet".into());
+        if !ready {
+            return Err("the forest is not synced yet");
         }
-        let counted = self.enforcement.count(number, now);
-        self.enforcement.state.fuse_open = !counted;
+        let counted = self.count(number, turn.now);
+        self.state.fuse_open = !counted;
         // Saved before the first signal: a restart must not give the fuse a new minute.
-        fx.push(Effect::Enforcement(self.enforcement.state.clone()));
-        if counted {
-            return Ok(());
+        turn.change(Change::Enforcement(self.state.clone()));
+        if counted { Ok(()) } else { Err("the fuse has opened: too many jobs ended within a minute") }
+    }
+
+    pub(super) fn restore(&mut self, s: EnforcementState, turn: &mut Turn<'_>) {
+        if let Some(until) = s.until {
+            turn.set(until, Timer::EnforcementOver);
         }
-        self.fuse_alert(now, fx);
-        Err("the fuse has opened: too many jobs ended within a minute".into())
+        self.state = s;
     }
 
-    pub(super) fn fuse_alert(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        if self.enforcement.state.fuse_open {
-            let text = summary::fuse(self.enforcement.max_per_minute);
-            let raise = Raise { summary: text, ..Raise::host(now) };
-            self.raise((AlertKind::EnforcementStopped, About::Host), &raise, now, fx);
-        }
-    }
-
-    pub(super) fn order(&mut self, g: Idx, reason: Reason, what: What, fx: &mut Vec<Effect>) {
-        let Some(j) = self.jobs.get_mut(g) else { return };
-        j.killing = Some(reason);
-        j.killed |= what == What::Whole;
-        j.timed_kill |= reason == Reason::Timeout;
-        let JobRecord { id, number, name, rule, policy, .. } = &j.record;
-        fx.push(Effect::Kill(Box::new(KillOrder {
-            job: *id,
-            number: *number,
-            job_name: name.clone(),
-            rule: rule.clone(),
-            reason,
-            what,
-            root: id.root,
-            signal: policy.stop_signal,
-            grace_ns: policy.grace_ns,
-        })));
-    }
-
-    /// A process died that may have supervised jobs: they end with it.
-    pub(super) fn supervisor_died(&mut self, key: Key, fx: &mut Vec<Effect>) {
-        let mine = |j: &super::jobs::Job| j.record.supervisor == Some(key) && j.done.is_none();
-        let jobs: Vec<Idx> = self.jobs.iter().filter(|(_, j)| mine(j)).map(|(g, _)| g).collect();
-        for g in jobs {
-            let live = self.forest.groups.get(g).is_some_and(|x| x.all.live > 0);
-            if live && self.jobs.get(g).is_some_and(|j| j.killing.is_none()) {
-                self.order(g, Reason::Exec, What::Whole, fx);
-                // As the watcher of an `exec` without an agent does it: nobody waits for a grace any more.
-                if let Some(Effect::Kill(k)) = fx.last_mut() {
-                    k.grace_ns = 0;
-                }
-            }
-        }
-    }
-
-    pub(super) fn started(&mut self, id: JobId, reason: Reason) {
-        if let Some(j) = self.jobs.by_id(id).and_then(|g| self.jobs.get_mut(g)) {
-            j.killing = Some(reason);
-            j.killed = true;
-        }
-    }
-
-    pub(super) fn finished(
-        &mut self,
-        id: JobId,
-        reason: Reason,
-        whole: bool,
-        report: Result<&KillReport, &str>,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
-        let Some(g) = self.jobs.by_id(id) else { return };
-        let Some(j) = self.jobs.get_mut(g) else { return };
-        // Also of one that is over: its end waits for this.
-        j.killing = None;
-        if j.done.is_some() {
-            j.killed |= whole;
-            return;
-        }
-        // A kill of some orphans does not make the job a killed one, unless the job ends by it.
-        j.killed |= whole || j_is_empty(&self.forest, g);
-        let failed = match report {
-            Ok(r) if r.survivors.is_empty() => None,
-            Ok(r) => Some((summary::survivors(r), r.survivors.len())),
-            Err(e) => Some((e.to_owned(), 1)),
-        };
-        let Some(number) = self.number(g) else { return };
-        let name = (AlertKind::KillFailed, About::Job(number));
-        if let Some((text, count)) = failed {
-            let text = summary::kill_failed(self, g, &format!("{text} ({} kill)", reason.as_str()));
-            let mut raise = Raise { summary: text, ..self.about_job(g, now) };
-            (raise.count, raise.severity) = (count, None);
-            self.raise(name, &raise, now, fx);
-        } else {
-            let text = summary::job_over(self, g, "who survived was ended");
-            self.clear(name, text, now, fx);
-        }
-        self.plan_orphans(g, now);
-    }
-
-    /// A kill of a process outside of jobs is over, or one that was about a process and not about its job.
-    pub(super) fn process_kill_over(
-        &mut self,
-        root: Key,
-        report: Result<&KillReport, &str>,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
-        let (why, left) = match report {
-            Ok(r) => (summary::survivors(r), r.survivors.iter().map(|r| r.id).collect()),
-            Err(e) => (e.to_owned(), vec![root]),
-        };
-        // Who has ended since is no survivor.
-        let left: HashSet<Key> = left.into_iter().filter(|&k| self.stays(k)).collect();
-        if left.is_empty() {
-            self.survivors.remove(&root);
-            let text = summary::process_over(self, root);
-            return self.clear((AlertKind::KillFailed, About::Process(root)), text, now, fx);
-        }
-        let text = summary::process_kill_failed(self, root, &why);
-        self.process_kill_failed(root, left, text, now, fx);
-    }
-
-    fn process_kill_failed(
-        &mut self,
-        root: Key,
-        left: HashSet<Key>,
-        summary: String,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
-        let subject = self.forest.find(root);
-        let raise = Raise { subject, whose: subject, count: left.len(), summary, ..Raise::host(now) };
-        let name = (AlertKind::KillFailed, About::Process(root));
-        self.raise(name, &raise, now, fx);
-        // No more of them than there are alerts, which are bounded.
-        if self.alerts.get(name).is_some() {
-            self.survivors.insert(root, left);
-        }
-    }
-
-    /// Not a zombie, and not gone.
-    fn stays(&self, key: Key) -> bool {
-        let state = self.forest.find(key).map(|i| self.forest.node(i).state);
-        state.is_some_and(|s| !matches!(s, State::Zombie | State::Gone))
-    }
-
-    /// Somebody has ended who may have survived a kill.
-    pub(super) fn survivor_ended(&mut self, key: Key, now: u64, fx: &mut Vec<Effect>) {
-        let mut over = Vec::new();
-        self.survivors.retain(|&root, left| {
-            left.remove(&key);
-            if left.is_empty() {
-                over.push(root);
-            }
-            !left.is_empty()
-        });
-        for root in over {
-            let text = summary::process_over(self, root);
-            self.clear((AlertKind::KillFailed, About::Process(root)), text, now, fx);
-        }
-    }
-
-    /// After a restart nobody knows who the survivors were: all that descends from the target is taken for one.
-    pub(super) fn process_alert_restored(&mut self, root: Key, now: u64, fx: &mut Vec<Effect>) {
-        let Some(i) = self.forest.find(root) else { return };
-        let below = self.forest.descend(i).map(|i| self.forest.node(i).key);
-        let left: HashSet<Key> = below.filter(|&k| self.stays(k)).collect();
-        if !left.is_empty() {
-            let text = summary::process_kill_failed(self, root, "that was before jobwarden's restart");
-            self.process_kill_failed(root, left, text, now, fx);
-        }
-    }
-
-    pub(super) fn job_alert_restored(
-        &mut self,
-        kind: AlertKind,
-        job: Option<JobId>,
-        now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
-        let Some(g) = job.and_then(|id| self.jobs.by_id(id)) else { return };
-        let Some(j) = self.jobs.get(g).filter(|j| j.done.is_none()) else { return };
-        match kind {
-            AlertKind::Orphan => self.orphans_restored(g, now, fx),
-            AlertKind::JobTimeout if j.record.expired => {
-                let number = j.record.number;
-                self.deadline_due(number, now, fx);
-            }
-            AlertKind::KillFailed => {
-                let text = summary::kill_failed(self, g, "that was before jobwarden's restart");
-                let Some(number) = self.number(g) else { return };
-                let raise = Raise { summary: text, severity: None, ..self.about_job(g, now) };
-                self.raise((kind, About::Job(number)), &raise, now, fx);
-            }
-            _ => {}
-        }
-    }
-
-    /// `enforcement on|off`: the operator's word.
-    pub(super) fn word(&mut self, on: bool, until: Option<u64>, now: u64, fx: &mut Vec<Effect>) {
-        self.enforcement.state.by_operator = Some(on);
-        self.enforcement.state.until = until;
+    /// `enforcement on|off`. True: that closed the fuse.
+    pub(super) fn operator(&mut self, on: bool, until: Option<u64>, turn: &mut Turn<'_>) -> bool {
+        self.state.by_operator = Some(on);
+        self.state.until = until;
         if let Some(until) = until {
-            self.timers.set(until, Timer::EnforcementOver);
+            turn.set(until, Timer::EnforcementOver);
         }
-        if on && std::mem::take(&mut self.enforcement.state.fuse_open) {
-            self.enforcement.state.ended.clear();
-            let text = "Enforcement was switched on again: the fuse is closed.".to_owned();
-            self.clear((AlertKind::EnforcementStopped, About::Host), text, now, fx);
+        let closed = on && std::mem::take(&mut self.state.fuse_open);
+        if closed {
+            self.state.ended.clear();
         }
-        fx.push(Effect::Enforcement(self.enforcement.state.clone()));
-        self.reconsider(now);
+        turn.change(Change::Enforcement(self.state.clone()));
+        closed
     }
 
-    pub(super) fn word_over(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        let s = &mut self.enforcement.state;
-        if s.until.is_some_and(|u| u <= now) {
-            (s.by_operator, s.until) = (None, None);
-            fx.push(Effect::Enforcement(self.enforcement.state.clone()));
-            self.reconsider(now);
+    /// The time of the operator's setting may be over. True: it is.
+    pub(super) fn operator_over(&mut self, turn: &mut Turn<'_>) -> bool {
+        let over = self.state.until.is_some_and(|u| u <= turn.now);
+        if over {
+            (self.state.by_operator, self.state.until) = (None, None);
+            turn.change(Change::Enforcement(self.state.clone()));
         }
-    }
-
-    /// What was only told may now be done.
-    pub(super) fn reconsider(&mut self, now: u64) {
-        if !self.enforcement.on(now) {
-            return;
-        }
-        let jobs: Vec<(Idx, u64, bool)> =
-            self.jobs.iter().map(|(g, j)| (g, j.record.number, j.record.expired)).collect();
-        for (g, number, expired) in jobs {
-            if expired {
-                self.timers.set(now, Timer::Deadline(number));
-            }
-            self.watch_orphans(g, now);
-        }
+        over
     }
 }
 
-fn j_is_empty(f: &crate::engine::forest::Forest, g: Idx) -> bool {
-    f.groups.get(g).is_none_or(|x| x.all.live == 0)
+/// A job that is never enforced: its root is the host's PID 1, the agent, or an ancestor of the agent.
+fn untouchable(root: Key, agent: Key, forest: &Forest) -> bool {
+    if root.pid == 1 {
+        return true;
+    }
+    let Some(first) = forest.find(agent) else { return root == agent };
+    let is_above = |up: fn(&Node) -> Idx| {
+        let mut at = first;
+        for _ in 0..ANCESTORS_MAX {
+            let Some(n) = forest.get(at) else { return false };
+            if n.key == root {
+                return true;
+            }
+            at = up(n);
+        }
+        false
+    };
+    is_above(|n| n.lineage) || is_above(|n| n.parent)
 }

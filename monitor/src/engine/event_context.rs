@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::Engine;
-use crate::engine::forest::signals::Signal;
+use super::forest::signals::Signal;
+use super::view::View;
 use crate::model::argv::split_argv;
 use crate::model::event::{Body, Comm, Event, SignalResult, WaitStatus};
 use crate::model::key::Key;
@@ -37,8 +37,8 @@ impl Named {
     }
 }
 
-impl Engine {
-    pub(super) fn moment_of(&self, e: &Event<'_>) -> EventContext {
+impl View<'_> {
+    pub(super) fn context_of(&self, e: &Event<'_>) -> EventContext {
         let mut by = None;
         let (comm, other) = match e.body {
             Body::Fork { parent, comm, .. } => (comm, Some((parent, self.named(parent, comm)))),
@@ -52,7 +52,7 @@ impl Engine {
             Body::Reap { status } => (Comm::default(), self.killed_by(e.process, status)),
             Body::Signal { sender, .. } => {
                 let s = Signal::by(sender);
-                by = Some(self.by(&s));
+                by = Some(self.signal_by(&s));
                 (Comm::default(), s.sender_key().map(|k| (k, self.named(k, Comm::default()))))
             }
             Body::Kill { .. } => (Comm::default(), None),

@@ -1,14 +1,103 @@
-//! What the engine is told beside events and snapshots: its place in the world, observations, commands.
+//! Everything that changes the engine: records of the ring, snapshots, observations, commands, the time. What stands in a
+//! recording is an [`Input`], so a replay makes the same calls.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::effect::JobPolicy;
-use crate::engine::forest::{Facts, Seen};
+use super::record::{EnforcementState, JobPolicy, JobRecord};
+use crate::config::Config;
+use crate::engine::forest::{Facts, Seen, Snapshot};
+use crate::model::event::Event;
 use crate::model::key::Key;
-use crate::model::schema::{AlertKind, JobId};
-use crate::model::stats::{Histogram, JobNumbers, StoreNumbers};
+use crate::model::kill::Reason;
+use crate::model::schema::{Alert, AlertKind, Cause, JobId, KillReport};
+
+/// One input of [`Engine::handle`](super::Engine::handle). What is large is borrowed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(clippy::large_enum_variant, reason = "one at a time, by reference; the hot ones are small")]
+pub enum Input<'a> {
+    /// A record of the ring, decoded, and its bytes as the kernel wrote them (a recording keeps the bytes). May come twice; a late one
+    /// never touches a successor of its pid.
+    #[serde(skip)]
+    Record { event: &'a Event<'a>, bytes: &'a [u8] },
+    /// From here on reaped keys leave tombstones, until `Snapshot`. `t0`: boot time before the first row is read.
+    SnapshotStarted { t0: u64 },
+    /// A snapshot, merged by key. May come without `SnapshotStarted` when no record was handled meanwhile.
+    Snapshot(Cow<'a, Snapshot>),
+    /// First synced: rules are tried on what already runs, restored alerts are held or resolved, and the grace of restored jobs
+    /// past their deadline begins. Later ones do nothing.
+    Ready,
+    /// The answer to `Effect::Look`, `ReadFacts` or `ReadCgroup`, or what a query has read.
+    Observation(Cow<'a, Observation>),
+    /// Time passes. Due at [`Engine::next_wake`](super::Engine::next_wake), or more often.
+    Tick,
+    /// Wall clock minus boot clock, ns.
+    Clock { boot_to_wall_ns: i64 },
+    /// The saved setting of the operator and the fuse. Before the first snapshot, like the next two.
+    RestoreEnforcement(Cow<'a, EnforcementState>),
+    /// Saved jobs of this boot. Records of another boot must not be given.
+    RestoreJobs(Cow<'a, [JobRecord]>),
+    /// Alerts that were firing. Of this boot: they stay firing until `Ready` decides. Of another boot: they resolve at once.
+    RestoreAlerts { alerts: Cow<'a, [Alert]>, this_boot: bool },
+    /// A new config. Jobs and alerts stay; jobs of a rule that is still there take its new settings; running processes are
+    /// matched against the new rules.
+    Reload(#[serde(with = "as_toml")] Cow<'a, Config>),
+    /// A job of `jobwarden exec`. If a job has this root already (the client retried): the same record again.
+    RegisterJob(Cow<'a, ExecJob>),
+    /// `jobs extend`: the deadline moves by `by`, from now if it has passed.
+    ExtendJob { job: JobId, by: Duration },
+    /// `exec --keep-orphans` is over: neither the death of the supervisor nor policy ends the job any more.
+    ReleaseJob { job: JobId },
+    /// Reserves this many job numbers in a row.
+    ReserveNumbers { count: u32 },
+    /// A kill of this job begins (`kill` or `exec`).
+    KillStarted { job: JobId, reason: Reason },
+    /// A kill is over. `Err`: it could not be carried out, and why. `whole`: it was about the whole job.
+    KillFinished {
+        job: JobId,
+        reason: Reason,
+        whole: bool,
+        report: Result<Cow<'a, KillReport>, Cow<'a, str>>,
+    },
+    /// The same for a process and its descendants outside of jobs.
+    ProcessKillFinished { root: Key, report: Result<Cow<'a, KillReport>, Cow<'a, str>> },
+    /// `enforcement on|off [--for D]`. `on` closes the fuse.
+    Enforcement { on: bool, lasts: Option<Duration> },
+    /// The kernel lost records.
+    EventsLost { count: u64 },
+    /// `storage-failed` or `capacity` as the agent finds it; None: the condition is over.
+    Condition { kind: AlertKind, problem: Option<Cow<'a, str>> },
+    /// The answer to `Effect::CountMembers`. `alive` also when the kernel could not be asked; then a snapshot follows.
+    JobCounted { number: u64, alive: bool },
+    /// The cause of a firing alert.
+    Cause { alert: Cow<'a, str>, cause: Cow<'a, Cause> },
+}
+
+/// A config in a recording is TOML, as `check --print` writes it.
+mod as_toml {
+    use std::borrow::Cow;
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    use crate::config::{self, Config, Overrides};
+
+    pub(super) fn serialize<S: Serializer>(c: &Config, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&c.to_toml())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Cow<'static, Config>, D::Error> {
+        let text = String::deserialize(d)?;
+        config::parse(Path::new("recorded config"), &text, &BTreeMap::new(), &Overrides::default())
+            .map(Cow::Owned)
+            .map_err(D::Error::custom)
+    }
+}
 
 /// What is fixed for the agent's life.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -44,6 +133,20 @@ pub struct Limits {
     pub tombstones: usize,
 }
 
+impl Limits {
+    /// The lower of each: a recording cannot ask for more than an agent has.
+    #[must_use]
+    pub fn at_most(&self, o: &Self) -> Self {
+        Self {
+            processes: self.processes.min(o.processes),
+            jobs: self.jobs.min(o.jobs),
+            alerts: self.alerts.min(o.alerts),
+            signals: self.signals.min(o.signals),
+            tombstones: self.tombstones.min(o.tombstones),
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self { processes: 1 << 22, jobs: 1 << 16, alerts: 1 << 14, signals: 1 << 13, tombstones: 1 << 18 }
@@ -75,62 +178,4 @@ pub struct ExecJob {
     /// the labelling.
     pub number: Option<u64>,
     pub policy: JobPolicy,
-}
-
-/// Why a command was refused.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum Refused {
-    #[error("no job {0}: `jobwarden jobs` lists them")]
-    NoJob(String),
-    #[error("no process {0}: it is not alive, and none of its descendants is")]
-    NoProcess(String),
-    #[error("job {0} has no deadline that could be extended")]
-    NoDeadline(String),
-    #[error("job {0} has ended already")]
-    Ended(String),
-    #[error("{0:?} is no target: expected a PID, an ID (PID:START), a JOB (j-PID:START-N) or name:NAME")]
-    Target(String),
-    #[error("{0} jobs are followed already: no more are taken")]
-    TooManyJobs(usize),
-    #[error("{0} is inside {1} nested jobs already: no job begins there, and those around hold it")]
-    TooDeep(Key, usize),
-}
-
-/// What `tree` shows.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TreeQuery {
-    /// PID, ID or JOB: its ancestors, it, its descendants. None: all.
-    pub of: Option<String>,
-    /// Kernel threads too.
-    pub all: bool,
-    /// Only zombies, and the way to them.
-    pub zombies: bool,
-    /// Only orphans, and the way to them.
-    pub orphans: bool,
-    /// Only processes of this uid, and the way to them.
-    pub uid: Option<u32>,
-}
-
-/// What a TARGET or a `why` argument names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
-    Process(Key),
-    Job(JobId),
-}
-
-/// What `/metrics` shows of the engine, in the words of `metrics::Core`. Made without a walk over the processes.
-#[derive(Clone, Debug)]
-pub struct Gauges {
-    pub processes: BTreeMap<&'static str, u64>,
-    /// By `job_name`; "" = outside jobs, always there. At most `stats::MAX_JOB_NAMES`, then `stats::OTHER`.
-    pub jobs: BTreeMap<String, JobNumbers>,
-    pub unreaping_parents: u64,
-    pub oldest_zombie_age_s: f64,
-    pub reap_delay: Histogram,
-    pub stores: Vec<StoreNumbers>,
-    /// Every kind in every state, zeros too.
-    pub alerts: BTreeMap<(AlertKind, &'static str), u64>,
-    pub alerts_fired: BTreeMap<AlertKind, u64>,
-    pub enforcement_enabled: bool,
-    pub fuse_open: bool,
 }

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use super::timers::Timer;
-use super::{Engine, SECOND};
+use super::turn::{SECOND, Turn};
 use crate::model::stats::{JobNumbers, MAX_JOB_NAMES, OTHER};
 
 /// Long enough that every scraper has seen the last of it.
@@ -87,27 +87,28 @@ impl Names {
         let rules = std::mem::take(&mut self.rules);
         let stays = |name: &String| rules.contains(name) || carried.contains(name.as_str());
         self.all.retain(|name, n| stays(name) || n.used.saturating_add(IDLE) > now);
-        let next = self.all.iter().filter(|(name, _)| !stays(name)).map(|(_, n)| n.used + IDLE).min();
+        let next =
+            self.all.iter().filter(|(name, _)| !stays(name)).map(|(_, n)| n.used.saturating_add(IDLE)).min();
         self.rules = rules;
         next
     }
 }
 
-impl Engine {
-    /// Somebody may be idle from now on.
-    pub(super) fn plan_names(&mut self, now: u64) {
-        if !std::mem::replace(&mut self.names.planned, true) {
-            self.timers.set(now + IDLE, Timer::Names);
+impl Names {
+    /// A name may be idle from now on.
+    pub(super) fn plan(&mut self, turn: &mut Turn<'_>) {
+        if !std::mem::replace(&mut self.planned, true) {
+            turn.set(turn.now.saturating_add(IDLE), Timer::Names);
         }
     }
 
-    pub(super) fn names_due(&mut self, now: u64) {
-        let carried: HashSet<&str> =
-            self.jobs.iter().map(|(_, j)| self.names.label(&j.record.name)).collect();
-        let next = self.names.expire(&carried, now);
-        self.names.planned = next.is_some();
+    /// Drops idle names; those in `jobs` are carried by a job.
+    pub(super) fn due<'a>(&mut self, jobs: impl Iterator<Item = &'a str>, turn: &mut Turn<'_>) {
+        let carried: HashSet<&str> = jobs.map(|name| self.label(name)).collect();
+        let next = self.expire(&carried, turn.now);
+        self.planned = next.is_some();
         if let Some(at) = next {
-            self.timers.set(at, Timer::Names);
+            turn.set(at, Timer::Names);
         }
     }
 }

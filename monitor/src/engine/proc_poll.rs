@@ -1,11 +1,14 @@
 //! When /proc is looked at for a process that is on its way out. The exit event comes before files are closed, children
 //! get an adopter and the zombie stands; that can take microseconds or hours.
 
+use super::forest::{Flags, Forest, Idx};
+use super::output::Effect;
 use super::timers::Timer;
-use super::{Effect, Engine, LOOKS_PER_S, MS, SECOND};
-use crate::engine::forest::{Flags, Idx};
+use super::turn::{MS, SECOND, Turn};
 use crate::model::schema::State;
 
+/// Most `Effect::Look`s a second, on average, for exits: one whose turn would come above that waits for its next.
+pub const LOOKS_PER_S: u64 = 2_000;
 /// After the exit, ms; then each second.
 const STEPS: [u64; 5] = [1, 4, 16, 64, 250];
 /// Parts of a second over which refused looks are spread.
@@ -33,10 +36,6 @@ impl Budget {
         Self { level: burst * SECOND, at: 0, burst, per_s }
     }
 
-    pub(super) fn exits() -> Self {
-        Self::new(BURST, LOOKS_PER_S)
-    }
-
     pub(super) fn alerts() -> Self {
         Self::new(ALERT_BURST, ALERT_LOOKS_PER_S)
     }
@@ -57,37 +56,48 @@ impl Budget {
     }
 }
 
-impl Engine {
-    /// The process has exited, or a dead parent got children.
-    pub(super) fn look_soon(&mut self, i: Idx, at: u64) {
-        let n = self.forest.node_mut(i);
+/// Processes that are on their way out, and when /proc is asked about them.
+#[derive(Debug)]
+pub(super) struct ExitPolls {
+    budget: Budget,
+}
+
+impl Default for ExitPolls {
+    fn default() -> Self {
+        Self { budget: Budget::new(BURST, LOOKS_PER_S) }
+    }
+}
+
+impl ExitPolls {
+    /// The process has exited at `at`, or a dead parent got children.
+    pub(super) fn begin(i: Idx, at: u64, forest: &mut Forest, turn: &mut Turn<'_>) {
+        let n = forest.node_mut(i);
         if n.flags.has(Flags::LOOKING) {
             return;
         }
         n.flags.set(Flags::LOOKING);
         n.step = 0;
-        let generation = n.generation;
-        self.timers.set(at + STEPS[0] * MS, Timer::Look(i, generation));
+        turn.set(at.saturating_add(STEPS[0] * MS), Timer::Look(i, n.generation));
     }
 
-    pub(super) fn look_due(&mut self, i: Idx, generation: u32, now: u64, fx: &mut Vec<Effect>) {
-        if !self.forest.is(i, generation) {
+    pub(super) fn due(&mut self, i: Idx, generation: u32, forest: &mut Forest, turn: &mut Turn<'_>) {
+        if !forest.is(i, generation) {
             return;
         }
-        let n = self.forest.node(i);
+        let n = forest.node(i);
         let (key, step) = (n.key, usize::from(n.step));
         let own = n.state == State::Exiting;
-        let child = if n.alive() { None } else { self.forest.reapable(i).next() };
+        let child = if n.alive() { None } else { forest.reapable(i).next() };
         if !own && child.is_none() {
-            return self.forest.node_mut(i).flags.clear(Flags::LOOKING);
+            return forest.node_mut(i).flags.clear(Flags::LOOKING);
         }
-        let whom = [own.then_some(key), child.map(|c| self.forest.node(c).key)];
+        let asked = [own.then_some(key), child.map(|c| forest.node(c).key)];
         let mut spread = 0;
-        for k in whom.into_iter().flatten() {
-            if self.looks.take(now) {
-                fx.push(Effect::Look(k));
+        for k in asked.into_iter().flatten() {
+            if self.budget.take(turn.now) {
+                turn.effect(Effect::Look(k));
             } else {
-                // Those who got no turn do not all come back at the same moment.
+                // Refused looks do not all come back at the same moment.
                 spread = u64::from(i % SPREAD) * SECOND / u64::from(SPREAD);
             }
         }
@@ -95,43 +105,7 @@ impl Engine {
             Some(next) => (next - STEPS[step]) * MS,
             None => SECOND,
         };
-        self.forest.node_mut(i).step = (step + 1).min(STEPS.len()) as u8;
-        self.timers.set(now + wait + spread, Timer::Look(i, generation));
-    }
-
-    /// A process that is known by name only, or whose parent is not known.
-    pub(super) fn ask(&mut self, i: Idx, fx: &mut Vec<Effect>) {
-        let n = self.forest.node(i);
-        if n.state != State::Gone {
-            fx.push(Effect::Look(n.key));
-            self.ask_facts(i, fx);
-        }
-    }
-
-    /// Its argv was never heard, or is an older program's: /proc may have it.
-    pub(super) fn ask_facts(&mut self, i: Idx, fx: &mut Vec<Effect>) {
-        let n = self.forest.node(i);
-        let wanted = !n.argv.is_known() || n.flags.has(Flags::DOUBTED);
-        if n.alive() && wanted && !n.flags.has(Flags::KERNEL) {
-            self.read_facts(i, fx);
-        }
-    }
-
-    /// Before an alert speaks of it: its container and its pid inside stand in labels that are frozen then.
-    pub(super) fn ask_place(&mut self, i: Idx, fx: &mut Vec<Effect>) -> bool {
-        let Some(n) = self.forest.get(i) else { return false };
-        let unread = !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL) && n.state != State::Gone;
-        if unread {
-            self.read_facts(i, fx);
-        }
-        unread
-    }
-
-    pub(super) fn read_facts(&mut self, i: Idx, fx: &mut Vec<Effect>) {
-        let n = self.forest.node_mut(i);
-        if !n.flags.has(Flags::ASKED) {
-            n.flags.set(Flags::ASKED);
-            fx.push(Effect::ReadFacts(n.key));
-        }
+        forest.node_mut(i).step = (step + 1).min(STEPS.len()) as u8;
+        turn.set(turn.now.saturating_add(wait + spread), Timer::Look(i, generation));
     }
 }

@@ -1,13 +1,15 @@
 //! Rules: tried in file order at exec and on those who already run; the first match wins. What a rule asks about and no
 //! event tells (the resolved exe, cgroup, container) is read from /proc only if a rule has come that far.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
-use super::jobs::{Begin, Job, policy_of};
+use super::facts;
+use super::forest::{Flags, Forest, Idx, NO_UID, Node};
+use super::jobs::{NewJob, policy_of};
+use super::record::JobPolicy;
 use super::timers::Timer;
-use super::{Effect, Engine, JobPolicy, Refused, SECOND};
+use super::turn::{SECOND, Turn};
 use crate::config::{Match, Rule};
-use crate::engine::forest::{Flags, Idx, NO_UID, Node};
 use crate::matcher::{self, Needs};
 use crate::model::container;
 use crate::model::key::Key;
@@ -22,10 +24,12 @@ const SCAN_TRIES: u32 = 15;
 const WAITING_MAX: usize = 4_096;
 
 #[derive(Debug)]
-pub(super) struct Watched {
-    pub(super) rule: Rule,
+struct Watched {
+    rule: Rule,
     needs: Needs,
-    pub(super) policy: JobPolicy,
+    policy: JobPolicy,
+    /// Its MATCH without what must be read from /proc; None: nothing is left.
+    cheap: Option<Match>,
 }
 
 impl Watched {
@@ -36,7 +40,7 @@ impl Watched {
 
 /// A scan of those who already run: it waits until their facts have come.
 #[derive(Debug, Default)]
-pub(super) struct Scan {
+struct Scan {
     waiting: HashSet<Key>,
     until: u64,
     tries: u32,
@@ -47,7 +51,7 @@ pub(super) struct Scan {
 enum Verdict {
     No,
     Yes(usize),
-    /// These must be read first.
+    /// The facts of these must be read first.
     Read(Vec<Idx>),
 }
 
@@ -101,43 +105,67 @@ fn cheap(m: &Match) -> Option<Match> {
     (!m.is_empty()).then_some(m)
 }
 
-pub(super) fn watched(rules: &[Rule]) -> Vec<(Watched, Option<Match>)> {
-    let one = |r: &Rule| {
-        let w = Watched { needs: r.matches.needs(), policy: policy_of(r), rule: r.clone() };
-        (w, cheap(&r.matches))
-    };
-    rules.iter().map(one).collect()
+/// The rules of the config, and the processes that wait for facts.
+#[derive(Debug, Default)]
+pub(super) struct Rules {
+    rules: Vec<Watched>,
+    /// A process whose facts are awaited -> the processes that wait for them.
+    waiting: HashMap<Key, Vec<Key>>,
+    scan: Option<Scan>,
 }
 
-impl Engine {
-    /// Only what the rules ask about: this is done at each exec.
-    fn own_facts(&self, n: &Node, needs: Needs) -> Own {
-        let get = |s, wanted: bool| if wanted { self.forest.strings.get(s) } else { None };
-        let cgroup = get(n.cgroup, needs.cgroup || needs.container).map(text);
-        Own {
-            argv: get(n.argv, needs.argv).map(spaced),
-            exe: get(n.exe, needs.exe).map(text),
-            comm: if needs.comm { text(n.comm.bytes()) } else { String::new() },
-            uid: (n.uid != NO_UID).then_some(n.uid),
-            container: cgroup.as_deref().and_then(container::named).map(|c| c.id),
-            name: cgroup.as_deref().and_then(|c| container::name(container::shown(c))).map(str::to_owned),
-            cgroup: cgroup.map(|c| container::shown(&c).to_owned()),
-        }
+/// Only what the rules ask about: this is done at each exec.
+fn own_facts(n: &Node, needs: Needs, forest: &Forest) -> Own {
+    let get = |s, wanted: bool| if wanted { forest.strings.get(s) } else { None };
+    let cgroup = get(n.cgroup, needs.cgroup || needs.container).map(text);
+    Own {
+        argv: get(n.argv, needs.argv).map(spaced),
+        exe: get(n.exe, needs.exe).map(text),
+        comm: if needs.comm { text(n.comm.bytes()) } else { String::new() },
+        uid: (n.uid != NO_UID).then_some(n.uid),
+        container: cgroup.as_deref().and_then(container::named).map(|c| c.id),
+        name: cgroup.as_deref().and_then(|c| container::name(container::shown(c))).map(str::to_owned),
+        cgroup: cgroup.map(|c| container::shown(&c).to_owned()),
+    }
+}
+
+impl Rules {
+    pub(super) fn set(&mut self, rules: &[Rule]) {
+        let one = |r: &Rule| Watched {
+            needs: r.matches.needs(),
+            policy: policy_of(r),
+            cheap: cheap(&r.matches),
+            rule: r.clone(),
+        };
+        self.rules = rules.iter().map(one).collect();
     }
 
-    /// `ask`: facts that are missing may be asked for; else they are taken as they are known.
-    fn verdict(&self, i: Idx, ask: bool) -> Verdict {
-        let needs = self.rules.iter().fold(Needs::default(), |n, (w, _)| n.and(w.needs));
-        let parents = needs.parents;
-        let line: Vec<Idx> = std::iter::once(i).chain(self.forest.ancestors(i).take(parents)).collect();
-        let own: Vec<Own> = line.iter().map(|&a| self.own_facts(self.forest.node(a), needs)).collect();
-        for (index, (w, cheap)) in self.rules.iter().enumerate() {
+    /// What a job of this rule is made of.
+    pub(super) fn job(&self, rule: usize, existing: bool) -> Option<NewJob> {
+        let w = self.rules.get(rule)?;
+        Some(NewJob {
+            ordinal: rule as u32 + 1,
+            name: w.rule.name.clone(),
+            rule: Some(w.rule.name.clone()),
+            policy: w.policy.clone(),
+            existing,
+            supervisor: None,
+            number: None,
+        })
+    }
+
+    /// The first rule that matches. `ask`: facts that are missing may be asked for; else they are taken as they are known.
+    fn verdict(&self, i: Idx, ask: bool, forest: &Forest) -> Verdict {
+        let needs = self.rules.iter().fold(Needs::default(), |n, w| n.and(w.needs));
+        let line: Vec<Idx> = std::iter::once(i).chain(forest.ancestors(i).take(needs.parents)).collect();
+        let own: Vec<Own> = line.iter().map(|&a| own_facts(forest.node(a), needs, forest)).collect();
+        for (index, w) in self.rules.iter().enumerate() {
             let with = |m: &Match, read: bool| chain(&own, read, |f| m.matches(f));
             let asked_about = &line[..=w.needs.parents.min(line.len() - 1)];
             // Where argv is cut, or may be an older program's, it may match or not for that alone: all of it is read first.
             if w.needs.argv && ask {
                 let cut = |&&a: &&Idx| {
-                    let n = self.forest.node(a);
+                    let n = forest.node(a);
                     let unsure = n.flags.has(Flags::CUT) || n.flags.has(Flags::DOUBTED);
                     n.alive() && unsure && !n.flags.has(Flags::READ)
                 };
@@ -147,11 +175,11 @@ impl Engine {
                 }
             }
             if w.reads() {
-                if cheap.as_ref().is_some_and(|m| !with(m, false)) {
+                if w.cheap.as_ref().is_some_and(|m| !with(m, false)) {
                     continue;
                 }
                 let unread = |&&a: &&Idx| {
-                    let n = self.forest.node(a);
+                    let n = forest.node(a);
                     // The exec record has told the cgroup, if its id was known.
                     let told = !w.needs.exe && n.cgroup.is_known();
                     n.alive() && !told && !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL)
@@ -168,169 +196,120 @@ impl Engine {
         Verdict::No
     }
 
-    /// It has execed (or its facts have come).
-    pub(super) fn try_rules(&mut self, i: Idx, now: u64, fx: &mut Vec<Effect>) {
-        if self.rules.is_empty() || self.forest.node(i).flags.has(Flags::KERNEL) {
-            return;
+    /// The process has execed, or facts that it waited for have come. Gives the rule that matches, or asks for what is missing.
+    pub(super) fn matching(&mut self, i: Idx, forest: &mut Forest, turn: &mut Turn<'_>) -> Option<usize> {
+        if self.rules.is_empty() || forest.node(i).flags.has(Flags::KERNEL) {
+            return None;
         }
-        match self.verdict(i, true) {
-            Verdict::No => {}
-            Verdict::Yes(rule) => self.matched(i, rule, false, now, fx),
-            Verdict::Read(whom) => {
-                self.forest.node_mut(i).flags.set(Flags::MATCHING);
-                let key = self.forest.node(i).key;
+        match self.verdict(i, true, forest) {
+            Verdict::No => None,
+            Verdict::Yes(rule) => Some(rule),
+            Verdict::Read(missing) => {
+                forest.node_mut(i).flags.set(Flags::MATCHING);
+                let key = forest.node(i).key;
                 if self.waiting.len() >= WAITING_MAX {
-                    self.waiting.retain(|k, _| self.forest.find(*k).is_some());
+                    self.waiting.retain(|k, _| forest.find(*k).is_some());
                 }
-                for a in whom {
-                    let asked = self.forest.node(a).key;
-                    self.read_facts(a, fx);
+                for a in missing {
+                    let asked = forest.node(a).key;
+                    facts::read(a, forest, turn);
                     if a != i {
                         self.waiting.entry(asked).or_default().push(key);
                     }
                 }
+                None
             }
         }
     }
 
-    /// The first rule that matches `i` is `rule`.
-    fn matched(&mut self, i: Idx, rule: usize, existing: bool, now: u64, fx: &mut Vec<Effect>) {
-        let (w, _) = &self.rules[rule];
-        let name = &w.rule.name;
-        let same = |g: Idx| self.jobs.get(g).is_some_and(|j| j.record.rule.as_ref() == Some(name));
-        if self.forest.groups.chain(self.forest.node(i).group).any(same) || !self.forest.node(i).alive() {
-            return;
-        }
-        // Its exec record comes again after a restart: the job is the saved one, whose members no row has told yet.
-        let (key, group) = (self.forest.node(i).key, self.forest.node(i).group);
-        let saved = |j: &Job| j.restored && j.record.id.root == key && j.record.rule.as_ref() == Some(name);
-        let saved = self.jobs.iter().find(|(_, j)| j.done.is_none() && saved(j)).map(|(g, _)| g);
-        if let Some(g) = saved {
-            self.enroll(g, group, i);
-            return;
-        }
-        let name = name.clone();
-        let b = Begin {
-            ordinal: rule as u32 + 1,
-            name: name.clone(),
-            rule: Some(name.clone()),
-            policy: w.policy.clone(),
-            existing,
-            supervisor: None,
-            number: None,
-        };
-        if let Err(refused @ Refused::TooDeep(..)) = self.begin(i, b, now, fx) {
-            self.capacity_told(format!("Rule {name} matches, but {refused}."), now, fx);
-        }
+    /// Facts have come (or will not): the processes that waited for them, to be tried again.
+    pub(super) fn waited_for(&mut self, key: Key, forest: &mut Forest) -> Vec<Idx> {
+        let mut keys = self.waiting.remove(&key).unwrap_or_default();
+        keys.push(key);
+        let mut found: Vec<Idx> = keys.into_iter().filter_map(|k| forest.find(k)).collect();
+        found.retain(|&i| {
+            let flags = &mut forest.node_mut(i).flags;
+            let waits = flags.has(Flags::MATCHING);
+            flags.clear(Flags::MATCHING);
+            waits
+        });
+        found
     }
 
-    /// Facts have come (or will not): whoever waited for them is tried again.
-    pub(super) fn facts_came(&mut self, key: Key, now: u64, fx: &mut Vec<Effect>) {
-        let mut whom = self.waiting.remove(&key).unwrap_or_default();
-        whom.push(key);
-        for k in whom {
-            if let Some(i) = self.forest.find(k)
-                && self.forest.node(i).flags.has(Flags::MATCHING)
-            {
-                self.forest.node_mut(i).flags.clear(Flags::MATCHING);
-                self.try_rules(i, now, fx);
-            }
-        }
-        if let Some(s) = &mut self.scan
-            && s.waiting.remove(&key)
-            && s.waiting.is_empty()
-        {
-            self.scan_now(now, fx);
-        }
-    }
-
-    /// Tries the rules on all who run. `existing`: all of them ran before their rule saw them; else only those who
-    /// started before the agent was ready.
-    pub(super) fn scan(&mut self, existing: bool, now: u64, fx: &mut Vec<Effect>) {
+    /// Starts to try the rules on all that run. `existing`: all of them ran before their rule saw them; else only those that
+    /// started before the agent was ready. True: no facts are awaited, [`Self::scan_candidates`] follows at once.
+    pub(super) fn scan(&mut self, existing: bool, forest: &mut Forest, turn: &mut Turn<'_>) -> bool {
         if self.rules.is_empty() {
-            return;
+            return false;
         }
-        let argv = self.rules.iter().any(|(w, _)| w.needs.argv);
+        let argv = self.rules.iter().any(|w| w.needs.argv);
         let mut ask: Vec<Idx> = Vec::new();
-        for (i, n) in self.forest.iter() {
+        for (i, n) in forest.iter() {
             if !n.alive() || n.flags.has(Flags::KERNEL) {
                 continue;
             }
             if argv && !n.argv.is_known() && !n.flags.has(Flags::READ) {
                 ask.push(i);
-            } else if let Verdict::Read(v) = self.verdict(i, true) {
+            } else if let Verdict::Read(v) = self.verdict(i, true, forest) {
                 ask.extend(v);
             }
         }
-        let waiting = ask.iter().map(|&i| self.forest.node(i).key).collect();
+        let waiting: HashSet<Key> = ask.iter().map(|&i| forest.node(i).key).collect();
         for i in ask {
-            self.read_facts(i, fx);
+            facts::read(i, forest, turn);
         }
-        // One that still waits is taken over by this one: who was there before their rule stays so.
+        // A scan that still waits is taken over by this one: what was there before its rule stays so.
         let existing = existing || self.scan.as_ref().is_some_and(|s| s.existing);
-        self.scan = Some(Scan { waiting, until: now + SCAN_WAITS, tries: 0, existing });
-        if self.scan.as_ref().is_some_and(|s| s.waiting.is_empty()) {
-            self.scan_now(now, fx);
-        } else {
-            self.timers.set(now + SCAN_WAITS, Timer::Scan);
+        let complete = waiting.is_empty();
+        let until = turn.now.saturating_add(SCAN_WAITS);
+        self.scan = Some(Scan { waiting, until, tries: 0, existing });
+        if !complete {
+            turn.set(until, Timer::Scan);
         }
+        complete
     }
 
-    pub(super) fn scan_late(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        if self.scan.as_ref().is_some_and(|s| s.until <= now) {
-            self.scan_now(now, fx);
-        }
+    /// Facts that a scan waits for have come. True: they were the last.
+    pub(super) fn scan_got(&mut self, key: Key) -> bool {
+        self.scan.as_mut().is_some_and(|s| s.waiting.remove(&key) && s.waiting.is_empty())
     }
 
-    /// Oldest first: an ancestor is older than its descendants, so the topmost match of a rule becomes the root, and those
-    /// below it are in a job of that rule already. Where the facts of one above have not come yet (a host that is overloaded
-    /// is slow to answer), that one may be the root: it is waited for.
-    fn scan_now(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        let Some(mut scan) = self.scan.take() else { return };
+    /// The time of a scan is over, whatever has come.
+    pub(super) fn scan_is_due(&self, now: u64) -> bool {
+        self.scan.as_ref().is_some_and(|s| s.until <= now)
+    }
+
+    /// The processes that a scan tries now, and whether all of them count as existing. Oldest first: an ancestor is older than its
+    /// descendants, so the topmost match of a rule becomes the root, and those below it are in a job of that rule already. Where the
+    /// facts of an ancestor have not come yet (an overloaded host is slow to answer), that one may be the root: it is waited for.
+    pub(super) fn scan_candidates(&mut self, forest: &Forest, turn: &mut Turn<'_>) -> (Vec<Idx>, bool) {
+        let Some(mut scan) = self.scan.take() else { return (Vec::new(), false) };
         scan.tries += 1;
         if scan.tries >= SCAN_TRIES {
             scan.waiting.clear();
         }
-        scan.waiting.retain(|k| self.forest.find(*k).is_some_and(|i| self.forest.node(i).alive()));
-        let waits = |i: Idx| scan.waiting.contains(&self.forest.node(i).key);
+        scan.waiting.retain(|k| forest.find(*k).is_some_and(|i| forest.node(i).alive()));
+        let waits = |i: Idx| scan.waiting.contains(&forest.node(i).key);
         let mut all: Vec<(u64, Idx)> =
-            self.forest.iter().filter(|(_, n)| n.alive()).map(|(i, n)| (n.key.start, i)).collect();
-        all.retain(|&(_, i)| scan.waiting.is_empty() || !(waits(i) || self.forest.ancestors(i).any(waits)));
+            forest.iter().filter(|(_, n)| n.alive()).map(|(i, n)| (n.key.start, i)).collect();
+        all.retain(|&(_, i)| scan.waiting.is_empty() || !(waits(i) || forest.ancestors(i).any(waits)));
+        all.retain(|&(_, i)| !forest.node(i).flags.has(Flags::KERNEL));
         all.sort_unstable();
-        for (start, i) in all {
-            if self.forest.node(i).flags.has(Flags::KERNEL) {
-                continue;
-            }
-            if let Verdict::Yes(rule) = self.verdict(i, false) {
-                let existing = scan.existing || self.ready.is_none_or(|r| start < r);
-                self.matched(i, rule, existing, now, fx);
-            }
-        }
+        let existing = scan.existing;
         if !scan.waiting.is_empty() {
-            scan.until = now + SCAN_WAITS;
-            self.timers.set(scan.until, Timer::Scan);
+            scan.until = turn.now.saturating_add(SCAN_WAITS);
+            turn.set(scan.until, Timer::Scan);
             self.scan = Some(scan);
         }
+        (all.into_iter().map(|(_, i)| i).collect(), existing)
     }
 
-    /// A job that is never enforced: its root is the host's PID 1, the agent, or one of the agent's ancestors.
-    pub(super) fn untouchable(&self, root: Key) -> bool {
-        if root.pid == 1 {
-            return true;
+    /// The first rule that matches by what is known now.
+    pub(super) fn matching_now(&self, i: Idx, forest: &Forest) -> Option<usize> {
+        match self.verdict(i, false, forest) {
+            Verdict::Yes(rule) => Some(rule),
+            Verdict::No | Verdict::Read(_) => None,
         }
-        let Some(agent) = self.forest.find(self.settings.agent) else { return root == self.settings.agent };
-        let above = |first: Idx, up: fn(&Node) -> Idx| {
-            let mut at = first;
-            for _ in 0..4096 {
-                let Some(n) = self.forest.get(at) else { return false };
-                if n.key == root {
-                    return true;
-                }
-                at = up(n);
-            }
-            false
-        };
-        above(agent, |n| n.lineage) || above(agent, |n| n.parent)
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use super::Engine;
-use crate::engine::forest::{Idx, Node};
+use super::forest::{Idx, Node};
+use super::view::View;
 use crate::model::key::Key;
-use crate::model::schema::{KillReport, State, text};
+use crate::model::schema::{KillReport, text};
 
 /// `1.5 s`, `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`.
 pub(super) fn span(ns: u64) -> String {
@@ -27,10 +27,10 @@ fn who(n: &Node) -> String {
 }
 
 /// As [`who`]; of a namespace's PID 1 also of what it is the init.
-fn who_or_init(e: &Engine, i: Idx) -> String {
-    let n = e.forest.node(i);
-    let inside = e.forest.extra(i).filter(|x| x.ns_pid == Some(1));
-    let of = match (inside, e.container_of(i)) {
+fn who_or_init(v: View<'_>, i: Idx) -> String {
+    let n = v.forest.node(i);
+    let inside = v.forest.extra(i).filter(|x| x.ns_pid == Some(1));
+    let of = match (inside, v.container_of(i)) {
         (None, _) => return who(n),
         (Some(_), Some(c)) => crate::model::container::init_of(Some(&c), None),
         (Some(x), None) => crate::model::container::init_of(None, x.pid_ns),
@@ -42,8 +42,8 @@ fn plural(n: usize, one: &str) -> String {
     if n == 1 { format!("one {one}") } else { format!("{n} {one}s") }
 }
 
-fn job(e: &Engine, g: Idx) -> String {
-    e.jobs.get(g).map_or_else(
+fn job(v: View<'_>, g: Idx) -> String {
+    v.jobs.get(g).map_or_else(
         || "The job".to_owned(),
         |j| {
             if j.record.name.is_empty() {
@@ -55,26 +55,31 @@ fn job(e: &Engine, g: Idx) -> String {
     )
 }
 
-pub(super) fn zombies(e: &Engine, parent: Idx, oldest: Idx, count: usize, now: u64) -> String {
-    let z = e.forest.node(oldest);
+pub(super) fn zombies(v: View<'_>, parent: Idx, oldest: Idx, count: usize, now: u64) -> String {
+    let z = v.forest.node(oldest);
     let age = span(now.saturating_sub(z.since));
     if count == 1 {
         format!(
             "{} does not reap its zombie {}, which has been dead for {age}.",
-            who_or_init(e, parent),
+            who_or_init(v, parent),
             who(z)
         )
     } else {
         format!(
             "{} does not reap its {count} zombies; the oldest, {}, has been dead for {age}.",
-            who_or_init(e, parent),
+            who_or_init(v, parent),
             who(z)
         )
     }
 }
 
-pub(super) fn zombies_over(e: &Engine, parent: Key, oldest: Option<&(Key, String, u64)>, now: u64) -> String {
-    let node = e.forest.find(parent).map(|i| e.forest.node(i));
+pub(super) fn zombies_over(
+    v: View<'_>,
+    parent: Key,
+    oldest: Option<&(Key, String, u64)>,
+    now: u64,
+) -> String {
+    let node = v.forest.find(parent).map(|i| v.forest.node(i));
     let name = node.map_or_else(|| format!("The parent ({parent})"), who);
     let Some((key, comm, since)) = oldest else {
         return format!("{name} has no zombies any more.");
@@ -91,18 +96,25 @@ pub(super) fn zombies_over(e: &Engine, parent: Key, oldest: Option<&(Key, String
     }
 }
 
-pub(super) fn orphans(e: &Engine, g: Idx, oldest: Idx, count: usize, kill: Option<&str>, now: u64) -> String {
-    let n = e.forest.node(oldest);
+pub(super) fn orphans(
+    v: View<'_>,
+    g: Idx,
+    oldest: Idx,
+    count: usize,
+    kill: Option<&str>,
+    now: u64,
+) -> String {
+    let n = v.forest.node(oldest);
     let age = span(now.saturating_sub(n.orphan_since));
-    let adopter = match e.forest.get(n.parent) {
+    let adopter = match v.forest.get(n.parent) {
         Some(p) if p.alive() => {
-            format!(", adopted by {}", who_or_init(e, n.parent).trim_end_matches(','))
+            format!(", adopted by {}", who_or_init(v, n.parent).trim_end_matches(','))
         }
         _ => String::new(),
     };
     let mut s = format!(
         "{} has {}: {} outlived its parent {age} ago{adopter}.",
-        job(e, g),
+        job(v, g),
         plural(count, "orphan"),
         who(n)
     );
@@ -115,16 +127,16 @@ pub(super) fn orphans(e: &Engine, g: Idx, oldest: Idx, count: usize, kill: Optio
     s
 }
 
-pub(super) fn orphans_over(e: &Engine, g: Idx) -> String {
-    format!("{} has no orphans any more.", job(e, g))
+pub(super) fn orphans_over(v: View<'_>, g: Idx) -> String {
+    format!("{} has no orphans any more.", job(v, g))
 }
 
-pub(super) fn timeout(e: &Engine, g: Idx, deadline: u64, kill: Option<&str>, now: u64) -> String {
-    let live = e.forest.groups.get(g).map_or(0, |x| x.all.live as usize);
+pub(super) fn timeout(v: View<'_>, g: Idx, deadline: u64, kill: Option<&str>, now: u64) -> String {
+    let live = v.forest.groups.get(g).map_or(0, |x| x.all.live as usize);
     let processes = if live == 1 { "one process".to_owned() } else { format!("{live} processes") };
     let mut s = format!(
         "{} passed its deadline {} ago and still has {processes}.",
-        job(e, g),
+        job(v, g),
         span(now.saturating_sub(deadline))
     );
     if let Some(k) = kill {
@@ -133,24 +145,24 @@ pub(super) fn timeout(e: &Engine, g: Idx, deadline: u64, kill: Option<&str>, now
     s
 }
 
-pub(super) fn job_over(e: &Engine, g: Idx, why: &str) -> String {
-    format!("{}: {why}.", job(e, g))
+pub(super) fn job_over(v: View<'_>, g: Idx, why: &str) -> String {
+    format!("{}: {why}.", job(v, g))
 }
 
-pub(super) fn kill_failed(e: &Engine, g: Idx, why: &str) -> String {
-    format!("{} could not be ended: {why}.", job(e, g))
+pub(super) fn kill_failed(v: View<'_>, g: Idx, why: &str) -> String {
+    format!("{} could not be ended: {why}.", job(v, g))
 }
 
-fn named(e: &Engine, key: Key) -> String {
-    e.forest.find(key).map_or_else(|| format!("Process {key}"), |i| who(e.forest.node(i)))
+fn named(v: View<'_>, key: Key) -> String {
+    v.forest.find(key).map_or_else(|| format!("Process {key}"), |i| who(v.forest.node(i)))
 }
 
-pub(super) fn process_kill_failed(e: &Engine, root: Key, why: &str) -> String {
-    format!("{} and what descends from it could not be ended: {why}.", named(e, root))
+pub(super) fn process_kill_failed(v: View<'_>, root: Key, why: &str) -> String {
+    format!("{} and what descends from it could not be ended: {why}.", named(v, root))
 }
 
-pub(super) fn process_over(e: &Engine, root: Key) -> String {
-    format!("{}: who survived has ended.", named(e, root))
+pub(super) fn process_over(v: View<'_>, root: Key) -> String {
+    format!("{}: who survived has ended.", named(v, root))
 }
 
 pub(super) fn survivors(r: &KillReport) -> String {
@@ -189,11 +201,6 @@ pub(super) fn lost(n: usize, now: u64, since: u64) -> String {
         "{n} records of the kernel were lost in {}. The forest is read anew from the kernel.",
         span(now.saturating_sub(since))
     )
-}
-
-/// How `events` and `tree` name a state.
-pub(super) const fn exits(s: State) -> bool {
-    matches!(s, State::Exiting | State::Zombie | State::Gone)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::engine::forest::Idx;
+use super::forest::Idx;
 use crate::model::key::Key;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,26 +36,33 @@ pub(super) enum Timer {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Timers(BinaryHeap<Reverse<(u64, Timer)>>);
+pub(super) struct Timers {
+    heap: BinaryHeap<Reverse<(u64, Timer)>>,
+    /// While the due timers run: the earliest time for a new one, 1 ns after that tick.
+    floor: u64,
+}
 
 impl Timers {
+    /// A timer that sets another one cannot keep a tick from ending: the new one waits for a later tick, whatever time is asked for.
     pub(super) fn set(&mut self, at: u64, t: Timer) {
-        self.0.push(Reverse((at, t)));
+        self.heap.push(Reverse((at.max(self.floor), t)));
     }
 
     pub(super) fn next(&self) -> Option<u64> {
-        self.0.peek().map(|Reverse((at, _))| *at)
+        self.heap.peek().map(|Reverse((at, _))| *at)
     }
 
-    /// The earliest that is due.
+    /// The earliest that is due. Call it until it returns None, which ends the tick.
     pub(super) fn due(&mut self, now: u64) -> Option<Timer> {
-        if self.next()? > now {
+        if self.next().is_none_or(|at| at > now) {
+            self.floor = 0;
             return None;
         }
-        self.0.pop().map(|Reverse((_, t))| t)
+        self.floor = now.saturating_add(1);
+        self.heap.pop().map(|Reverse((_, t))| t)
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.heap.len()
     }
 }

@@ -1,190 +1,145 @@
-//! What is asked of the engine: the tree, targets, gauges.
+//! Processes and jobs in the contract's words. Read only.
 
-use std::collections::{BTreeMap, HashSet};
-
-use super::{Engine, Gauges, Refused, Target, TreeQuery};
-use crate::engine::forest::{Flags, Idx, NONE, Node};
+use super::forest::signals::Signal;
+use super::forest::{Flags, Forest, Idx, NO_UID, Node};
+use super::input::Settings;
+use super::jobs::Jobs;
+use crate::model::argv::split_argv;
+use crate::model::container;
+use crate::model::event::{Comm, Sender};
 use crate::model::key::Key;
-use crate::model::schema::{AlertKind, AlertState, JobId, JobState, State, Tree};
-use crate::model::stats::{self, JobNumbers, StoreNumbers};
+use crate::model::question::SignalSeen;
+use crate::model::schema::{Container, Exit, JobId, LineageKnown, Process, Ref, SignalBy, State, text};
 
-const STATES: [JobState; 5] =
-    [JobState::Running, JobState::Lingering, JobState::Expired, JobState::Killing, JobState::Done];
+/// What the descriptions are made from.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) forest: &'a Forest,
+    pub(super) jobs: &'a Jobs,
+}
 
-impl Engine {
-    pub(super) fn view_tree(&self, q: &TreeQuery, now: u64) -> Result<Tree, Refused> {
-        let mut shown: Vec<Idx> = match &q.of {
-            None => self.forest.iter().map(|(i, _)| i).collect(),
-            Some(of) => self.family(of)?,
-        };
-        let wanted = |n: &Node| {
-            (q.all || !n.flags.has(Flags::KERNEL))
-                && (!q.zombies || n.state == State::Zombie)
-                && (!q.orphans || n.orphan())
-                && q.uid.is_none_or(|u| n.uid == u)
-        };
-        if !shown.iter().all(|&i| wanted(self.forest.node(i))) {
-            self.keep_ways(&mut shown, wanted);
-        }
-        shown.sort_unstable_by_key(|&i| self.forest.node(i).key.start);
-        Ok(Tree {
-            at: self.wall(now),
-            host: self.settings.host.clone(),
-            processes: shown.into_iter().filter_map(|i| self.describe(i, now)).collect(),
+impl View<'_> {
+    /// RFC 3339 of a boot time.
+    pub(super) fn wall(&self, boot_ns: u64) -> String {
+        crate::model::time::rfc3339(boot_ns.saturating_add_signed(self.settings.boot_to_wall_ns))
+    }
+
+    pub(super) fn argv_of(&self, n: &Node) -> Vec<String> {
+        let bytes = self.forest.strings.get(n.argv).unwrap_or_default();
+        split_argv(bytes).map(text).collect()
+    }
+
+    pub(super) fn ref_of(&self, i: Idx) -> Ref {
+        let n = self.forest.node(i);
+        Ref { id: n.key, pid: n.key.pid, comm: text(n.comm.bytes()), argv: self.argv_of(n) }
+    }
+
+    /// Of a process that may be forgotten already: then by the name that it had.
+    pub(super) fn ref_of_key(&self, key: Key, comm: Comm) -> Ref {
+        self.forest.find(key).map_or_else(
+            || Ref { id: key, pid: key.pid, comm: text(comm.bytes()), argv: Vec::new() },
+            |i| self.ref_of(i),
+        )
+    }
+
+    pub(super) fn container_of(&self, i: Idx) -> Option<Container> {
+        let cgroup = self.forest.strings.get(self.forest.node(i).cgroup)?;
+        container::named(&text(cgroup))
+    }
+
+    /// Innermost first.
+    pub(super) fn job_ids(&self, i: Idx) -> Vec<JobId> {
+        let chain = self.forest.groups.chain(self.forest.node(i).group);
+        chain.filter_map(|g| self.jobs.get(g)).map(|j| j.record.id).collect()
+    }
+
+    pub(super) fn exit_of(&self, i: Idx) -> Option<Exit> {
+        let n = self.forest.node(i);
+        let status = n.wait_status()?;
+        Some(match status.signal() {
+            None => Exit::Code { code: status.code().unwrap_or_default() },
+            Some(s) => {
+                let killer = self.forest.extra(i).and_then(|x| x.killer.as_ref());
+                let sender = killer.and_then(|k| Some(self.ref_of_key(k.sender_key()?, k.sender_comm)));
+                Exit::Signal { signal: crate::model::signal::name(s), core: status.core(), sender }
+            }
         })
     }
 
-    /// Of `shown`, who is wanted and the way to them.
-    fn keep_ways(&self, shown: &mut Vec<Idx>, wanted: impl Fn(&Node) -> bool) {
-        let whole = shown.iter().copied().collect::<HashSet<Idx>>();
-        let mut keep: HashSet<Idx> = HashSet::new();
-        for &i in shown.iter().filter(|&&i| wanted(self.forest.node(i))) {
-            // As soon as one of the way is kept, so is the rest.
-            let mut way = std::iter::once(i).chain(self.forest.ancestors(i));
-            while let Some(a) = way.next().filter(|a| whole.contains(a))
-                && keep.insert(a)
-            {}
-        }
-        shown.retain(|i| keep.contains(i));
-    }
-
-    /// Its ancestors, it, its descendants.
-    fn family(&self, of: &str) -> Result<Vec<Idx>, Refused> {
-        let mut all = Vec::new();
-        for t in self.targets(of)? {
-            let tops: Vec<Idx> = match t {
-                Target::Process(k) => self.forest.find(k).into_iter().collect(),
-                Target::Job(id) => self.members_of(id),
-            };
-            for i in tops {
-                all.extend(self.forest.ancestors(i));
-                match t {
-                    Target::Process(_) => all.extend(self.forest.descend(i)),
-                    Target::Job(_) => all.push(i),
-                }
-            }
-        }
-        all.sort_unstable();
-        all.dedup();
-        Ok(all)
-    }
-
-    pub(super) fn members_of(&self, id: JobId) -> Vec<Idx> {
-        let Some(g) = self.jobs.by_id(id) else { return Vec::new() };
-        let mut all: Vec<Idx> = self.with_inner(g).into_iter().flat_map(|g| self.forest.members(g)).collect();
-        all.extend(self.jobs.get(g).and_then(|j| j.root));
-        all.sort_unstable();
-        all.dedup();
-        all
-    }
-
-    pub(super) fn targets(&self, t: &str) -> Result<Vec<Target>, Refused> {
-        if let Some(name) = t.strip_prefix("name:") {
-            let mut jobs: Vec<(u64, JobId)> = self
-                .jobs
-                .iter()
-                .filter(|(_, j)| j.record.name == name && j.done.is_none())
-                .map(|(_, j)| (j.record.number, j.record.id))
-                .collect();
-            jobs.sort_unstable();
-            let jobs: Vec<Target> = jobs.into_iter().map(|(_, id)| Target::Job(id)).collect();
-            return if jobs.is_empty() { Err(Refused::NoJob(t.to_owned())) } else { Ok(jobs) };
-        }
-        if t.starts_with("j-") {
-            let id: JobId = t.parse().map_err(|_| Refused::Target(t.to_owned()))?;
-            let known = self.jobs.by_id(id).is_some();
-            return if known { Ok(vec![Target::Job(id)]) } else { Err(Refused::NoJob(t.to_owned())) };
-        }
-        let known = if let Ok(pid) = t.parse::<u32>() {
-            self.forest.current(pid)
-        } else {
-            self.forest.find(t.parse::<Key>().map_err(|_| Refused::Target(t.to_owned()))?)
+    pub(super) fn describe(&self, i: Idx, now: u64) -> Option<Process> {
+        let n = self.forest.get(i)?;
+        let get = |s| self.forest.strings.get(s).map(text);
+        let parent = self.forest.get(n.parent);
+        let adopter = parent.filter(|p| n.flags.has(Flags::ADOPTED) && p.alive() && n.state != State::Gone);
+        let jobs = self.job_ids(i);
+        let extra = self.forest.extra(i);
+        let read = [Flags::READ, Flags::KERNEL, Flags::OUTSIDE].into_iter().any(|f| n.flags.has(f));
+        let inside = extra.filter(|x| x.pid_ns.is_some() || x.ns_pid.is_some());
+        let (pid_ns, ns_pid) = match inside {
+            Some(x) => (x.pid_ns, x.ns_pid),
+            None => (self.settings.pid_ns.filter(|_| read), read.then_some(n.key.pid)),
         };
-        let i = known.ok_or_else(|| Refused::NoProcess(t.to_owned()))?;
-        Ok(vec![Target::Process(self.forest.node(i).key)])
-    }
-
-    pub(super) fn numbers(&self, now: u64) -> Gauges {
-        let mut processes = BTreeMap::new();
-        for s in [State::Running, State::LeaderExited, State::Exiting, State::Zombie] {
-            processes.insert(stats::state_label(s), self.forest.total(s));
-        }
-        let outside = JobNumbers {
-            zombies: self.forest.outside.zombies.into(),
-            orphans: self.forest.outside.orphans.into(),
-            ..JobNumbers::default()
-        };
-        let mut jobs: BTreeMap<String, JobNumbers> = BTreeMap::from([(String::new(), outside)]);
-        jobs.extend(self.names.iter().map(|(name, ended)| (name.clone(), ended.clone())));
-        for (g, j) in self.jobs.iter() {
-            let own = self.forest.groups.get(g).map(|x| x.own).unwrap_or_default();
-            let n = jobs.entry(self.names.label(&j.record.name).to_owned()).or_default();
-            n.zombies += u64::from(own.zombies);
-            n.orphans += self.orphans_in(g, true) as u64;
-            *n.states.entry(stats::job_state_label(self.state_of(j))).or_default() += 1;
-        }
-        for n in jobs.values_mut() {
-            for s in STATES {
-                n.states.entry(stats::job_state_label(s)).or_default();
-            }
-        }
-        let oldest = self.zombies.first().map_or(0, |&(since, _)| now.saturating_sub(since));
-        Gauges {
-            processes,
+        let leader_dead = matches!(n.state, State::Zombie | State::LeaderExited);
+        let cgroup = get(n.cgroup);
+        Some(Process {
+            id: n.key,
+            pid: n.key.pid,
+            ppid: match (n.state, parent) {
+                (State::Gone, _) => None,
+                (_, Some(p)) => Some(p.key.pid),
+                // Nobody above it: PID 1 and kthreadd.
+                (_, None) => n.flags.has(Flags::LINEAGE).then_some(0),
+            },
+            lineage_parent: self.forest.get(n.lineage).map(|p| p.key),
+            lineage: if n.flags.has(Flags::LINEAGE) { LineageKnown::Known } else { LineageKnown::Unknown },
+            adopter: adopter.map(|_| self.ref_of(n.parent)),
+            state: n.state,
+            kernel_state: leader_dead.then(|| "Z".to_owned()),
+            orphan: n.orphan(),
+            state_s: now.saturating_sub(n.since) as f64 / 1e9,
+            started: self.wall(n.key.start),
+            comm: text(n.comm.bytes()),
+            exe: get(n.exe),
+            argv: self.argv_of(n),
+            uid: (n.uid != NO_UID).then_some(n.uid),
+            job: jobs.first().copied(),
             jobs,
-            unreaping_parents: self.unreaping_parents(),
-            oldest_zombie_age_s: oldest as f64 / 1e9,
-            reap_delay: self.reap_delay.clone(),
-            stores: self.stores(),
-            alerts: self.alert_counts(),
-            alerts_fired: AlertKind::ALL
-                .into_iter()
-                .map(|k| (k, self.alerts.fired.get(&k).copied().unwrap_or(0)))
-                .collect(),
-            enforcement_enabled: self.enforcement.on(now),
-            fuse_open: self.enforcement.state.fuse_open,
+            container: cgroup.as_deref().and_then(container::named),
+            cgroup: cgroup.map(|c| container::shown(&c).to_owned()),
+            pid_ns,
+            ns_pid,
+            kernel_thread: n.flags.has(Flags::KERNEL),
+            exit: if matches!(n.state, State::Exiting | State::Zombie | State::Gone) {
+                self.exit_of(i)
+            } else {
+                None
+            },
+            children: self.forest.children(i).map(|c| self.forest.node(c).key).collect(),
+            elided: n.elided,
+            argv_cut: n.flags.has(Flags::CUT),
+        })
+    }
+
+    pub(super) fn signal_by(&self, s: &Signal) -> SignalBy {
+        match s.sender {
+            _ if s.probe => SignalBy::Jobwarden,
+            Sender::Process(k) if k == self.settings.agent || self.jobs.supervises(k) => SignalBy::Jobwarden,
+            Sender::Process(_) => SignalBy::Process,
+            Sender::ParentDeath(_) => SignalBy::ParentDeath,
+            Sender::Timer => SignalBy::Timer,
+            Sender::Kernel => SignalBy::Kernel,
         }
     }
 
-    /// Counted anew: zombies are few, and each has its parent now, whoever that was before.
-    fn unreaping_parents(&self) -> u64 {
-        let parents = self.zombies.iter().map(|&(_, i)| self.forest.node(i).parent);
-        parents.filter(|&p| p != NONE).collect::<HashSet<Idx>>().len() as u64
-    }
-
-    fn alert_counts(&self) -> BTreeMap<(AlertKind, &'static str), u64> {
-        let mut all = BTreeMap::new();
-        for k in AlertKind::ALL {
-            for s in [AlertState::Pending, AlertState::Firing] {
-                all.insert((k, stats::alert_state_label(s)), 0);
-            }
+    pub(super) fn signal_seen(&self, s: &Signal) -> SignalSeen {
+        SignalSeen {
+            at: s.at,
+            signal: s.number,
+            by: self.signal_by(s),
+            sender: s.sender_key().map(|k| self.ref_of_key(k, s.sender_comm)),
+            target: self.ref_of_key(s.target, s.target_comm),
+            result: s.result,
         }
-        for e in self.alerts.iter() {
-            *all.entry((e.alert.kind, stats::alert_state_label(e.alert.state))).or_default() += 1;
-        }
-        all
-    }
-
-    fn stores(&self) -> Vec<StoreNumbers> {
-        let l = &self.settings.limits;
-        let one = |store, entries: usize, max: usize, evictions| StoreNumbers {
-            store,
-            entries: entries as u64,
-            max: max as u64,
-            evictions,
-        };
-        let f = &self.forest;
-        vec![
-            one("processes", f.len(), f.max(), f.refused),
-            // A dead ancestor costs nothing of its own beyond `processes`; what is folded into "n more" counts here.
-            one("ancestors", f.total(State::Gone) as usize, f.max(), f.folded),
-            one("strings", f.strings.len(), 3 * f.max(), 0),
-            one("jobs", self.jobs.len(), l.jobs, self.jobs.refused),
-            one("alerts", self.alerts.len(), l.alerts, self.alerts.refused),
-            one("signals", f.signals.len(), f.signals.max(), f.signals.evicted),
-            one("tombstones", f.tombstones(), f.max_tombstones(), 0),
-            // Each process has at most one, each job, alert and parent of zombies a few.
-            one("timers", self.timers.len(), 2 * (f.max() + l.jobs + l.alerts), 0),
-        ]
     }
 }

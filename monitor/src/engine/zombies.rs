@@ -1,15 +1,22 @@
 //! Zombies: one alert for each parent that does not reap, however many there are. It fires only if /proc says Z with no
 //! live thread at that moment, and as long as it waits or fires /proc is looked at, since the reap record may come late, or
-//! never (`agent/reaps.rs` has how).
+//! never (`agent/missed_reaps.rs` has how).
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
-use super::alerts::{About, Raise};
+use super::alerts::{About, AlertStep, Name, Raise};
+use super::facts;
+use super::forest::{Fast, Flags, Forest, Idx, NONE, Seen};
+use super::input::Settings;
+use super::jobs::Jobs;
+use super::output::Effect;
+use super::proc_poll::Budget;
+use super::summary;
 use super::timers::Timer;
-use super::{Effect, Engine, MS, PENDING, SECOND, summary};
-use crate::engine::forest::{Fast, Flags, Idx, NONE, Seen};
+use super::turn::{MS, PENDING, SECOND, Turn};
+use super::view::View;
 use crate::model::key::Key;
-use crate::model::schema::{AlertKind, State};
+use crate::model::schema::{AlertKind, State, text};
 
 /// While an alert fires its zombies are looked at this often (with thousands of alerts less often); before, each second.
 const EVERY: u64 = 250 * MS;
@@ -27,7 +34,7 @@ const RENEW: u64 = 10 * SECOND;
 
 /// A parent with zombies.
 #[derive(Debug)]
-pub(super) struct Watch {
+struct Watch {
     /// When it is looked through next.
     at: u64,
     round: usize,
@@ -36,15 +43,13 @@ pub(super) struct Watch {
     /// The zombie that /proc is asked about before the alert fires.
     confirm: Option<Key>,
     shown: (usize, Option<Key>, u64),
-    /// The oldest zombie that there was, and since when, for the words at the end.
+    /// The oldest zombie that there was, and since when, for the last summary.
     oldest: Option<(Key, String, u64)>,
     /// A look found one gone since the last round.
     found_gone: bool,
     /// Where they are (container, pid inside) has been asked for.
     placed: bool,
 }
-
-pub(super) type Watches = HashMap<Key, Watch, Fast>;
 
 /// What a walk over a parent's zombies found.
 struct Found {
@@ -54,18 +59,71 @@ struct Found {
     next: (u64, Idx),
 }
 
-impl Engine {
-    /// `i` has become a zombie, or a zombie got another parent.
-    pub(super) fn zombie(&mut self, i: Idx, now: u64) {
-        let n = self.forest.node(i);
+/// All zombies, and their parents under watch.
+#[derive(Debug)]
+pub(super) struct Zombies {
+    /// `[zombies].after`, ns.
+    pub(super) after: u64,
+    by_age: BTreeSet<(u64, Idx)>,
+    watches: HashMap<Key, Watch, Fast>,
+    looks: Budget,
+}
+
+fn alert_of(parent: Key) -> Name {
+    (AlertKind::Zombie, About::Process(parent))
+}
+
+/// Since its exit; for one whose parent died later: since it has the new parent, which deserves its own time.
+fn waits_since(i: Idx, forest: &Forest) -> u64 {
+    let n = forest.node(i);
+    if n.flags.has(Flags::ORPHAN) { n.since.max(n.orphan_since) } else { n.since }
+}
+
+impl Zombies {
+    pub(super) fn new(after: u64) -> Self {
+        Self { after, by_age: BTreeSet::new(), watches: HashMap::default(), looks: Budget::alerts() }
+    }
+
+    /// A zombie since `since`.
+    pub(super) fn insert(&mut self, since: u64, i: Idx) {
+        self.by_age.insert((since, i));
+    }
+
+    pub(super) fn remove(&mut self, since: u64, i: Idx) {
+        self.by_age.remove(&(since, i));
+    }
+
+    pub(super) fn all(&self) -> Vec<Idx> {
+        self.by_age.iter().map(|&(_, i)| i).collect()
+    }
+
+    /// Since when the oldest is one.
+    pub(super) fn oldest_since(&self) -> Option<u64> {
+        self.by_age.first().map(|&(since, _)| since)
+    }
+
+    /// Counted anew: zombies are few, and each has its present parent.
+    pub(super) fn unreaping_parents(&self, forest: &Forest) -> u64 {
+        let parents = self.by_age.iter().map(|&(_, i)| forest.node(i).parent);
+        parents.filter(|&p| p != NONE).collect::<HashSet<Idx>>().len() as u64
+    }
+
+    pub(super) fn watches(&self, parent: Key) -> bool {
+        self.watches.contains_key(&parent)
+    }
+
+    /// `i` has become a zombie, or a zombie got another parent, or its time is another one.
+    pub(super) fn plan_for(&mut self, i: Idx, forest: &Forest, jobs: &Jobs, turn: &mut Turn<'_>) {
+        let n = forest.node(i);
         if n.parent == NONE {
             return;
         }
-        let parent = self.forest.node(n.parent).key;
-        self.plan(parent, (self.waits_since(i) + PENDING.min(self.zombie_after(i))).max(now));
+        let parent = forest.node(n.parent).key;
+        let wait = PENDING.min(self.after(i, forest, jobs));
+        self.plan(parent, waits_since(i, forest).saturating_add(wait).max(turn.now), turn);
     }
 
-    fn plan(&mut self, parent: Key, at: u64) {
+    fn plan(&mut self, parent: Key, at: u64, turn: &mut Turn<'_>) {
         let w = self.watches.entry(parent).or_insert_with(|| Watch {
             at: u64::MAX,
             round: ROUND,
@@ -78,181 +136,205 @@ impl Engine {
         });
         if at < w.at {
             w.at = at;
-            self.timers.set(at, Timer::Zombies(parent));
+            turn.set(at, Timer::Zombies(parent));
         }
     }
 
-    /// `zombie_after` of a new job may be shorter than what its zombies wait for.
-    pub(super) fn zombies_of_group(&mut self, g: Idx, now: u64) {
-        if self.forest.groups.get(g).is_some_and(|x| x.all.zombies > 0) {
-            let all: Vec<Idx> = self.with_inner(g).into_iter().flat_map(|x| self.forest.members(x)).collect();
-            for i in all {
-                if self.forest.node(i).state == State::Zombie {
-                    self.zombie(i, now);
-                }
+    /// `zombie_after` of a job may be shorter than what its zombies wait for.
+    pub(super) fn replan_group(&mut self, g: Idx, forest: &Forest, jobs: &Jobs, turn: &mut Turn<'_>) {
+        if forest.groups.get(g).is_none_or(|x| x.all.zombies == 0) {
+            return;
+        }
+        for i in jobs.with_inner(g, forest).into_iter().flat_map(|x| forest.members(x)) {
+            if forest.node(i).state == State::Zombie {
+                self.plan_for(i, forest, jobs, turn);
             }
         }
     }
 
     /// A zombie has gone from under `parent`: reaped, or it has another parent.
-    pub(super) fn zombie_left(&mut self, parent: Idx, now: u64) {
-        let Some(n) = self.forest.get(parent) else { return };
+    pub(super) fn left(&mut self, parent: Idx, forest: &Forest, turn: &mut Turn<'_>) {
+        let Some(n) = forest.get(parent) else { return };
         let key = n.key;
         if let Some(w) = self.watches.get_mut(&key) {
             w.found_gone = true;
-            self.plan(key, now + SOON);
+            self.plan(key, turn.now.saturating_add(SOON), turn);
         }
     }
 
-    /// The innermost job that says so decides, else `[zombies].after`.
-    pub(super) fn zombie_after(&self, i: Idx) -> u64 {
-        let mut jobs = self.forest.groups.chain(self.forest.node(i).group);
-        jobs.find_map(|g| self.jobs.get(g)?.record.policy.zombie_after_ns).unwrap_or(self.zombies_after)
+    /// The innermost job that sets `zombie_after` decides, else `[zombies].after`.
+    fn after(&self, i: Idx, forest: &Forest, jobs: &Jobs) -> u64 {
+        let mut chain = forest.groups.chain(forest.node(i).group);
+        chain.find_map(|g| jobs.get(g)?.record.policy.zombie_after_ns).unwrap_or(self.after)
     }
 
-    /// Since its exit; for one whose parent died later: since it has the new parent, which deserves its own time.
-    fn waits_since(&self, i: Idx) -> u64 {
-        let n = self.forest.node(i);
-        if n.flags.has(Flags::ORPHAN) { n.since.max(n.orphan_since) } else { n.since }
-    }
-
-    fn look_through(&self, parent: Idx) -> Option<Found> {
-        let zombies: Vec<Idx> =
-            self.forest.reapable(parent).filter(|&i| self.forest.node(i).state == State::Zombie).collect();
-        let oldest = *zombies.iter().min_by_key(|&&i| self.forest.node(i).since)?;
-        let due = |&i: &Idx| (self.waits_since(i).saturating_add(self.zombie_after(i)), i);
+    fn look_through(&self, parent: Idx, forest: &Forest, jobs: &Jobs) -> Option<Found> {
+        let is_zombie = |&i: &Idx| forest.node(i).state == State::Zombie;
+        let zombies: Vec<Idx> = forest.reapable(parent).filter(is_zombie).collect();
+        let oldest = *zombies.iter().min_by_key(|&&i| forest.node(i).since)?;
+        let due = |&i: &Idx| (waits_since(i, forest).saturating_add(self.after(i, forest, jobs)), i);
         let next = zombies.iter().map(due).min()?;
         Some(Found { zombies, oldest, next })
     }
 
-    pub(super) fn zombies_due(&mut self, parent: Key, now: u64, fx: &mut Vec<Effect>) {
+    /// The zombies of `parent` are to be looked through. `firing`: their alert fires.
+    pub(super) fn due(
+        &mut self,
+        parent: Key,
+        firing: bool,
+        forest: &mut Forest,
+        (settings, jobs): (&Settings, &Jobs),
+        turn: &mut Turn<'_>,
+    ) -> Option<AlertStep> {
         match self.watches.get_mut(&parent) {
-            Some(w) if w.at <= now => w.at = u64::MAX,
-            _ => return,
+            Some(w) if w.at <= turn.now => w.at = u64::MAX,
+            _ => return None,
         }
-        let name = (AlertKind::Zombie, About::Process(parent));
-        let node = self.forest.find(parent);
-        let found = node.filter(|&i| self.forest.node(i).alive()).and_then(|i| self.look_through(i));
-        let (Some(node), Some(f)) = (node, found) else {
-            return self.no_zombies(parent, now, fx);
+        let node = forest.find(parent);
+        let found = node
+            .filter(|&i| forest.node(i).alive())
+            .and_then(|i| Some((i, self.look_through(i, forest, jobs)?)));
+        let Some((node, f)) = found else {
+            return self.over(parent, View { settings, forest, jobs }, turn.now);
         };
-        let firing = self.alerts.firing(name);
-        if !self.placed(parent, node, f.oldest, fx) && f.next.0 <= now && !firing {
-            return self.plan(parent, now + PLACE_WAIT);
+        let is_due = f.next.0 <= turn.now;
+        if !self.place(parent, node, f.oldest, forest, turn) && is_due && !firing {
+            self.plan(parent, turn.now.saturating_add(PLACE_WAIT), turn);
+            return None;
         }
-        if firing || f.next.0 > now {
-            self.show_zombies(parent, node, &f, firing, now, fx);
-        }
+        let view = View { settings, forest, jobs };
+        let step = if firing || !is_due {
+            self.show(parent, node, &f, (firing, firing), view, turn.now)
+        } else {
+            None
+        };
         if firing {
-            self.look_round(parent, &f.zombies, now, fx);
+            self.look_round(parent, &f.zombies, forest, turn);
             let crowd = self.watches.len() as u64 / CROWD;
-            self.plan(parent, now + EVERY * (1 + crowd));
-        } else if f.next.0 <= now {
+            self.plan(parent, turn.now.saturating_add(EVERY * (1 + crowd)), turn);
+        } else if is_due {
             // Only what /proc says at this moment makes it fire.
-            let zombie = self.forest.node(f.next.1).key;
+            let zombie = forest.node(f.next.1).key;
             if let Some(w) = self.watches.get_mut(&parent) {
                 w.confirm = Some(zombie);
             }
-            fx.push(Effect::Look(zombie));
-            self.plan(parent, now + EVERY);
+            turn.effect(Effect::Look(zombie));
+            self.plan(parent, turn.now.saturating_add(EVERY), turn);
         } else {
-            self.look_round(parent, &f.zombies, now, fx);
-            self.plan(parent, f.next.0.min(now + SECOND));
+            self.look_round(parent, &f.zombies, forest, turn);
+            self.plan(parent, f.next.0.min(turn.now.saturating_add(SECOND)), turn);
         }
+        step
     }
 
     /// Whether it is known, or has been asked for, where the parent and its oldest zombie are.
-    fn placed(&mut self, parent: Key, node: Idx, oldest: Idx, fx: &mut Vec<Effect>) -> bool {
+    fn place(
+        &mut self,
+        parent: Key,
+        node: Idx,
+        oldest: Idx,
+        forest: &mut Forest,
+        turn: &mut Turn<'_>,
+    ) -> bool {
         let Some(w) = self.watches.get_mut(&parent) else { return true };
         if std::mem::replace(&mut w.placed, true) {
             return true;
         }
-        let asked = [node, oldest].map(|i| self.ask_place(i, fx));
+        let asked = [node, oldest].map(|i| facts::ask_place(i, forest, turn));
         !asked.contains(&true)
     }
 
     /// Looks at some of them; all come in turn.
-    fn look_round(&mut self, parent: Key, zombies: &[Idx], now: u64, fx: &mut Vec<Effect>) {
+    fn look_round(&mut self, parent: Key, zombies: &[Idx], forest: &Forest, turn: &mut Turn<'_>) {
         let Some(w) = self.watches.get_mut(&parent) else { return };
         w.round = if std::mem::take(&mut w.found_gone) { (w.round * 2).min(ROUND_MAX) } else { ROUND };
         let n = w.round.min(zombies.len());
         let from = w.cursor % zombies.len().max(1);
         w.cursor = from + n;
-        let turn = zombies.iter().cycle().skip(from).take(n);
-        for &i in turn {
-            if self.alert_looks.take(now) {
-                fx.push(Effect::Look(self.forest.node(i).key));
+        for &i in zombies.iter().cycle().skip(from).take(n) {
+            if self.looks.take(turn.now) {
+                turn.effect(Effect::Look(forest.node(i).key));
             }
         }
     }
 
-    fn show_zombies(
+    /// The alert as it is now, if that differs from what it shows. `firing`: it is to fire, and it does so already.
+    fn show(
         &mut self,
         parent: Key,
         node: Idx,
         f: &Found,
-        firing: bool,
+        firing: (bool, bool),
+        view: View<'_>,
         now: u64,
-        fx: &mut Vec<Effect>,
-    ) {
-        let oldest = self.forest.node(f.oldest);
-        let (key, since, comm) = (oldest.key, oldest.since, oldest.comm);
+    ) -> Option<AlertStep> {
+        let oldest = view.forest.node(f.oldest);
+        let (key, since, comm, group) = (oldest.key, oldest.since, oldest.comm, oldest.group);
         let shown = (f.zombies.len(), Some(key), now);
-        let Some(w) = self.watches.get_mut(&parent) else { return };
-        let same = w.shown.0 == shown.0 && w.shown.1 == shown.1 && now < w.shown.2 + RENEW;
-        w.oldest.get_or_insert_with(|| (key, crate::model::schema::text(comm.bytes()), since));
-        if same && firing == self.alerts.firing((AlertKind::Zombie, About::Process(parent))) {
-            return;
+        let w = self.watches.get_mut(&parent)?;
+        let same = w.shown.0 == shown.0 && w.shown.1 == shown.1 && now < w.shown.2.saturating_add(RENEW);
+        w.oldest.get_or_insert_with(|| (key, text(comm.bytes()), since));
+        if same && firing.0 == firing.1 {
+            return None;
         }
         w.shown = shown;
-        let g = self.forest.node(f.oldest).group;
-        let job = self.jobs.get(g);
-        let text = summary::zombies(self, node, f.oldest, f.zombies.len(), now);
         let raise = Raise {
-            firing,
-            severity: job.and_then(|j| j.record.policy.severity),
-            job: (g != NONE).then_some(g),
+            firing: firing.0,
+            severity: view.jobs.get(group).and_then(|j| j.record.policy.severity),
+            job: (group != NONE).then_some(group),
             subject: Some(node),
             whose: Some(f.oldest),
             oldest: Some(key),
             count: f.zombies.len(),
             since,
-            summary: text,
+            summary: summary::zombies(view, node, f.oldest, f.zombies.len(), now),
         };
-        self.raise((AlertKind::Zombie, About::Process(parent)), &raise, now, fx);
+        Some(AlertStep::raise(alert_of(parent), raise))
     }
 
-    fn no_zombies(&mut self, parent: Key, now: u64, fx: &mut Vec<Effect>) {
-        let Some(w) = self.watches.remove(&parent) else { return };
-        let text = summary::zombies_over(self, parent, w.oldest.as_ref(), now);
-        self.clear((AlertKind::Zombie, About::Process(parent)), text, now, fx);
+    fn over(&mut self, parent: Key, view: View<'_>, now: u64) -> Option<AlertStep> {
+        let w = self.watches.remove(&parent)?;
+        let text = summary::zombies_over(view, parent, w.oldest.as_ref(), now);
+        Some(AlertStep::Clear(alert_of(parent), text))
     }
 
-    /// What /proc said of a zombie whose parent is about to be named in an alert.
-    pub(super) fn confirmed(&mut self, key: Key, seen: Seen, now: u64, fx: &mut Vec<Effect>) {
-        let Some(i) = self.forest.find(key) else { return };
-        let n = self.forest.node(i);
+    /// What /proc said of a zombie whose parent is about to be named in an alert; `firing`: of the alert of that parent.
+    pub(super) fn confirmed(
+        &mut self,
+        key: Key,
+        seen: Seen,
+        firing: impl Fn(Name) -> bool,
+        view: View<'_>,
+        now: u64,
+    ) -> Option<AlertStep> {
+        let n = view.forest.node(view.forest.find(key)?);
         if n.state != State::Zombie || n.parent == NONE {
-            return;
+            return None;
         }
-        let Seen::Present(l) = seen else { return };
+        let Seen::Present(l) = seen else { return None };
         let parent = n.parent;
-        let pkey = self.forest.node(parent).key;
-        let Some(w) = self.watches.get_mut(&pkey).filter(|w| w.confirm == Some(key)) else { return };
+        let parent_key = view.forest.node(parent).key;
+        let w = self.watches.get_mut(&parent_key).filter(|w| w.confirm == Some(key))?;
         w.confirm = None;
-        if l.state != b'Z' || l.live_thread || !self.forest.node(parent).alive() {
-            return;
+        if l.state != b'Z' || l.live_thread || !view.forest.node(parent).alive() {
+            return None;
         }
-        if let Some(f) = self.look_through(parent).filter(|f| f.next.0 <= now) {
-            self.show_zombies(pkey, parent, &f, true, now, fx);
-        }
+        let f = self.look_through(parent, view.forest, view.jobs).filter(|f| f.next.0 <= now)?;
+        self.show(parent_key, parent, &f, (true, firing(alert_of(parent_key))), view, now)
     }
 
-    pub(super) fn zombie_restored(&mut self, parent: Option<Key>, now: u64, fx: &mut Vec<Effect>) {
-        let Some(parent) = parent else { return };
-        let Some(i) = self.forest.find(parent).filter(|&i| self.forest.node(i).alive()) else { return };
-        let Some(f) = self.look_through(i) else { return };
-        self.plan(parent, now);
-        self.show_zombies(parent, i, &f, false, now, fx);
+    /// An alert about this parent fired before a restart.
+    pub(super) fn restored(
+        &mut self,
+        parent: Option<Key>,
+        firing: impl Fn(Name) -> bool,
+        view: View<'_>,
+        turn: &mut Turn<'_>,
+    ) -> Option<AlertStep> {
+        let parent = parent?;
+        let i = view.forest.find(parent).filter(|&i| view.forest.node(i).alive())?;
+        let f = self.look_through(i, view.forest, view.jobs)?;
+        self.plan(parent, turn.now, turn);
+        self.show(parent, i, &f, (false, firing(alert_of(parent))), view, turn.now)
     }
 }

@@ -1,26 +1,19 @@
-//! Without an agent: probes of this process's own, unpinned, and a watcher that ends the job should this process be killed.
-//!
-//! The watcher is a fork in a session of its own. It shares the probes' descriptors, so they live on with it, and sleeps on a
-//! pipe: a byte means that all is done, the end of the pipe that its other end has died.
+//! Without an agent: probes of this process's own, unpinned, and a watcher that ends the job if this process does not.
 
-use std::fs::File;
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, WaitOptions, setsid, waitpid};
-
 use super::options::{ExecError, Options};
+use super::watcher::Watcher;
 use crate::api::ExecEnded;
 use crate::config;
-use crate::enforce::{Audit, Enforcer, Guards, Lineage as _, Order, preferred};
+use crate::enforce::{Audit, EnforceError, Enforcer, Guards, Lineage as _, Order, Outcome, preferred};
+use crate::files::trusted_folder;
 use crate::model::key::Key;
 use crate::model::kill::{AskedBy, Reason, What};
 use crate::model::schema::JobId;
-use crate::model::signal::SIGKILL;
 use crate::redact::Redactor;
 use crate::sources::host::boot_now;
 use crate::sources::kernel::{self, Kernel};
@@ -39,18 +32,11 @@ pub(super) struct Alone {
     watcher: Option<Watcher>,
 }
 
-/// The watcher, as its parent sees it.
-struct Watcher {
-    pid: Option<Pid>,
-    /// Its end is what the watcher waits for.
-    alive: OwnedFd,
-}
-
 impl Alone {
     /// Loads the probes, enters the held command and forks the watcher, which has answered on return.
     pub(super) fn start(o: &Options, pid: u32) -> Result<Self, Box<ExecError>> {
         let mut me = Self::hold(o, pid)?;
-        me.watcher = Some(me.watch(o)?);
+        me.watcher = Some(Watcher::start(&me, o)?);
         Ok(me)
     }
 
@@ -74,7 +60,9 @@ impl Alone {
         guards
             .keep(std::process::id(), "exec", &proc, &kernel)
             .map_err(io("ask for this process's ancestors"))?;
-        let audit = Audit::open(&config.agent.state_dir).unwrap_or_else(|_| Audit::log_only());
+        let dir = &config.agent.state_dir;
+        let dir = if dir.is_dir() { trusted_folder(dir, 0o700).ok() } else { None };
+        let audit = dir.map_or_else(Audit::log_only, |dir| Audit::open(&dir));
         let enforcer = Enforcer {
             lineage: Arc::new(kernel),
             proc,
@@ -84,7 +72,7 @@ impl Alone {
         Ok(Self { enforcer, guards, job, root, cgroup: o.cage.clone(), watcher: None })
     }
 
-    fn order(&self, o: &Options) -> Order {
+    pub(super) fn order(&self, o: &Options) -> Order {
         let id = JobId { root: self.root, ordinal: 0 };
         Order {
             job: self.job,
@@ -110,101 +98,51 @@ impl Alone {
     }
 
     pub(super) async fn end(&self, o: &Options, timed_out: bool) -> Result<ExecEnded, String> {
+        // This process was stopped at the deadline, goes on now, and finds CMD ended by the watcher.
+        let timed_out = timed_out || self.watcher.as_ref().is_some_and(Watcher::deadline_enforced);
         let delay = if timed_out { Duration::ZERO } else { o.orphan_after };
         let order = Order { delay, ..self.order(o) };
+        if let Some(w) = &self.watcher {
+            w.end_begins(order.delay.saturating_add(order.grace));
+        }
         let report = if o.keep_orphans && !timed_out {
             self.enforcer.let_go(&order, &self.guards, "left running (--keep-orphans)")
         } else {
             // In this thread: a bomb may have taken the last one that the cgroup allows.
             // Without the capability it goes on as it is.
             let _ = preferred();
-            self.enforcer.run_here(&order, &self.guards).await.map(|out| out.report)
+            self.run(&order).await.map(|out| out.report)
         };
-        Ok(ExecEnded { report: Some(report.map_err(|e| e.to_string())?), left_s: None })
+        Ok(ExecEnded { report: Some(report.map_err(|e| e.to_string())?), left_s: None, timed_out })
     }
 
     pub(super) fn pass(&self, o: &Options, signal: u8) -> Result<usize, String> {
         self.enforcer.pass(&self.order(o), &self.guards, signal).map_err(|e| e.to_string())
     }
 
-    fn watch(&self, o: &Options) -> Result<Watcher, Box<ExecError>> {
-        let pipe =
-            || pipe_with(PipeFlags::CLOEXEC).map_err(|e| Box::new(ExecError::io("make a pipe")(e.into())));
-        let (sleep, alive) = pipe()?;
-        let (answer, ready) = pipe()?;
-        // SAFETY: this process has one thread: `exec` checks it, and starts no runtime with more.
-        match unsafe { libc::fork() } {
-            -1 => Err(Box::new(ExecError::io("fork the watcher")(io::Error::last_os_error()))),
-            0 => {
-                drop((alive, answer));
-                let ok = self.watcher(o, sleep, ready).is_ok();
-                // SAFETY: ends the child at once, without this program's exit handlers.
-                unsafe { libc::_exit(i32::from(!ok)) }
-            }
-            pid => {
-                drop(ready);
-                let watcher = Watcher { pid: Pid::from_raw(pid), alive };
-                match File::from(answer).read(&mut [0]) {
-                    Ok(1) => Ok(watcher),
-                    _ => Err(Box::new(ExecError::Watcher)),
-                }
-            }
+    /// Carries out an order in this thread. Needs a tokio runtime.
+    pub(super) async fn run(&self, order: &Order) -> Result<Outcome, EnforceError> {
+        let done = self.enforcer.run_here(order, &self.guards).await;
+        // The watcher ends without running destructors.
+        self.enforcer.audit.flush(Audit::LAST);
+        done
+    }
+
+    pub(super) fn remove_cgroup(&self) -> io::Result<()> {
+        self.cgroup.as_deref().map_or(Ok(()), crate::enforce::cgroup::remove)
+    }
+
+    /// CMD starts now.
+    pub(super) fn begin(&self, o: &Options) {
+        if let Some(w) = &self.watcher {
+            w.deadline_begins(o);
         }
     }
 
-    /// In the watcher. Its signals are blocked as its parent's are: only SIGKILL ends it early.
-    fn watcher(&self, o: &Options, sleep: OwnedFd, ready: OwnedFd) -> io::Result<()> {
-        setsid()?;
-        rustix::thread::set_name(c"jobwarden-watch")?;
-        let_go_of_inherited()?;
-        File::from(ready).write_all(&[1])?;
-        if let Ok(1) = File::from(sleep).read(&mut [0]) {
-            return Ok(());
-        }
-        let order = Order { signal: SIGKILL, grace: Duration::ZERO, ..self.order(o) };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        // Without the capability it goes on as it is.
-        let _ = preferred();
-        runtime.block_on(self.enforcer.run_here(&order, &self.guards)).map_err(io::Error::other)?;
-        if let Some(dir) = &self.cgroup {
-            crate::enforce::cgroup::remove(dir)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Alone {
-    fn drop(&mut self) {
-        let Some(w) = self.watcher.take() else { return };
-        // It fails if the watcher was killed: then there is nobody to tell.
-        let _ = rustix::io::write(&w.alive, &[1]);
-        while let Err(rustix::io::Errno::INTR) = waitpid(w.pid, WaitOptions::empty()) {}
-    }
-}
-
-/// What `exec` was handed stays open in nobody but the command: a pipe's reader would wait for the watcher's end too. What
-/// this program opened itself is marked close-on-exec, what it was handed cannot be.
-fn let_go_of_inherited() -> io::Result<()> {
-    use rustix::io::{FdFlags, fcntl_getfd};
-    use std::os::fd::{AsRawFd as _, BorrowedFd};
-    let null = File::options().read(true).write(true).open("/dev/null")?;
-    for standard in 0..3 {
-        // SAFETY: replaces a standard stream, which the runtime never closes, by another file.
-        if unsafe { libc::dup2(null.as_raw_fd(), standard) } < 0 {
-            return Err(io::Error::last_os_error());
+    /// The job has ended, or was let go: the watcher ends without touching it. In every other case it ends the job.
+    pub(super) fn job_ended(mut self) {
+        if let Some(w) = self.watcher.take() {
+            w.job_ended();
         }
     }
-    let fds: Vec<i32> = std::fs::read_dir("/proc/self/fd")?
-        .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|&fd| fd > 2)
-        .collect();
-    for fd in fds {
-        // SAFETY: borrowed for this one question; a number that is closed by now (the folder's own) gives EBADF.
-        let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) });
-        if flags.is_ok_and(|f| !f.contains(FdFlags::CLOEXEC)) {
-            // SAFETY: not one of this program's own, so nobody here owns it or will close it again.
-            unsafe { libc::close(fd) };
-        }
-    }
-    Ok(())
 }

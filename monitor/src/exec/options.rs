@@ -56,6 +56,13 @@ impl Options {
     }
 }
 
+impl Options {
+    /// From the start of CMD. Zero is no deadline, as with timeout(1).
+    pub(super) fn deadline(&self) -> Option<Duration> {
+        self.timeout.filter(|t| !t.is_zero())
+    }
+}
+
 /// What a job may be called (`[A-Za-z0-9_.-]{1,64}`), made of a program's name.
 fn job_name(s: &str) -> String {
     let ok = |c: char| if c.is_ascii_alphanumeric() || "_.-".contains(c) { c } else { '_' };

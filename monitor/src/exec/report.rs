@@ -11,6 +11,7 @@ use super::options::{ExecError, Options};
 use super::status::Finish;
 use crate::model::event::WaitStatus;
 use crate::model::schema::{Exit, KillReport, text};
+use crate::output::error_line;
 
 /// The file, made before the command starts, so that a path that cannot be written stops it.
 pub(super) struct Report {
@@ -74,7 +75,7 @@ impl Report {
             self.file.write_all(&b)
         });
         if let Err(e) = written {
-            eprintln!("jobwarden: the report cannot be written: {e}");
+            error_line(format_args!("jobwarden: the report cannot be written: {e}"));
         }
     }
 }

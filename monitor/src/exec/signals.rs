@@ -63,6 +63,24 @@ impl Signals {
         }
     }
 
+    /// A signal that has come and would be passed on to the job; it is taken.
+    pub(super) fn pending(&self) -> Option<u8> {
+        // SAFETY: plain calls on valid sets of this stack; no information on the signal is asked for.
+        let n = unsafe {
+            let mut wanted = self.taken;
+            libc::sigdelset(&raw mut wanted, libc::SIGCHLD);
+            let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+            libc::sigtimedwait(&raw const wanted, std::ptr::null_mut(), &raw const now)
+        };
+        u8::try_from(n).ok().filter(|&n| n != 0)
+    }
+
+    /// Unblocks again: what has come meanwhile has its usual effect at once.
+    pub(super) fn restore(&self) {
+        // SAFETY: `before` is a valid set.
+        unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+    }
+
     /// Needs a tokio runtime.
     pub(super) fn stream(&self) -> io::Result<Stream> {
         // SAFETY: `taken` is a valid set; a descriptor that is not negative is new and ours.

@@ -13,6 +13,7 @@ use super::{Warden, alone};
 use crate::api::ExecEnded;
 use crate::model::event::WaitStatus;
 use crate::model::schema::KillReport;
+use crate::output::error_line;
 use crate::sources::proc::Proc;
 
 /// A command that stops for the terminal is looked at again after this long: Ctrl-Z stops and continues the whole group, and
@@ -23,7 +24,7 @@ pub(super) struct Supervisor<'a> {
     o: &'a Options,
     pid: Pid,
     warden: &'a Warden,
-    signals: Signals,
+    signals: &'a Signals,
     terminal: &'a Terminal,
     status: Option<WaitStatus>,
     trouble: Vec<String>,
@@ -34,6 +35,8 @@ pub(super) struct Followed {
     /// None: the command has not ended.
     pub status: Option<WaitStatus>,
     pub timed_out: bool,
+    /// The job was ended, or let go; else its warden must do it.
+    pub ended: bool,
     pub kill: Option<KillReport>,
     /// What went wrong on jobwarden's side, for stderr.
     pub trouble: Vec<String>,
@@ -44,7 +47,7 @@ impl<'a> Supervisor<'a> {
         o: &'a Options,
         pid: Pid,
         warden: &'a Warden,
-        signals: Signals,
+        signals: &'a Signals,
         terminal: &'a Terminal,
     ) -> Self {
         Self { o, pid, warden, signals, terminal, status: None, trouble: Vec::new() }
@@ -53,48 +56,45 @@ impl<'a> Supervisor<'a> {
     /// Until the command and its job have ended.
     pub(super) fn follow(mut self) -> Followed {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let (timed_out, kill) = match runtime {
-            Ok(r) => r.block_on(self.live()).unwrap_or_else(|e| {
-                self.trouble.push(format!("the command cannot be followed: {e}"));
-                (false, None)
-            }),
-            Err(e) => {
-                self.trouble.push(format!("no runtime: {e}"));
-                (false, None)
-            }
-        };
-        Followed { status: self.status, timed_out, kill, trouble: self.trouble }
+        let (timed_out, end) = runtime.and_then(|r| r.block_on(self.live())).unwrap_or_else(|e| {
+            self.trouble.push(format!("the command cannot be followed: {e}: its job is ended"));
+            (false, None)
+        });
+        let ended = end.is_some();
+        let kill = end.and_then(|e| e.report);
+        Followed { status: self.status, timed_out, ended, kill, trouble: self.trouble }
     }
 
-    async fn live(&mut self) -> io::Result<(bool, Option<KillReport>)> {
+    async fn live(&mut self) -> io::Result<(bool, Option<ExecEnded>)> {
         let stream = self.signals.stream()?;
-        // Zero is no deadline, as with timeout(1).
-        let mut deadline = self.o.timeout.filter(|t| !t.is_zero()).map(|t| Instant::now() + t);
+        let mut deadline = self.o.deadline().map(|t| Instant::now() + t);
         loop {
             let late = tokio::select! {
+                // However many signals come.
+                biased;
+                () = sleep_until(deadline) => true,
                 came = stream.next() => {
                     self.signal(came?).await;
                     false
                 }
-                () = sleep_until(deadline) => true,
             };
             // The command's end and its deadline at once: it has ended.
             self.reap();
             if self.status.is_some() {
                 let ended = self.end(&stream, false).await?;
-                return Ok((false, ended.and_then(|e| e.report)));
+                return Ok((ended.as_ref().is_some_and(|e| e.timed_out), ended));
             }
             if late {
                 match self.end(&stream, true).await? {
                     // Moved by `jobs extend`.
-                    Some(ExecEnded { report: None, left_s }) => {
+                    Some(ExecEnded { report: None, left_s, .. }) => {
                         deadline = left_s
                             .and_then(|s| Duration::try_from_secs_f64(s).ok())
                             .map(|d| Instant::now() + d.max(Duration::from_millis(1)));
                     }
                     ended => {
                         self.reap();
-                        return Ok((true, ended.and_then(|e| e.report)));
+                        return Ok((true, ended));
                     }
                 }
             }
@@ -106,7 +106,9 @@ impl<'a> Supervisor<'a> {
         let o = self.o;
         if timed_out && o.verbose {
             let (signal, grace) = (crate::model::signal::name(o.signal), o.grace.as_secs_f64());
-            eprintln!("jobwarden: the deadline has passed: {signal} to the job, SIGKILL after {grace} s");
+            error_line(format_args!(
+                "jobwarden: the deadline has passed: {signal} to the job, SIGKILL after {grace} s"
+            ));
         }
         let warden = self.warden;
         let end = async {
@@ -151,15 +153,12 @@ impl<'a> Supervisor<'a> {
     fn tell(&self, timed_out: bool, r: &KillReport) {
         if self.o.keep_orphans && !timed_out {
             for s in &r.spared {
-                eprintln!(
-                    "jobwarden: {}: {} {}",
-                    s.why,
-                    s.process.id,
-                    s.process.argv.join(" ").escape_debug()
-                );
+                let argv = s.process.argv.join(" ");
+                error_line(format_args!("jobwarden: {}: {} {}", s.why, s.process.id, argv.escape_debug()));
             }
         } else if self.o.verbose && !r.signalled.is_empty() {
-            eprintln!("jobwarden: {} signals sent, {} survivors", r.signalled.len(), r.survivors.len());
+            let (sent, survivors) = (r.signalled.len(), r.survivors.len());
+            error_line(format_args!("jobwarden: {sent} signals sent, {survivors} survivors"));
         }
     }
 
@@ -180,7 +179,14 @@ impl<'a> Supervisor<'a> {
             Warden::Alone(a) => a.pass(self.o, number),
         };
         if let Err(e) = passed {
-            self.trouble.push(format!("{} was not passed on: {e}", crate::model::signal::name(number)));
+            // CMD at least: not reaped, so its pid is its own.
+            if let Some(signal) = Signal::from_named_raw(came.number).filter(|_| self.status.is_none()) {
+                let _ = kill_process(self.pid, signal);
+            }
+            self.trouble.push(format!(
+                "{} was passed on to the command only: {e}",
+                crate::model::signal::name(number)
+            ));
         }
     }
 

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use crate::model::stats::Histogram;
 
 /// Which of the two text formats is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
     /// `text/plain; version=0.0.4`
     Text,

@@ -103,6 +103,8 @@ pub struct Sources<'a> {
     pub counts: &'a Counts,
     pub kernel: &'a Kernel,
     pub notifications: &'a [Notifications],
+    /// Lines of the agent's log.
+    pub log_dropped: u64,
     pub proc: &'a crate::sources::proc::Proc,
     pub boot_to_wall_ns: u64,
 }
@@ -117,6 +119,11 @@ pub fn encode(s: &Sources<'_>, format: encode::Format) -> String {
     table::core(&mut e, s.gauges, s.counts, &s.kernel.stores);
     table::kernel(&mut e, s.counts, s.kernel);
     table::notifications(&mut e, s.notifications);
+    e.counter(
+        "jobwarden_log_dropped_total",
+        "Lines of the agent's log that were dropped: it could not be written, or not as fast.",
+    )
+    .sample(&[], s.log_dropped as f64);
     e.finish()
 }
 

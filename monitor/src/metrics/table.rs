@@ -72,6 +72,19 @@ pub(super) fn core(e: &mut Encoder, g: &Gauges, c: &Counts, outside: &[StoreNumb
     .sample(&[], c.lineage_inserts_failed as f64);
     e.gauge("jobwarden_synced", "1 when the forest is known to equal the kernel's truth.")
         .sample(&[], bit(c.synced));
+    let reads = crate::sources::proc::blocking::numbers();
+    e.gauge(
+        "jobwarden_blocked_reads",
+        "Reads of processes that do not come back: their memory holds up its readers.",
+    )
+    .sample(&[], reads.blocked as f64);
+    e.counter("jobwarden_reads_timed_out_total", "Reads of processes that did not come back in time.")
+        .sample(&[], reads.timed_out as f64);
+    e.counter(
+        "jobwarden_reads_refused_total",
+        "Reads of processes that were not begun, because reads of that process or user, or too many, are blocked.",
+    )
+    .sample(&[], reads.refused as f64);
     e.gauge("jobwarden_store_entries", "Entries in each bounded table.");
     for s in g.stores.iter().chain(outside) {
         e.sample(&[("store", s.store)], s.entries as f64);

@@ -1,6 +1,7 @@
 //! The types that every part shares: keys, signals, kernel events, kills, counts, the contract's JSON. No I/O, no aya, no tokio.
 
 pub mod argv;
+pub mod audience;
 pub mod container;
 pub mod daemon;
 pub mod event;
@@ -11,3 +12,4 @@ pub mod schema;
 pub mod signal;
 pub mod stats;
 pub mod time;
+pub mod tree_rows;

@@ -154,6 +154,19 @@ pub struct Tree {
     pub at: String,
     pub host: String,
     pub processes: Vec<Process>,
+    /// What of them could not be read, because it is held up.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unread: Vec<Unread>,
+}
+
+/// A read of a process that has not come back.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Unread {
+    pub pid: u32,
+    /// `memory` (its argv lies there), ..
+    pub what: String,
+    /// For how long.
+    pub blocked_s: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

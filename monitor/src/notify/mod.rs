@@ -3,6 +3,7 @@
 
 mod clock;
 mod queue;
+mod queue_recovery;
 mod queue_worker;
 mod send;
 mod store;
@@ -12,6 +13,8 @@ mod worker;
 mod queue_tests;
 #[cfg(test)]
 mod receiver_tests;
+#[cfg(test)]
+mod recovery_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -32,7 +35,6 @@ use self::queue::{Filter, MAX_EPISODES};
 use self::queue_worker::{Command, EXPIRE_EVERY, Keeper, QueueStats};
 use self::send::Target;
 pub use self::send::{DeliveryResult, Reason, TargetError};
-pub use self::store::StoreError;
 use self::worker::{Stats, Worker};
 use crate::config::{Config, Receiver};
 use crate::metrics::Notifications;
@@ -47,8 +49,6 @@ const RETRY_EVERY: Millis = 1_000;
 /// Delivery could not be started, or its new config not be taken.
 #[derive(Debug, thiserror::Error)]
 pub enum AlertError {
-    #[error(transparent)]
-    Store(#[from] StoreError),
     #[error(transparent)]
     Target(#[from] TargetError),
     #[error("the thread of the alerts' store cannot be started: {0}")]
@@ -127,6 +127,12 @@ struct Running {
     task: JoinHandle<()>,
 }
 
+/// Damaged stores that were moved aside, as long as they are there.
+#[must_use]
+pub fn damaged(state_dir: &Path) -> Vec<std::path::PathBuf> {
+    store::damaged(state_dir)
+}
+
 /// Why receivers of `cfg` cannot be used here: certificates or secrets are missing. [`AlertService::start`] would refuse the first
 /// of them. Opens no connection.
 #[must_use]
@@ -135,18 +141,18 @@ pub fn check(cfg: &Config) -> Vec<TargetError> {
 }
 
 impl AlertService {
-    /// Opens the store in `state_dir`, which must exist, and starts to send what is still owed. To be called in a tokio
-    /// runtime.
+    /// Opens the store in `state_dir` and starts to send what is still owed. To be called in a tokio runtime. A store that is
+    /// damaged is replaced; one that cannot be opened is an error of [`storage_error`](Self::storage_error), and tried again.
     ///
     /// # Errors
-    /// The store cannot be opened, or a receiver's file cannot be read: nothing was started.
+    /// A receiver's file cannot be read: nothing was started.
     pub fn start(cfg: &Config, state_dir: &Path, clock: Clock) -> Result<Self, AlertError> {
         let targets = targets(cfg)?;
         let (commands, inbox) = mpsc::channel(MAX_COMMANDS);
         let (news, changed) = watch::channel(0);
         let (storage, error) = watch::channel(None);
         let board = Arc::new(Mutex::new(QueueStats::default()));
-        let keeper = Keeper::open(state_dir, filters(cfg), clock.clone(), Arc::clone(&board), news, storage)?;
+        let keeper = Keeper::open(state_dir, filters(cfg), clock.clone(), Arc::clone(&board), news, storage);
         let thread = thread::Builder::new()
             .name("alerts".into())
             .spawn(move || keeper.run(inbox))

@@ -141,6 +141,32 @@ impl Queue {
         self.insert(seq, alert, version, resolved, slots);
     }
 
+    /// New episodes are numbered from here on. A store that could not be read yet holds lower numbers.
+    pub(super) fn number_from(&mut self, seq: u64) {
+        self.next = self.next.max(seq);
+    }
+
+    /// The newest episode of this alert.
+    pub(super) fn latest(&self, id: &str) -> Option<u64> {
+        self.latest.get(id).copied()
+    }
+
+    /// As [`load`](Self::load), where the same alert has had a later episode already: that one tells what is so now, and
+    /// nobody is told of this one any more.
+    pub(super) fn load_superseded(
+        &mut self,
+        seq: u64,
+        alert: &Alert,
+        version: u32,
+        resolved: Option<Millis>,
+        now: Millis,
+    ) {
+        let latest = self.latest(&alert.id);
+        let told = vec![Slot { acked: version, ..Slot::default() }; self.filters.len()];
+        self.insert(seq, alert, version, Some(resolved.unwrap_or(now)), told);
+        self.latest.extend(latest.map(|newer| (alert.id.as_str().into(), newer)));
+    }
+
     fn insert(&mut self, seq: u64, alert: &Alert, version: u32, resolved: Option<Millis>, slots: Vec<Slot>) {
         let id: Box<str> = alert.id.as_str().into();
         let earlier = self.latest.insert(id.clone(), seq);
@@ -373,9 +399,14 @@ impl Queue {
         self.filters.iter().zip(&e.slots).map(|(f, s)| owed(f, &e, s)).collect()
     }
 
+    /// It may not be forgotten: it fires, or somebody is owed it.
+    pub(super) fn is_held(&self, e: &Episode) -> bool {
+        e.resolved.is_none() || self.is_owed(e)
+    }
+
     /// How many may not be forgotten: those that fire, and those that somebody is owed.
     pub(super) fn held(&self) -> usize {
-        self.episodes.values().filter(|e| e.resolved.is_none() || self.is_owed(e)).count()
+        self.episodes.values().filter(|e| self.is_held(e)).count()
     }
 
     pub(super) fn counts(&self) -> Vec<Counts> {

@@ -2,8 +2,9 @@
 //! whatever else was waiting, and is answered when it is on the disk.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -93,21 +94,30 @@ pub(super) struct QueueStats {
 }
 
 pub(super) struct Keeper {
-    queue: Queue,
-    store: Store,
+    pub(super) queue: Queue,
+    pub(super) store: Store,
+    /// A damaged file that was moved aside, for the texts of alerts that are not in the new one yet.
+    pub(super) salvage: Option<PathBuf>,
+    /// The engine has been told what fires; what is read later it does not know.
+    pub(super) started: bool,
+    /// When opening was last tried.
+    pub(super) opened_at: Option<Instant>,
+    /// When a damaged file was last moved aside.
+    pub(super) replaced_at: Option<Instant>,
     /// Episodes to be written; with their text where that is new.
-    dirty: BTreeMap<u64, Option<String>>,
+    pub(super) dirty: BTreeMap<u64, Option<String>>,
     gone: BTreeSet<u64>,
     expired_at: Millis,
-    clock: Clock,
+    pub(super) clock: Clock,
     board: Arc<Mutex<QueueStats>>,
-    changed: watch::Sender<u64>,
+    pub(super) changed: watch::Sender<u64>,
     /// What the disk said last, until it takes something again.
     error: watch::Sender<Option<String>>,
 }
 
 impl Keeper {
-    /// Opens the store and reads what is in it.
+    /// Opens the store and reads what is in it. One that cannot be opened is tried again each second; until then alerts are
+    /// kept in memory and sent from there.
     pub(super) fn open(
         state_dir: &Path,
         filters: Vec<Filter>,
@@ -115,35 +125,32 @@ impl Keeper {
         board: Arc<Mutex<QueueStats>>,
         changed: watch::Sender<u64>,
         error: watch::Sender<Option<String>>,
-    ) -> Result<Self, StoreError> {
-        let (mut store, moved) = Store::open(state_dir)?;
-        if let Some(text) = moved {
-            tracing::error!("the alerts' store: {text}; alerts that were waiting in it are not sent");
-        }
-        let known: BTreeSet<String> = store.receivers()?.into_iter().collect();
-        let (rows, bad) = store.load()?;
-        if bad > 0 {
-            tracing::warn!(rows = bad, "the alerts' store holds rows of another version; they are not sent");
-        }
+    ) -> Self {
         let mut queue = Queue::default();
-        for mut row in rows {
-            let slot = |f: &Filter| match row.progress.remove(&f.name) {
-                Some(s) => s,
-                // A new receiver is not told of the past.
-                None if row.resolved.is_some() && !known.contains(&f.name) => {
-                    Slot { acked: row.version, ..Slot::default() }
-                }
-                None => Slot::default(),
-            };
-            let slots = filters.iter().map(slot).collect();
-            queue.load(row.seq, &row.alert, row.version, row.resolved, slots);
-        }
         queue.init_filters(filters);
-        store.set_receivers(queue.filters())?;
-        let (dirty, gone) = (BTreeMap::new(), BTreeSet::new());
-        let mut keeper = Self { queue, store, dirty, gone, expired_at: 0, clock, board, changed, error };
+        let mut keeper = Self {
+            queue,
+            store: Store::new(state_dir),
+            salvage: None,
+            started: false,
+            opened_at: None,
+            replaced_at: None,
+            dirty: BTreeMap::new(),
+            gone: BTreeSet::new(),
+            expired_at: 0,
+            clock,
+            board,
+            changed,
+            error,
+        };
+        if let Err(e) = keeper.open_store() {
+            keeper.failed(&e);
+            // Above all numbers in a store that is read later.
+            keeper.queue.number_from(keeper.clock.now().unsigned_abs().saturating_mul(1000));
+        }
+        keeper.started = true;
         keeper.publish();
-        Ok(keeper)
+        keeper
     }
 
     /// Serves until told to stop, or until nobody is left to ask.
@@ -247,7 +254,7 @@ impl Keeper {
         self.queue.filters().iter().position(|f| f.name == receiver)
     }
 
-    fn submit(&mut self, s: &Submission, now: Millis) -> Result<(), SubmitError> {
+    pub(super) fn submit(&mut self, s: &Submission, now: Millis) -> Result<(), SubmitError> {
         let failing = self.error.borrow().is_some();
         let unsaved = if failing { self.dirty.values().filter(|b| b.is_some()).count() } else { 0 };
         if unsaved >= MAX_UNSAVED {
@@ -281,7 +288,7 @@ impl Keeper {
         SubmitError::Full { kept }
     }
 
-    fn forget(&mut self, seq: u64) {
+    pub(super) fn forget(&mut self, seq: u64) {
         let lost = self.queue.forget(seq);
         self.count_dropped(&lost.into_iter().map(u64::from).collect::<Vec<_>>());
         self.dirty.remove(&seq);
@@ -351,7 +358,7 @@ impl Keeper {
         let body = match self.dirty.get(&seq) {
             Some(Some(body)) => Some(body.clone()),
             _ => self.store.body(seq).unwrap_or_else(|e| {
-                self.failed(&e);
+                self.read_failed(&e);
                 None
             }),
         };
@@ -390,9 +397,22 @@ impl Keeper {
 
     /// Writes all that is not on the disk yet. What fails stays in memory and is tried again with the next command.
     fn flush(&mut self) -> Result<(), StoreError> {
+        self.open_if_closed().inspect_err(|e| self.failed(e))?;
         if self.dirty.is_empty() && self.gone.is_empty() {
             return Ok(());
         }
+        match self.write_changes() {
+            // Into a new file, with all that can be read of the damaged one.
+            Err(e) if e.is_damage() => {
+                self.failed(&e);
+                let replaced = self.replace(&e.to_string()).and_then(|()| self.open_if_closed());
+                replaced.and_then(|()| self.write_changes()).inspect_err(|e| self.failed(e))
+            }
+            r => r.inspect_err(|e| self.failed(e)),
+        }
+    }
+
+    fn write_changes(&mut self) -> Result<(), StoreError> {
         let mut changes: Vec<Change<'_>> =
             self.gone.iter().map(|&seq| Change { seq, episode: None, body: None }).collect();
         for (&seq, body) in &self.dirty {
@@ -400,34 +420,38 @@ impl Keeper {
                 changes.push(Change { seq, episode: Some(e), body: body.as_deref() });
             }
         }
-        let written = self.store.write(self.queue.filters(), &changes);
-        match &written {
-            Ok(()) => {
-                self.dirty.clear();
-                self.gone.clear();
-                if self.error.borrow().is_some() {
-                    self.error.send_replace(None);
-                    tracing::info!("the alerts' store takes alerts again");
-                }
-            }
-            Err(e) => self.failed(e),
+        self.store.write(self.queue.filters(), &changes)?;
+        self.dirty.clear();
+        self.gone.clear();
+        self.works();
+        Ok(())
+    }
+
+    pub(super) fn works(&self) {
+        if self.error.borrow().is_some() {
+            self.error.send_replace(None);
+            tracing::info!("the alerts' store takes alerts again");
         }
-        written
     }
 
     /// What failed may have left nothing to be written: whether the disk takes something is found out with the names of
     /// the receivers, which are also what a reload could not write.
     fn probe(&mut self) {
-        if self.error.borrow().is_none() || !self.dirty.is_empty() || !self.gone.is_empty() {
+        let waits = !self.store.is_open() || !self.dirty.is_empty() || !self.gone.is_empty();
+        if self.error.borrow().is_none() || waits {
             return;
         }
         match self.store.set_receivers(self.queue.filters()) {
-            Ok(()) => drop(self.error.send_replace(None)),
+            Ok(()) => self.works(),
             Err(e) => self.failed(&e),
         }
     }
 
-    fn failed(&self, e: &StoreError) {
+    pub(super) fn failed(&self, e: &StoreError) {
+        // Why it is closed was said before.
+        if matches!(e, StoreError::Closed { .. }) {
+            return;
+        }
         let text = e.to_string();
         if self.error.borrow().as_ref() != Some(&text) {
             tracing::error!("{text}");
@@ -467,7 +491,7 @@ impl Waiting {
 }
 
 /// The alert as it is kept: bounded, and with an end where it has ended.
-fn trimmed(a: &Alert, now: Millis) -> Alert {
+pub(super) fn trimmed(a: &Alert, now: Millis) -> Alert {
     const MAX_CHILDREN: usize = 64;
     const MAX_EVIDENCE: usize = 64;
     const MAX_ARGV: usize = 4 * 1024;

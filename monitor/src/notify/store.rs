@@ -1,14 +1,16 @@
 //! The queue on disk: SQLite with a write-ahead log in the state directory. Each call is one transaction, on the disk
 //! when it returns. Nothing is decided here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, params};
+use rustix::fs::OFlags;
 
 use super::clock::Millis;
-use super::queue::{Episode, Filter, Slot};
+use super::queue::{Episode, Filter, MAX_EPISODES, Slot};
+use crate::files;
 use crate::model::schema::Alert;
 
 const FILE: &str = "alerts.db";
@@ -26,18 +28,49 @@ const SCHEMA: &str = "
     PRAGMA user_version = 1;
 ";
 
+/// What SQLite keeps beside the file.
+const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
+/// Of one table; there are progress rows for each episode and receiver.
+const MAX_ROWS: usize = MAX_EPISODES * 64;
+/// How long another program may hold the file, each time.
+const BUSY: Duration = Duration::from_millis(500);
+
 /// The disk did not take it, or did not give it back.
 #[derive(Debug, thiserror::Error)]
-pub enum StoreError {
+pub(super) enum StoreError {
     #[error("the alerts' store {}: {source}; look at the file system's free space and permissions", path.display())]
     Sql { path: PathBuf, source: rusqlite::Error },
     #[error("the alerts' store {}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
+    #[error("the alerts' store {} is not open", path.display())]
+    Closed { path: PathBuf },
+    #[error("the alerts' store {} was replaced a moment ago and is damaged again: {why}", path.display())]
+    Damaged { path: PathBuf, why: String },
+}
+
+impl StoreError {
+    /// The file itself is wrong: another one must take its place. Anything else may pass.
+    pub(super) fn is_damage(&self) -> bool {
+        let Self::Sql { source, .. } = self else { return false };
+        is_damage(source)
+    }
 }
 
 pub(super) struct Store {
     path: PathBuf,
-    conn: Connection,
+    /// None: it could not be opened yet.
+    conn: Option<Connection>,
+}
+
+/// What is in a store.
+#[derive(Default)]
+pub(super) struct Contents {
+    /// Oldest first.
+    pub(super) rows: Vec<Row>,
+    /// The receivers of the last run.
+    pub(super) receivers: BTreeSet<String>,
+    /// What is wrong with the file, and how many of its rows could be read nevertheless is in `rows`.
+    pub(super) damage: Option<String>,
 }
 
 /// One episode as it stands on the disk.
@@ -60,111 +93,73 @@ pub(super) struct Change<'a> {
 }
 
 impl Store {
-    /// Opens or makes the file. One that SQLite cannot read, or of another version, is moved to `alerts.db.bad`; that is
-    /// said in the second value.
-    pub(super) fn open(state_dir: &Path) -> Result<(Self, Option<String>), StoreError> {
-        let path = state_dir.join(FILE);
-        match Self::try_open(&path) {
-            Ok(conn) => Ok((Self { path, conn }, None)),
-            Err(e) if is_foreign(&e) => {
-                let bad = path.with_extension("db.bad");
-                for end in ["", "-wal", "-shm"] {
-                    let from = PathBuf::from(format!("{}{end}", path.display()));
-                    let to = PathBuf::from(format!("{}{end}", bad.display()));
-                    match std::fs::rename(&from, &to) {
-                        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                            return Err(StoreError::Io { path, source });
-                        }
-                        _ => {}
-                    }
-                }
-                let said =
-                    format!("{} could not be read ({e}) and was moved to {}", path.display(), bad.display());
-                let conn =
-                    Self::try_open(&path).map_err(|source| StoreError::Sql { path: path.clone(), source })?;
-                Ok((Self { path, conn }, Some(said)))
+    /// Not open yet.
+    pub(super) fn new(state_dir: &Path) -> Self {
+        Self { path: state_dir.join(FILE), conn: None }
+    }
+
+    pub(super) const fn is_open(&self) -> bool {
+        self.conn.is_some()
+    }
+
+    /// Opens or makes the file, and reads what can be read of it. One that is damaged stays closed.
+    pub(super) fn open(&mut self) -> Result<Contents, StoreError> {
+        if let Err(e) = check(&self.path) {
+            if e.is_unusable() {
+                return Ok(Contents { damage: Some(e.to_string()), ..Contents::default() });
             }
-            Err(source) => Err(StoreError::Sql { path, source }),
+            return Err(StoreError::Io { path: self.path.clone(), source: e.into() });
+        }
+        match connect(&self.path) {
+            Ok(conn) => {
+                let contents = read(&conn);
+                if contents.damage.is_none() {
+                    self.conn = Some(conn);
+                }
+                Ok(contents)
+            }
+            Err(e) if is_damage(&e) => Ok(Contents { damage: Some(e.to_string()), ..Contents::default() }),
+            Err(e) => Err(self.sql(e)),
         }
     }
 
-    fn try_open(path: &Path) -> rusqlite::Result<Connection> {
-        let mut conn = Connection::open(path)?;
-        conn.busy_timeout(Duration::from_secs(2))?;
-        // One process uses it: no shared memory file, and a second agent on the same directory is refused as busy.
-        conn.pragma_update(None, "locking_mode", "exclusive")?;
-        conn.pragma_update(None, "journal_mode", "wal")?;
-        // In WAL mode FULL syncs the log at each commit: what was accepted outlives a power cut too.
-        conn.pragma_update(None, "synchronous", "full")?;
-        conn.pragma_update(None, "journal_size_limit", 4 << 20)?;
-        let version: i64 = conn.query_row("PRAGMA user_version", [], |r| r.get(0))?;
-        if version == 0 {
-            let tx = conn.transaction()?;
-            tx.execute_batch(SCHEMA)?;
-            tx.commit()?;
-        } else if version != VERSION {
-            return Err(rusqlite::Error::IntegralValueOutOfRange(0, version));
-        }
-        Ok(conn)
+    /// Closes it and moves the file aside; its new name.
+    pub(super) fn set_aside(&mut self) -> Result<PathBuf, StoreError> {
+        // First: when SQLite closes a file it removes the log beside it, by its name.
+        self.conn = None;
+        files::set_aside(&self.path, &BESIDE)
+            .map_err(|source| StoreError::Io { path: self.path.clone(), source })
+    }
+
+    /// The damaged file, for what can still be read of it.
+    pub(super) fn salvage(path: &Path) -> Option<Self> {
+        let conn = connect(path).ok()?;
+        Some(Self { path: path.to_owned(), conn: Some(conn) })
     }
 
     fn sql(&self, source: rusqlite::Error) -> StoreError {
         StoreError::Sql { path: self.path.clone(), source }
     }
 
-    /// All episodes, oldest first. A row that does not read is skipped and counted.
-    pub(super) fn load(&self) -> Result<(Vec<Row>, usize), StoreError> {
-        self.load_rows().map_err(|e| self.sql(e))
+    pub(super) fn closed(&self) -> StoreError {
+        StoreError::Closed { path: self.path.clone() }
     }
 
-    fn load_rows(&self) -> rusqlite::Result<(Vec<Row>, usize)> {
-        let mut progress: BTreeMap<u64, BTreeMap<String, Slot>> = BTreeMap::new();
-        let mut q =
-            self.conn.prepare("SELECT seq, receiver, acked, parked, attempts, error FROM progress")?;
-        let mut rows = q.query([])?;
-        while let Some(r) = rows.next()? {
-            let error: Option<String> = r.get(5)?;
-            let slot = Slot {
-                acked: r.get(2)?,
-                parked: r.get(3)?,
-                attempts: r.get(4)?,
-                error: error.map(Into::into),
-                ..Slot::default()
-            };
-            progress.entry(r.get::<_, i64>(0)? as u64).or_default().insert(r.get(1)?, slot);
-        }
-        let mut q = self.conn.prepare("SELECT seq, version, resolved, body FROM episode ORDER BY seq")?;
-        let mut rows = q.query([])?;
-        let (mut all, mut bad) = (Vec::new(), 0);
-        while let Some(r) = rows.next()? {
-            let seq = r.get::<_, i64>(0)? as u64;
-            let body: String = r.get(3)?;
-            match serde_json::from_str(&body) {
-                Ok(alert) => all.push(Row {
-                    seq,
-                    version: r.get(1)?,
-                    resolved: r.get(2)?,
-                    alert,
-                    progress: progress.remove(&seq).unwrap_or_default(),
-                }),
-                Err(_) => bad += 1,
-            }
-        }
-        Ok((all, bad))
+    pub(super) fn damaged_again(&self, why: &str) -> StoreError {
+        StoreError::Damaged { path: self.path.clone(), why: why.to_owned() }
     }
 
-    /// Who was a receiver at the last stop.
-    pub(super) fn receivers(&self) -> Result<Vec<String>, StoreError> {
-        let read = || {
-            let mut q = self.conn.prepare("SELECT name FROM receiver")?;
-            let names = q.query_map([], |r| r.get(0))?;
-            names.collect::<rusqlite::Result<Vec<String>>>()
-        };
-        read().map_err(|e| self.sql(e))
+    fn conn(&self) -> Result<&Connection, StoreError> {
+        self.conn.as_ref().ok_or_else(|| self.closed())
+    }
+
+    fn with(&mut self, work: impl FnOnce(&mut Connection) -> rusqlite::Result<()>) -> Result<(), StoreError> {
+        let Some(conn) = &mut self.conn else { return Err(StoreError::Closed { path: self.path.clone() }) };
+        work(conn).map_err(|source| StoreError::Sql { path: self.path.clone(), source })
     }
 
     pub(super) fn set_receivers(&mut self, filters: &[Filter]) -> Result<(), StoreError> {
-        let write = |conn: &mut Connection| {
+        self.with(|conn| {
             let tx = conn.transaction()?;
             tx.execute("DELETE FROM receiver", [])?;
             for f in filters {
@@ -172,13 +167,12 @@ impl Store {
             }
             tx.execute("DELETE FROM progress WHERE receiver NOT IN (SELECT name FROM receiver)", [])?;
             tx.commit()
-        };
-        write(&mut self.conn).map_err(|e| self.sql(e))
+        })
     }
 
     /// All or nothing.
     pub(super) fn write(&mut self, filters: &[Filter], changes: &[Change<'_>]) -> Result<(), StoreError> {
-        Self::write_all(&mut self.conn, filters, changes).map_err(|e| self.sql(e))
+        self.with(|conn| Self::write_all(conn, filters, changes))
     }
 
     fn write_all(conn: &mut Connection, filters: &[Filter], changes: &[Change<'_>]) -> rusqlite::Result<()> {
@@ -220,8 +214,9 @@ impl Store {
 
     /// The alert as it was last written.
     pub(super) fn body(&self, seq: u64) -> Result<Option<String>, StoreError> {
+        let conn = self.conn()?;
         let read = || {
-            let mut q = self.conn.prepare_cached("SELECT body FROM episode WHERE seq = ?")?;
+            let mut q = conn.prepare_cached("SELECT body FROM episode WHERE seq = ?")?;
             q.query_row([seq as i64], |r| r.get(0)).optional()
         };
         read().map_err(|e| self.sql(e))
@@ -229,15 +224,139 @@ impl Store {
 
     /// Folds the log into the file; what fails here is still in the log.
     pub(super) fn close(self) {
-        let folded = self.conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
+        let Some(conn) = &self.conn else { return };
+        let folded = conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
         if let Err(e) = folded {
             tracing::debug!(error = %e, "the alerts' log stays beside the store");
         }
     }
 }
 
-fn is_foreign(e: &rusqlite::Error) -> bool {
-    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
-    matches!(e, rusqlite::Error::IntegralValueOutOfRange(..))
-        || matches!(e.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
+/// Damaged stores that were moved aside, as long as they are there.
+pub(super) fn damaged(state_dir: &Path) -> Vec<PathBuf> {
+    files::damaged(&state_dir.join(FILE))
+}
+
+/// Whether the file, which is made here so that nobody else may read it, and those beside it are this process's own.
+fn check(path: &Path) -> Result<(), files::OpenError> {
+    files::open_own(path, OFlags::RDONLY | OFlags::CREATE)?;
+    BESIDE.iter().try_for_each(|ending| files::own_metadata(&files::with(path, ending)).map(drop))
+}
+
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut conn = Connection::open_with_flags(path, flags)?;
+    conn.busy_timeout(BUSY)?;
+    // One process uses it: no shared memory file, and a second agent on the same directory is refused as busy.
+    conn.pragma_update(None, "locking_mode", "exclusive")?;
+    conn.pragma_update(None, "journal_mode", "wal")?;
+    // In WAL mode FULL syncs the log at each commit: what was accepted outlives a power cut too.
+    conn.pragma_update(None, "synchronous", "full")?;
+    conn.pragma_update(None, "journal_size_limit", 4 << 20)?;
+    let version: i64 = conn.query_row("PRAGMA user_version", [], |r| r.get(0))?;
+    if version == 0 {
+        let tx = conn.transaction()?;
+        tx.execute_batch(SCHEMA)?;
+        tx.commit()?;
+    } else if version != VERSION {
+        return Err(rusqlite::Error::IntegralValueOutOfRange(0, version));
+    }
+    Ok(conn)
+}
+
+/// All that can be read. Damage in one place (a page, a table, a value) costs what is there and nothing else.
+fn read(conn: &Connection) -> Contents {
+    let mut receivers = BTreeSet::new();
+    let names = each(conn, "SELECT name FROM receiver ORDER BY name", |r| {
+        receivers.insert(r.get(0)?);
+        Ok(())
+    });
+    let mut progress: BTreeMap<u64, BTreeMap<String, Slot>> = BTreeMap::new();
+    let slots = "SELECT seq, receiver, acked, parked, attempts, error FROM progress ORDER BY seq";
+    let slots = each(conn, slots, |r| {
+        let error: Option<String> = r.get(5)?;
+        let slot = Slot {
+            acked: r.get(2)?,
+            parked: r.get(3)?,
+            attempts: r.get(4)?,
+            error: error.map(Into::into),
+            ..Slot::default()
+        };
+        progress.entry(sequence(r)?).or_default().insert(r.get(1)?, slot);
+        Ok(())
+    });
+    let mut rows = BTreeMap::new();
+    let episodes = each(conn, "SELECT seq, version, resolved, body FROM episode ORDER BY seq", |r| {
+        let (seq, body) = (sequence(r)?, r.get::<_, String>(3)?);
+        let alert = serde_json::from_str(&body);
+        let alert = alert.map_err(|e| {
+            rusqlite::Error::FromSqlConversionFailure(3, rusqlite::types::Type::Text, Box::new(e))
+        })?;
+        let progress = progress.remove(&seq).unwrap_or_default();
+        let row = Row { seq, version: r.get(1)?, resolved: r.get(2)?, alert, progress };
+        rows.entry(seq).or_insert(row);
+        Ok(())
+    });
+    let wrong: Vec<String> = [names, slots, episodes].into_iter().filter_map(Result::err).collect();
+    Contents {
+        rows: rows.into_values().collect(),
+        receivers,
+        damage: (!wrong.is_empty()).then(|| wrong.join("; ")),
+    }
+}
+
+/// Calls `row` for each row of an ordered query. A row that it does not understand costs no other, and where the file is damaged
+/// the rows behind the damage are read from the other end.
+fn each(
+    conn: &Connection,
+    sql: &str,
+    mut row: impl FnMut(&rusqlite::Row<'_>) -> rusqlite::Result<()>,
+) -> Result<(), String> {
+    let mut wrong = Ok(());
+    let mut all = |sql: &str| -> rusqlite::Result<()> {
+        let mut q = conn.prepare(sql)?;
+        let mut rows = q.query([])?;
+        for _ in 0..MAX_ROWS {
+            let Some(r) = rows.next()? else { return Ok(()) };
+            if let Err(e) = row(r) {
+                wrong = Err(e.to_string());
+            }
+        }
+        // A damaged tree can lead back to where it came from.
+        Err(rusqlite::Error::QueryReturnedMoreThanOneRow)
+    };
+    if let Err(e) = all(sql) {
+        // As far as the damage again.
+        let _ = all(&format!("{sql} DESC"));
+        return Err(e.to_string());
+    }
+    wrong
+}
+
+fn sequence(r: &rusqlite::Row<'_>) -> rusqlite::Result<u64> {
+    let seq: i64 = r.get(0)?;
+    u64::try_from(seq).map_err(|_| rusqlite::Error::IntegralValueOutOfRange(0, seq))
+}
+
+/// Whether the file is wrong, and not the disk, its room or a right to it.
+fn is_damage(e: &rusqlite::Error) -> bool {
+    use ErrorCode::{
+        CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, FileLockingProtocolFailed, OperationInterrupted,
+        OutOfMemory, PermissionDenied, ReadOnly, SystemIoFailure,
+    };
+    !matches!(
+        e.sqlite_error_code(),
+        Some(
+            CannotOpen
+                | DatabaseBusy
+                | DatabaseLocked
+                | DiskFull
+                | FileLockingProtocolFailed
+                | OperationInterrupted
+                | OutOfMemory
+                | PermissionDenied
+                | ReadOnly
+                | SystemIoFailure
+        )
+    )
 }

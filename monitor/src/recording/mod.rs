@@ -1,25 +1,31 @@
-//! A recording of all that the agent's core was given: ring records byte for byte, and everything else as JSON. Replayed
-//! in the same order it leads to the same forest. Compressed, versioned, and readable up to wherever it breaks off.
+//! A recording of every [`Input`] of the engine: ring records byte for byte, all others as JSON. A replay gives the same inputs to a
+//! new engine. Compressed, versioned, and readable up to the place where it breaks off.
 //!
-//! Layout: the magic line, then one gzip stream of frames: tag (1 byte), length (4 bytes, little endian), payload.
+//! Layout: the magic line, then one gzip stream of frames: tag (1 byte), length (4 bytes, little endian), payload. The first frame is
+//! the [`Header`].
 
-mod input;
 mod replay;
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufRead as _, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
+use serde::{Deserialize, Serialize};
 
-pub use self::input::Input;
-pub use self::replay::{Line, ReplayError, replay};
+use crate::config::Config;
+use crate::engine::{Input, Settings};
+use crate::files;
+
+pub use self::replay::{Line, ReplayError, replay, replay_frames};
 
 /// The first bytes of a recording; the digit is the version.
-const MAGIC: &[u8; 16] = b"jobwarden-rec 1\n";
+const MAGIC: &[u8; 16] = b"jobwarden-rec 2\n";
+/// How every version of the format begins.
+const FAMILY: &[u8] = b"jobwarden-rec ";
 /// A frame longer than this is none of ours: the largest is a snapshot of a host's processes.
 const MAX_FRAME: u32 = 256 << 20;
 
@@ -28,16 +34,44 @@ const MAX_FRAME: u32 = 256 << 20;
 pub enum Frame {
     /// A ring record, byte for byte.
     Event = 1,
-    /// Any other input of the core, as JSON.
+    /// Any other input, as JSON with its time.
     Input = 2,
+    /// The [`Header`], as JSON.
+    Header = 3,
+}
+
+/// What the engine is made of. `config` is TOML, as `check --print` writes it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Header {
+    pub settings: Settings,
+    pub config: String,
+}
+
+/// An input and its boot time (ns).
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Timed<'a> {
+    pub now: u64,
+    #[serde(borrow)]
+    pub input: Input<'a>,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum RecordingError {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: io::Error },
-    #[error("{path} is no recording of this program: it does not begin with {expected:?}")]
+    #[error("{path} is not a recording of this program: it does not begin with {expected:?}")]
     Foreign { path: PathBuf, expected: String },
+    #[error(
+        "{path} is a recording of format {found}, and this version reads format {ours}: replay it with `jobwarden replay` of the version that made it"
+    )]
+    Version { path: PathBuf, found: String, ours: String },
+}
+
+/// [`Timed`], borrowed.
+#[derive(Serialize)]
+struct TimedRef<'a, 'b> {
+    now: u64,
+    input: &'a Input<'b>,
 }
 
 /// Writes a recording.
@@ -51,11 +85,34 @@ impl Recorder {
     /// Creates the file; one that exists is refused, so that no recording is lost by a restart.
     pub fn create(path: &Path) -> Result<Self, RecordingError> {
         let io = |source| RecordingError::Io { path: path.to_owned(), source };
-        // It holds command lines as they are, before any masking.
+        // It holds command lines as they are, before any masking. A new file is no other one: `create_new` (O_EXCL) follows no
+        // symbolic link at the end of the path.
         let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io)?;
         let mut file = BufWriter::new(new);
         file.write_all(MAGIC).map_err(io)?;
         Ok(Self { path: path.to_owned(), out: GzEncoder::new(file, Compression::fast()) })
+    }
+
+    /// The first frame.
+    pub fn header(&mut self, settings: &Settings, config: &Config) -> Result<(), RecordingError> {
+        self.json(Frame::Header, &Header { settings: settings.clone(), config: config.to_toml() })
+    }
+
+    /// One input of the engine.
+    pub fn input(&mut self, input: &Input<'_>, now: u64) -> Result<(), RecordingError> {
+        match input {
+            Input::Record { bytes, .. } => self.write(Frame::Event, bytes),
+            other => self.json(Frame::Input, &TimedRef { now, input: other }),
+        }
+    }
+
+    fn json(&mut self, frame: Frame, value: &impl Serialize) -> Result<(), RecordingError> {
+        let bytes = serde_json::to_vec(value).map_err(|e| self.error(io::Error::other(e)))?;
+        self.write(frame, &bytes)
+    }
+
+    fn error(&self, source: io::Error) -> RecordingError {
+        RecordingError::Io { path: self.path.clone(), source }
     }
 
     pub fn write(&mut self, frame: Frame, payload: &[u8]) -> Result<(), RecordingError> {
@@ -80,37 +137,53 @@ impl Recorder {
     }
 }
 
-/// Reads a recording, from any source of bytes.
+/// Reads the frames of a recording, from any source of bytes.
 pub struct Player<R: Read> {
-    input: GzDecoder<R>,
+    input: R,
     buf: Vec<u8>,
     /// Set when the stream broke off before its end.
     truncated: bool,
 }
 
-impl Player<BufReader<File>> {
+impl Player<GzDecoder<BufReader<File>>> {
     pub fn open(path: &Path) -> Result<Self, RecordingError> {
         let io = |source| RecordingError::Io { path: path.to_owned(), source };
-        let file = BufReader::new(File::open(path).map_err(io)?);
-        Self::new(file).map_err(io)?.ok_or_else(|| RecordingError::Foreign {
-            path: path.to_owned(),
-            expected: String::from_utf8_lossy(MAGIC).trim_end().to_owned(),
-        })
+        let mut file = BufReader::new(files::open_regular(path).map_err(|e| io(e.into()))?);
+        let begin = file.fill_buf().map_err(io)?;
+        let begin = begin[..begin.len().min(MAGIC.len())].to_vec();
+        let version = |b: &[u8]| String::from_utf8_lossy(&b[FAMILY.len()..]).trim_end().to_owned();
+        match Self::new(file).map_err(io)? {
+            Some(player) => Ok(player),
+            None if begin.starts_with(FAMILY) => Err(RecordingError::Version {
+                path: path.to_owned(),
+                found: version(&begin),
+                ours: version(MAGIC),
+            }),
+            None => Err(RecordingError::Foreign {
+                path: path.to_owned(),
+                expected: String::from_utf8_lossy(MAGIC).trim_end().to_owned(),
+            }),
+        }
     }
 }
 
-impl<R: Read> Player<R> {
+impl<R: Read> Player<GzDecoder<R>> {
     /// None if the bytes are no recording.
     pub fn new(mut input: R) -> io::Result<Option<Self>> {
         let mut magic = [0; MAGIC.len()];
         match input.read_exact(&mut magic) {
-            Ok(()) if &magic == MAGIC => {
-                Ok(Some(Self { input: GzDecoder::new(input), buf: Vec::new(), truncated: false }))
-            }
+            Ok(()) if &magic == MAGIC => Ok(Some(Self::frames(GzDecoder::new(input)))),
             Ok(()) => Ok(None),
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
             Err(e) => Err(e),
         }
+    }
+}
+
+impl<R: Read> Player<R> {
+    /// Reads frames that are not compressed and have no magic line before them.
+    pub fn frames(input: R) -> Self {
+        Self { input, buf: Vec::new(), truncated: false }
     }
 
     /// The next frame; None at the end, or where the file breaks off or makes no sense (see [`Self::truncated`]).
@@ -129,6 +202,7 @@ impl<R: Read> Player<R> {
         let frame = match tag {
             1 => Frame::Event,
             2 => Frame::Input,
+            3 => Frame::Header,
             _ => return self.broken(),
         };
         if len > MAX_FRAME {
@@ -188,5 +262,16 @@ mod tests {
             }
             assert!(n == frames.len() || p.truncated(), "cut at {cut}: {n} frames");
         }
+    }
+
+    #[test]
+    fn another_version_is_rejected_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r");
+        std::fs::write(&path, b"jobwarden-rec 1\n\x1f\x8b").unwrap();
+        let error = Player::open(&path).err().unwrap().to_string();
+        assert!(error.contains("format 1") && error.contains("format 2"), "{error}");
+        std::fs::write(&path, b"#!/bin/sh\n").unwrap();
+        assert!(matches!(Player::open(&path), Err(RecordingError::Foreign { .. })));
     }
 }

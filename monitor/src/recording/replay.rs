@@ -1,15 +1,16 @@
 //! A recording, told to an engine again: its events, what the policy made of them, and the forest at the end. No probe,
 //! no /proc: it replays on any machine.
 
+use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::input::{Input, config};
-use super::{Frame, Player, RecordingError};
-use crate::config::ConfigError;
-use crate::engine::{AlertChange, Effect, Engine, TreeQuery};
+use super::{Frame, Header, Player, RecordingError, Timed};
+use crate::config::{self, ConfigError, Overrides};
+use crate::engine::{AlertChange, Change, Engine, Input, Limits, Output, TreeQuery};
 use crate::model::event;
 use crate::model::schema::{Alert, EventLine, Job, Tree};
 
@@ -54,41 +55,55 @@ pub fn replay(
     speed: Option<f64>,
     out: &mut dyn FnMut(Line) -> std::io::Result<()>,
 ) -> Result<(), ReplayError> {
-    let mut player = Player::open(path)?;
-    let first =
-        player.next_frame().filter(|(f, _)| *f == Frame::Input).map(|(_, b)| serde_json::from_slice(b));
-    let Some(Input::Start { settings, config: text }) = first.transpose()? else {
-        return Err(ReplayError::Empty(path.to_owned()));
+    if replay_frames(&mut Player::open(path)?, speed, out)? {
+        Ok(())
+    } else {
+        Err(ReplayError::Empty(path.to_owned()))
+    }
+}
+
+/// Replays what the player reads. False: there is no header that an engine could be made of.
+pub fn replay_frames<R: Read>(
+    player: &mut Player<R>,
+    speed: Option<f64>,
+    out: &mut dyn FnMut(Line) -> std::io::Result<()>,
+) -> Result<bool, ReplayError> {
+    let first = player.next_frame().filter(|(f, _)| *f == Frame::Header);
+    let Some(mut header) = first.map(|(_, b)| serde_json::from_slice::<Header>(b)).transpose()? else {
+        return Ok(false);
     };
-    let mut engine = Engine::new(*settings, &config(&text)?);
+    header.settings.limits = header.settings.limits.at_most(&Limits::default());
+    let none = BTreeMap::new();
+    let config = config::parse(Path::new("recorded config"), &header.config, &none, &Overrides::default())?;
+    let mut engine = Engine::new(header.settings, &config);
     let mut pace = speed.map(Pace::new);
-    let (mut fx, mut events, mut last) = (Vec::new(), 0, 0);
+    let (mut output, mut events, mut last) = (Output::default(), 0, 0);
     while let Some((frame, payload)) = player.next_frame() {
         match frame {
             Frame::Event => {
-                let Ok(e) = event::decode(payload) else { continue };
+                let Ok(event) = event::decode(payload) else { continue };
                 if let Some(p) = &mut pace {
-                    p.wait(e.at);
+                    p.wait(event.at);
                 }
-                let moment = engine.moment(&e);
-                let before = engine.jobs_of(e.process);
-                engine.event(&e, &mut fx);
-                let jobs = if before.is_empty() { engine.jobs_of(e.process) } else { before };
-                let line = engine.event_line(&e, &moment, jobs.first().copied());
-                (events, last) = (events + 1, last.max(e.at));
+                let context = engine.event_context(&event);
+                let before = engine.jobs_of(event.process);
+                engine.handle(Input::Record { event: &event, bytes: payload }, event.at, &mut output);
+                let jobs = if before.is_empty() { engine.jobs_of(event.process) } else { before };
+                let line = engine.event_line(&event, &context, jobs.first().copied());
+                (events, last) = (events + 1, last.max(event.at));
                 out(Line::Event(line)).map_err(ReplayError::Output)?;
             }
             Frame::Input => {
-                let input: Input = serde_json::from_slice(payload)?;
-                if let Input::Tick { now } | Input::Observe { now, .. } | Input::Snapshot { now, .. } = &input
-                {
-                    last = last.max(*now);
-                }
-                input.replay(&mut engine, &mut fx)?;
+                let Timed { now, input } = serde_json::from_slice(payload)?;
+                last = last.max(now);
+                engine.handle(input, now, &mut output);
             }
+            // Only the first one makes an engine.
+            Frame::Header => {}
         }
-        for f in fx.drain(..) {
-            if let Effect::Alert { change, alert } = f {
+        output.effects.clear();
+        for change in output.changes.drain(..) {
+            if let Change::Alert { change, alert } = change {
                 out(Line::Alert { kind: "alert", change, alert }).map_err(ReplayError::Output)?;
             }
         }
@@ -97,9 +112,11 @@ pub fn replay(
         at: String::new(),
         host: String::new(),
         processes: Vec::new(),
+        unread: Vec::new(),
     });
     let end = Line::End { kind: "end", truncated: player.truncated(), events, jobs: engine.jobs(), tree };
-    out(end).map_err(ReplayError::Output)
+    out(end).map_err(ReplayError::Output)?;
+    Ok(true)
 }
 
 /// Holds events back to the time at which they happened, times a factor.

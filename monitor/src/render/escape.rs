@@ -46,9 +46,9 @@ const fn hidden(c: char) -> bool {
 
 /// argv as one line: joined by a space, what is empty or has a space in it quoted, so that the words can be told apart.
 #[must_use]
-pub fn argv(argv: &[String]) -> String {
-    let mut out = String::with_capacity(argv.iter().map(|a| a.len() + 1).sum());
-    for (n, word) in argv.iter().enumerate() {
+pub fn argv<S: AsRef<str>>(argv: &[S]) -> String {
+    let mut out = String::with_capacity(argv.iter().map(|a| a.as_ref().len() + 1).sum());
+    for (n, word) in argv.iter().map(AsRef::as_ref).enumerate() {
         if n > 0 {
             out.push(' ');
         }
@@ -66,7 +66,13 @@ pub fn argv(argv: &[String]) -> String {
 /// `4110 (python3)`.
 #[must_use]
 pub fn process(r: &Ref) -> String {
-    format!("{} ({})", r.pid, escape(&r.comm))
+    name(r.pid, &r.comm)
+}
+
+/// The same, of its parts.
+#[must_use]
+pub(super) fn name(pid: u32, comm: &str) -> String {
+    format!("{pid} ({})", escape(comm))
 }
 
 /// How it ended: `exit 1`, `killed by SIGTERM from 4110 (python3)`.

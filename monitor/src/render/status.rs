@@ -54,6 +54,7 @@ pub fn status(s: &Status, now: SystemTime, style: Style) -> String {
         ("alerts", firing, format!("{} firing, {} pending", s.alerts_firing, s.alerts_pending)),
         ("undelivered", waiting, s.undelivered.to_string()),
     ];
+    rows.extend(s.storage.iter().map(|wrong| ("storage", Paint::Bad, escape(wrong))));
     let config =
         s.config.as_ref().map_or_else(|| "none, the defaults".into(), |p| escape(&p.to_string_lossy()));
     let (paint, config) = if s.config_ok {

@@ -10,6 +10,7 @@ use crate::model::schema::{
     Jobs, KillReport, LineageKnown, Process, Ref, Severity, SignalBy, SignalOutcome, Signalled,
     SignalledOutcome, Spared, State, Tree, Undelivered, Verdict,
 };
+use crate::model::tree_rows::TreeRows;
 
 const NOW: &str = "2026-11-23T12:01:00Z";
 
@@ -91,21 +92,34 @@ fn incident() -> Vec<Process> {
 }
 
 fn draw(processes: Vec<Process>, style: Style) -> String {
-    let t = Tree { at: NOW.into(), host: "h".into(), processes };
+    let t = Tree { at: NOW.into(), host: "h".into(), processes, unread: Vec::new() };
     let jobs = HashMap::from([(JOB, "etl".to_owned())]);
     let users = |uid| (uid == 0).then(|| "root".to_owned());
     let causes = HashMap::new();
-    tree(&TreeView { tree: &t, jobs: &jobs, users: &users, causes: &causes, kernel_threads: false }, style)
+    let json = serde_json::to_vec(&TreeRows::from(&t)).unwrap();
+    let rows = TreeRows::parse(&json).unwrap();
+    let draw = |rows: &TreeRows<'_>| {
+        let view =
+            TreeView { tree: rows, jobs: &jobs, users: &users, causes: &causes, kernel_threads: false };
+        tree(&view, style)
+    };
+    let text = draw(&rows);
+    // From the whole JSON it is the same.
+    let whole = serde_json::to_vec(&t).unwrap();
+    assert_eq!(draw(&TreeRows::parse(&whole).unwrap()), text);
+    text
 }
 
 /// The subject of a firing alert: what is known of its cause, and what to type.
 #[test]
 fn a_cause_among_the_notes() {
-    let t = Tree { at: NOW.into(), host: "h".into(), processes: incident() };
+    let t = Tree { at: NOW.into(), host: "h".into(), processes: incident(), unread: Vec::new() };
     let (worker, orphan) = (t.processes[1].id, t.processes[4].id);
     let causes = HashMap::from([(worker, Some(Verdict::ParentBlockedOnPipe)), (orphan, None)]);
     let (jobs, users) = (HashMap::new(), |_| None);
-    let view = TreeView { tree: &t, jobs: &jobs, users: &users, causes: &causes, kernel_threads: false };
+    let json = serde_json::to_vec(&TreeRows::from(&t)).unwrap();
+    let rows = TreeRows::parse(&json).unwrap();
+    let view = TreeView { tree: &rows, jobs: &jobs, users: &users, causes: &causes, kernel_threads: false };
     let got = tree(&view, Style::default());
     assert!(got.contains("<parent-blocked-on-pipe, see: jobwarden why 410:410>"), "\n{got}");
     assert!(got.contains("<see: jobwarden why 413:413>"), "\n{got}");

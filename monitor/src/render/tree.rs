@@ -4,17 +4,16 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::time::SystemTime;
 
-use super::escape::{age, argv, between, count, escape, exit, process, wall};
+use super::escape::{age, argv, between, count, escape, exit, name, wall};
 use super::style::{Paint, Style, cut, width};
 use super::why::word;
 use crate::model::key::Key;
-use crate::model::schema::{
-    Alert, AlertKind, AlertState, Alerts, JobId, Jobs, LineageKnown, Process, State, Tree, Verdict,
-};
+use crate::model::schema::{Alert, AlertKind, AlertState, Alerts, JobId, Jobs, LineageKnown, State, Verdict};
+use crate::model::tree_rows::{Row, TreeRows};
 
 /// What is drawn, and what is needed to know beside it.
 pub struct TreeView<'a> {
-    pub tree: &'a Tree,
+    pub tree: &'a TreeRows<'a>,
     /// Names of jobs; one that is missing is shown by its id alone.
     pub jobs: &'a HashMap<JobId, String>,
     /// Names of users; one that is missing is shown by its number.
@@ -34,7 +33,7 @@ fn causes(alerts: &[Alert]) -> HashMap<Key, Option<Verdict>> {
 /// With what the agent's other answers say; those are a help only, and a tree without them is better than none.
 #[must_use]
 pub fn tree_with(
-    tree: &Tree,
+    tree: &TreeRows<'_>,
     jobs: Option<Jobs>,
     alerts: Option<Alerts>,
     users: &dyn Fn(u32) -> Option<String>,
@@ -57,7 +56,7 @@ const LEVELS: usize = 40;
 /// One line for each process, parents first.
 #[must_use]
 pub fn tree(view: &TreeView<'_>, style: Style) -> String {
-    let shown: Vec<&Process> =
+    let shown: Vec<&Row<'_>> =
         view.tree.processes.iter().filter(|p| view.kernel_threads || !p.kernel_thread).collect();
     let forest = Forest::new(&shown);
     let columns = Columns::new(view, &shown);
@@ -87,13 +86,18 @@ pub fn tree(view: &TreeView<'_>, style: Style) -> String {
             stack.push((c, below.clone(), n + 1 < children.len(), depth + 1));
         }
     }
+    for u in view.tree.unread.iter() {
+        let line = format!("not read: {} of {}, blocked for {:.0} s", escape(&u.what), u.pid, u.blocked_s);
+        out.push_str(&style.paint(Paint::Odd, &line));
+        out.push('\n');
+    }
     out
 }
 
 /// Who is drawn below whom: below its lineage parent; where that is not known, below the process that would reap it. A
 /// process is its place in `shown`.
 struct Forest<'a> {
-    shown: &'a [&'a Process],
+    shown: &'a [&'a Row<'a>],
     by_pid: HashMap<u32, usize>,
     above: Vec<Option<usize>>,
     children: Vec<Vec<usize>>,
@@ -101,11 +105,11 @@ struct Forest<'a> {
 }
 
 impl<'a> Forest<'a> {
-    fn new(shown: &'a [&'a Process]) -> Self {
+    fn new(shown: &'a [&'a Row<'a>]) -> Self {
         let by_key: HashMap<Key, usize> = shown.iter().enumerate().map(|(i, p)| (p.id, i)).collect();
         let alive = shown.iter().enumerate().filter(|(_, p)| p.state != State::Gone);
-        let by_pid: HashMap<u32, usize> = alive.map(|(i, p)| (p.pid, i)).collect();
-        let over = |(i, p): (usize, &&Process)| {
+        let by_pid: HashMap<u32, usize> = alive.map(|(i, p)| (p.id.pid, i)).collect();
+        let over = |(i, p): (usize, &&Row<'_>)| {
             let reaper = p.ppid.and_then(|pid| by_pid.get(&pid));
             let lineage = p.lineage_parent.and_then(|k| by_key.get(&k));
             lineage.or(reaper).copied().filter(|&above| above != i)
@@ -123,11 +127,11 @@ impl<'a> Forest<'a> {
         Self { shown, by_pid, above, children, roots }
     }
 
-    fn above(&self, i: usize) -> Option<&'a Process> {
+    fn above(&self, i: usize) -> Option<&'a Row<'a>> {
         self.above[i].map(|a| self.shown[a])
     }
 
-    fn of_pid(&self, pid: u32) -> Option<&'a Process> {
+    fn of_pid(&self, pid: u32) -> Option<&'a Row<'a>> {
         self.by_pid.get(&pid).map(|&i| self.shown[i])
     }
 }
@@ -159,8 +163,8 @@ struct Columns {
 }
 
 impl Columns {
-    fn new(view: &TreeView<'_>, shown: &[&Process]) -> Self {
-        let pid = shown.iter().map(|p| p.pid).max().unwrap_or(0).to_string().len().max(5);
+    fn new(view: &TreeView<'_>, shown: &[&Row<'_>]) -> Self {
+        let pid = shown.iter().map(|p| p.id.pid).max().unwrap_or(0).to_string().len().max(5);
         let mut users = HashMap::new();
         for p in shown {
             users.entry(p.uid).or_insert_with(|| user(view, p.uid));
@@ -194,7 +198,7 @@ impl Lines<'_> {
     fn line(&self, out: &mut String, i: usize, bars: &str, depth: usize, style: Style) {
         let (p, c) = (self.forest.shown[i], &self.columns);
         let old = self.now.and_then(|n| between(&p.started, n)).map_or_else(|| "?".into(), age);
-        let front = format!("{:>pid$} {} {old:>6} {} ", p.pid, letter(p), c.users[&p.uid], pid = c.pid);
+        let front = format!("{:>pid$} {} {old:>6} {} ", p.id.pid, letter(p), c.users[&p.uid], pid = c.pid);
         let edge = match (depth, p.lineage) {
             (0, _) => "",
             (_, LineageKnown::Known) => " \\_ ",
@@ -246,11 +250,11 @@ impl Lines<'_> {
             let runtime = c.runtime.as_deref().unwrap_or("container");
             notes.push((Paint::Dim, format!("{{{} {}}}", escape(runtime), escape(&id))));
         }
-        if let Some(inside) = p.ns_pid.filter(|n| *n != p.pid) {
+        if let Some(inside) = p.ns_pid.filter(|n| *n != p.id.pid) {
             notes.push((Paint::Dim, format!("(pid {inside} inside)")));
         }
-        if p.elided > 0 {
-            let dead = count(p.elided as usize, "dead ancestor", "dead ancestors");
+        if let Some(elided) = p.elided {
+            let dead = count(elided as usize, "dead ancestor", "dead ancestors");
             notes.push((Paint::Dim, format!("<{dead} more above it>")));
         }
         let for_ = if p.state == State::Running { String::new() } else { age(p.state_s) };
@@ -264,8 +268,10 @@ impl Lines<'_> {
             State::Zombie => {
                 let reaper = p.ppid.map_or_else(String::new, |pid| {
                     let known = self.forest.of_pid(pid);
-                    let who = known
-                        .map_or_else(|| pid.to_string(), |q| format!("{}{}", process(&q.to_ref()), init(q)));
+                    let who = known.map_or_else(
+                        || pid.to_string(),
+                        |q| format!("{}{}", name(q.id.pid, &q.comm), init(q)),
+                    );
                     format!("; not reaped by {who}")
                 });
                 notes.push((Paint::Bad, format!("<zombie for {for_}{}{reaper}>", how(": "))));
@@ -276,7 +282,7 @@ impl Lines<'_> {
             let by = p.adopter.as_ref().map_or_else(String::new, |a| {
                 let known = self.forest.of_pid(a.pid).filter(|q| q.id == a.id);
                 let init = known.map_or_else(String::new, init);
-                format!(", adopted by {}{init}", process(a))
+                format!(", adopted by {}{init}", name(a.pid, &a.comm))
             });
             notes.push((Paint::Odd, format!("<orphan{by}>")));
         }
@@ -289,16 +295,16 @@ impl Lines<'_> {
 }
 
 /// Of a namespace's PID 1: what it is the init of.
-fn init(p: &Process) -> String {
-    if p.ns_pid == Some(1) && p.pid != 1 {
-        format!(", {}", escape(&crate::model::container::init_of(p.container.as_ref(), p.pid_ns)))
+fn init(p: &Row<'_>) -> String {
+    if p.ns_pid == Some(1) && p.id.pid != 1 {
+        format!(", {}", escape(&crate::model::container::init_of(p.container.as_deref(), p.pid_ns)))
     } else {
         String::new()
     }
 }
 
 /// As `ps` shows it; `-` for one that is reaped.
-fn letter(p: &Process) -> String {
+fn letter(p: &Row<'_>) -> String {
     let by_state = match p.state {
         State::Running => "?",
         State::LeaderExited | State::Zombie => "Z",
@@ -310,7 +316,7 @@ fn letter(p: &Process) -> String {
 }
 
 /// Of the columns and of the command.
-const fn paints(p: &Process) -> (Paint, Paint) {
+const fn paints(p: &Row<'_>) -> (Paint, Paint) {
     match p.state {
         State::Zombie => (Paint::Bad, Paint::Bad),
         State::Gone => (Paint::Dim, Paint::Dim),
@@ -320,7 +326,7 @@ const fn paints(p: &Process) -> (Paint, Paint) {
     }
 }
 
-fn command(p: &Process) -> String {
+fn command(p: &Row<'_>) -> String {
     let cut = if p.argv_cut { " …" } else { "" };
     if p.argv.is_empty() { format!("[{}]{cut}", escape(&p.comm)) } else { argv(&p.argv) + cut }
 }

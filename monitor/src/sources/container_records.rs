@@ -3,8 +3,9 @@
 //! root and, for an agent in a container, in that of the host's PID 1.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::io::Read as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -58,13 +59,22 @@ fn runc(proc: &Proc, path: &str) -> Option<String> {
 fn has_state(proc: &Proc, id: &str, group: &str) -> bool {
     roots(proc, RUNC).iter().any(|dir| {
         let file = dir.join(id).join("state.json");
-        // A user's own runc keeps its records elsewhere; what is not root's is nobody's word.
-        if !fs::metadata(&file).is_ok_and(|m| m.is_file() && m.uid() == 0 && m.len() <= STATE_MAX) {
-            return false;
-        }
-        let state = fs::read(&file).ok().and_then(|b| serde_json::from_slice::<RuncState>(&b).ok());
+        let state = record(&file).and_then(|b| serde_json::from_slice::<RuncState>(&b).ok());
         state.is_some_and(|s| s.cgroup_paths.values().any(|p| p.ends_with(group)))
     })
+}
+
+/// A record that root wrote. A user's own runc keeps its records elsewhere; what is not root's is nobody's word.
+fn record(path: &Path) -> Option<Vec<u8>> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = fs::File::options().read(true).custom_flags(flags).open(path).ok()?;
+    let meta = file.metadata().ok()?;
+    if !meta.is_file() || meta.uid() != 0 || meta.len() > STATE_MAX {
+        return None;
+    }
+    let mut text = Vec::new();
+    file.take(STATE_MAX).read_to_end(&mut text).ok()?;
+    Some(text)
 }
 
 /// Whether the v2 group at this path has this id: it is the inode of the group's folder.

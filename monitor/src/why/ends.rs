@@ -1,7 +1,5 @@
 //! The files that a thread waits on, and who holds their other ends.
 
-use rustix::fs::{AtFlags, StatxFlags};
-
 use super::family::{Closeness, Family, Relation};
 use super::holders::{FdRow, rows_of};
 use crate::model::key::Key;
@@ -91,10 +89,8 @@ struct Node {
 }
 
 impl Family<'_> {
-    /// Attributes as they are cached: a file server that is gone is not waited for.
-    fn node(path: &std::path::Path) -> Option<Node> {
-        let flags = AtFlags::STATX_DONT_SYNC;
-        let s = rustix::fs::statx(rustix::fs::CWD, path, flags, StatxFlags::BASIC_STATS).ok()?;
+    fn node(&self, pid: u32, name: &str) -> Option<Node> {
+        let s = self.proc.attributes(pid, name).ok()?;
         Some(Node {
             mode: u32::from(s.stx_mode),
             rdev: (s.stx_rdev_major, s.stx_rdev_minor),
@@ -124,7 +120,7 @@ impl Family<'_> {
 
     fn path_kind(&self, pid: u32, fd: u32, mount: &mut Option<String>) -> Kind {
         let info = self.proc.fdinfo(pid, fd).unwrap_or_default();
-        let Some(node) = Self::node(&self.proc.path(pid, &format!("fd/{fd}"))) else { return Kind::Other };
+        let Some(node) = self.node(pid, &format!("fd/{fd}")) else { return Kind::Other };
         match node.mode & libc::S_IFMT {
             libc::S_IFIFO => Kind::Fifo(node.dev, node.inode),
             libc::S_IFCHR if node.rdev == (5, 2) => info.tty_index.map_or(Kind::Other, Kind::Master),
@@ -305,9 +301,7 @@ fn other_inodes(f: &Family<'_>, pid: u32, end: &End) -> Vec<u64> {
         (Kind::Slave(_), _) => {
             let mut v = vec![DEVPTS_PTMX];
             v.extend(
-                ["root/dev/ptmx", "root/dev/pts/ptmx"]
-                    .iter()
-                    .filter_map(|p| Some(Family::node(&f.proc.path(pid, p))?.inode)),
+                ["root/dev/ptmx", "root/dev/pts/ptmx"].iter().filter_map(|p| Some(f.node(pid, p)?.inode)),
             );
             v
         }
@@ -330,7 +324,7 @@ fn verified(f: &Family<'_>, pid: u32, end: &End, row: &FdRow) -> Option<String> 
     let holder = row.process.pid;
     let link = f.proc.fd_link(holder, row.fd).ok()?;
     let text = link.to_string();
-    let path = || Family::node(&f.proc.path(holder, &format!("fd/{}", row.fd)));
+    let path = || f.node(holder, &format!("fd/{}", row.fd));
     let is_it = match (end.kind, &link) {
         (Kind::Pipe, FdLink::Pipe(_)) => link == end.link,
         (Kind::SocketPair(peer) | Kind::Socket(peer), FdLink::Socket(n)) => peer == Some(*n),
@@ -343,7 +337,7 @@ fn verified(f: &Family<'_>, pid: u32, end: &End, row: &FdRow) -> Option<String> 
         }),
         (Kind::Slave(n), FdLink::Path(_)) => {
             f.proc.fdinfo(holder, row.fd).is_ok_and(|i| i.tty_index == Some(n))
-                && Family::node(&f.proc.path(pid, &format!("fd/{}", end.fd)))
+                && f.node(pid, &format!("fd/{}", end.fd))
                     .is_some_and(|slave| same_terminals(f, holder, row.fd, slave.dev))
         }
         _ => false,
@@ -354,8 +348,7 @@ fn verified(f: &Family<'_>, pid: u32, end: &End, row: &FdRow) -> Option<String> 
 /// Whether a master and a terminal on the devpts with device number `dev` belong together: containers have a devpts of
 /// their own, with terminals of the same numbers. A master that was opened by a node outside devpts may be of any.
 fn same_terminals(f: &Family<'_>, pid: u32, master: u32, dev: u64) -> bool {
-    Family::node(&f.proc.path(pid, &format!("fd/{master}")))
-        .is_none_or(|m| m.inode != DEVPTS_PTMX || m.dev == dev)
+    f.node(pid, &format!("fd/{master}")).is_none_or(|m| m.inode != DEVPTS_PTMX || m.dev == dev)
 }
 
 /// The nearest of all holders.

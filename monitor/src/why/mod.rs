@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::model::question::Question;
 use crate::model::schema::{Cause, Evidence, State, Verdict};
-use crate::sources::proc::Proc;
+use crate::sources::proc::{Proc, blocking};
 
 mod ends;
 mod evidence;
@@ -14,6 +14,8 @@ pub mod holders;
 mod look;
 mod orphan;
 mod python;
+#[cfg(feature = "python")]
+mod source;
 mod syscalls;
 mod unix;
 mod verdict;
@@ -46,6 +48,7 @@ impl Default for Limits {
 pub fn explain(q: &Question, proc: &Proc, holders: &dyn Holders, limits: &Limits) -> Cause {
     let family = Family::new(q, proc, holders, limits);
     let mut told = family.explain();
+    told.evidence.extend(left_out(q));
     told.lines.truncate(LINES);
     match (told.python.take(), told.lines.len() < LINES, told.lines.first_mut()) {
         (Some(line), true, _) => told.lines.push(format!("Python: {line}")),
@@ -60,6 +63,16 @@ pub fn explain(q: &Question, proc: &Proc, holders: &dyn Holders, limits: &Limits
         remedy: told.remedy,
         alert: q.alert.clone(),
     }
+}
+
+/// What could not be read of the process and its family, because it holds up its readers.
+fn left_out(q: &Question) -> impl Iterator<Item = Evidence> {
+    let ours =
+        |pid| std::iter::once(&q.subject).chain(&q.family).any(|p| p.pid == pid && p.state != State::Gone);
+    blocking::blocked().into_iter().filter(move |b| ours(b.pid)).map(|b| {
+        let seconds = b.since.elapsed().as_secs_f64();
+        evidence::note(format!("not read: {} of {}, blocked for {seconds:.0} s", b.what, b.pid))
+    })
 }
 
 /// Lines of a summary.

@@ -42,24 +42,16 @@ pub(super) fn where_it_is(frames: &[Evidence]) -> Option<String> {
 
 #[cfg(feature = "python")]
 mod spy {
-    use std::io::Read as _;
-    use std::os::unix::fs::MetadataExt as _;
     use std::os::unix::process::CommandExt as _;
     use std::path::Path;
     use std::process::{Command, ExitCode, Stdio};
-    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-    use std::sync::mpsc;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
-    use rustix::fs::{Mode, OFlags, ResolveFlags};
-
+    use super::super::source;
     use super::{Duration, Evidence, Proc};
+    use crate::sources::proc::blocking;
 
     const FRAMES: usize = 10;
-    /// Looks that may be under way at once; one that hangs (on a file server that is gone) is left to itself.
-    const AT_ONCE: usize = 2;
-    /// Bytes of a source file that are read, and of a line that are shown.
-    const SOURCE: u64 = 2 << 20;
-    const LINE: usize = 160;
 
     /// The helper's name, by which it knows itself.
     const HELPER: &str = "jobwarden-python-frames";
@@ -68,45 +60,37 @@ mod spy {
 
     /// Whether `main` answers to [`HELPER`].
     static HAS_HELPER: AtomicBool = AtomicBool::new(false);
-    static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
-
-    struct Slot;
-
-    impl Slot {
-        fn take() -> Option<Self> {
-            let slot = Self;
-            (UNDER_WAY.fetch_add(1, Ordering::AcqRel) < AT_ONCE).then_some(slot)
-        }
-    }
-
-    impl Drop for Slot {
-        fn drop(&mut self) {
-            UNDER_WAY.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
 
     pub(in super::super) fn frames(proc: &Proc, pid: u32, tid: u32, limit: Duration) -> Vec<Evidence> {
         // py-spy reads /proc itself, wherever `proc` points.
         if limit.is_zero() || proc.root() != Path::new("/proc") || !is_python(proc, pid) {
             return Vec::new();
         }
-        let Some(slot) = Slot::take() else { return Vec::new() };
-        let (send, receive) = mpsc::channel();
-        let proc = proc.clone();
-        let spawned = std::thread::Builder::new().name("python-frames".into()).spawn(move || {
-            let _slot = slot;
-            let frames = if HAS_HELPER.load(Ordering::Acquire) {
-                ask_helper(pid, tid, limit)
-            } else {
-                std::panic::catch_unwind(|| look(&proc, pid, tid)).ok().flatten()
-            };
-            // The receiver may have given up by now.
-            let _ = send.send(frames.unwrap_or_default());
-        });
-        if spawned.is_err() {
-            return Vec::new();
+        let Some(before) = proc.may_inspect(pid) else { return Vec::new() };
+        let dir = proc.path(pid, "");
+        let ask = move || {
+            let frames =
+                if HAS_HELPER.load(Ordering::Acquire) { ask_helper(pid, tid, limit) } else { look(pid, tid) };
+            Ok(frames.unwrap_or_default())
+        };
+        let Ok(mut frames) = blocking::run(pid, "Python frames", &dir, limit, ask) else { return Vec::new() };
+        let (reader, bare) = (proc.clone(), frames.clone());
+        let sources = move || Ok(bare.iter().map(|f| line_of(&reader, pid, f)).collect::<Vec<_>>());
+        // Without its lines where that takes too long.
+        if let Ok(lines) = blocking::run(pid, "source files", &dir, blocking::LIMIT, sources) {
+            for (frame, line) in frames.iter_mut().zip(lines) {
+                if let Evidence::Python { source, .. } = frame {
+                    *source = line;
+                }
+            }
         }
-        receive.recv_timeout(limit).unwrap_or_default()
+        // It may have executed a program of another user meanwhile, and the pid may be another process's.
+        if proc.may_inspect(pid) == Some(before) { frames } else { Vec::new() }
+    }
+
+    fn line_of(proc: &Proc, pid: u32, frame: &Evidence) -> Option<String> {
+        let Evidence::Python { file, line, .. } = frame else { return None };
+        source::line(proc, pid, file, *line)
     }
 
     fn ask_helper(pid: u32, tid: u32, limit: Duration) -> Option<Vec<Evidence>> {
@@ -137,10 +121,10 @@ mod spy {
         let _ = rustix::process::setrlimit(rustix::process::Resource::Core, limit(0));
         // SAFETY: alarm has no preconditions. Nobody here handles SIGALRM: it ends the process.
         unsafe { libc::alarm(seconds) };
-        let frames = look(&Proc::default(), pid, tid).and_then(|f| serde_json::to_string(&f).ok());
+        let frames = look(pid, tid).and_then(|f| serde_json::to_vec(&f).ok());
         let Some(text) = frames else { return Some(ExitCode::FAILURE) };
-        println!("{text}");
-        Some(ExitCode::SUCCESS)
+        let printed = crate::output::print(&format!("{}\n", String::from_utf8_lossy(&text)));
+        Some(if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
     /// The interpreter itself, or a program that embeds it.
@@ -150,49 +134,42 @@ mod spy {
         name.starts_with("python") || name.starts_with("uwsgi") || proc.maps(pid, "/libpython")
     }
 
-    fn look(proc: &Proc, pid: u32, tid: u32) -> Option<Vec<Evidence>> {
-        let config =
-            py_spy::Config { blocking: py_spy::config::LockingStrategy::NonBlocking, ..Default::default() };
+    /// Whether each library that py-spy would open by its path in the process's root is a plain file that the process itself may
+    /// read: no FIFO, no device. (Its executable is opened by /proc/PID/exe, which is the file that is being run.)
+    ///
+    /// Race: the name may be another file's by the time that py-spy opens it; then the helper opens that one, and shows nothing of it.
+    fn libraries_are_files(proc: &Proc, pid: u32) -> bool {
+        let Ok(maps) = std::fs::read_to_string(proc.path(pid, "maps")) else { return false };
+        let mut libraries: Vec<&str> =
+            maps.lines().filter_map(|l| l.find('/').and_then(|at| l.get(at..))).collect();
+        libraries.retain(|path| path.contains("/libpython"));
+        libraries.dedup();
+        libraries.into_iter().all(|path| source::is_file(proc, pid, path))
+    }
+
+    fn look(pid: u32, tid: u32) -> Option<Vec<Evidence>> {
+        if !libraries_are_files(&Proc::default(), pid) {
+            return None;
+        }
+        let config = py_spy::Config {
+            blocking: py_spy::config::LockingStrategy::NonBlocking,
+            // Short names are made by looking for `__init__.py` along paths that the process chose.
+            full_filenames: true,
+            ..Default::default()
+        };
         let mut spy = py_spy::PythonSpy::new(i32::try_from(pid).ok()?, &config).ok()?;
         // What was changed while it was read gives an error: once more, then.
         let traces = spy.get_stack_traces().or_else(|_| spy.get_stack_traces()).ok()?;
         let of = |t: &py_spy::StackTrace| t.os_thread_id == Some(u64::from(tid));
         let alone = traces.len() == 1;
         let trace = traces.into_iter().find(|t| of(t) || alone)?;
-        let uid = proc.status(pid).ok().and_then(|s| s.uid);
         let evidence = |f: &py_spy::Frame| Evidence::Python {
             thread: u64::from(tid),
-            source: uid.and_then(|uid| source(proc, pid, uid, &f.filename, f.line)),
+            source: None,
             file: f.filename.clone(),
             line: f.line.max(0) as u32,
             function: f.name.clone(),
         };
         Some(trace.frames.iter().take(FRAMES).map(evidence).collect())
-    }
-
-    /// The line of source, as the process itself would find it: in its own root, and only from a regular file that
-    /// everybody, or its own user, may read. Its memory names the file, so it must not make the agent show
-    /// others' secrets.
-    fn source(proc: &Proc, pid: u32, uid: u32, file: &str, line: i32) -> Option<String> {
-        let root = std::fs::File::open(proc.path(pid, "root")).ok()?;
-        let path = if file.starts_with('/') {
-            file.to_owned()
-        } else {
-            format!("{}/{file}", std::fs::read_link(proc.path(pid, "cwd")).ok()?.to_str()?)
-        };
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let within = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let opened = rustix::fs::openat2(&root, path.as_str(), flags, Mode::empty(), within).ok()?;
-        let opened = std::fs::File::from(opened);
-        let meta = opened.metadata().ok()?;
-        let may = meta.mode() & 0o004 != 0 || meta.uid() == uid && meta.mode() & 0o400 != 0;
-        if !meta.is_file() || !may {
-            return None;
-        }
-        let mut text = Vec::new();
-        opened.take(SOURCE).read_to_end(&mut text).ok()?;
-        let n = usize::try_from(line).ok()?.checked_sub(1)?;
-        let text = String::from_utf8_lossy(&text);
-        Some(text.lines().nth(n)?.trim().chars().take(LINE).collect())
     }
 }

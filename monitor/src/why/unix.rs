@@ -40,11 +40,11 @@ pub(super) fn peers(proc: &Proc, pid: u32, inodes: &[u32]) -> io::Result<Vec<Opt
     }
     let ns = File::open(proc.path(pid, "ns/net"))?;
     std::thread::scope(|s| {
-        let asked = s.spawn(|| {
+        let asked = std::thread::Builder::new().spawn_scoped(s, || {
             let kind = Some(rustix::thread::LinkNameSpaceType::Network);
             rustix::thread::move_into_link_name_space(ns.as_fd(), kind)?;
             ask(inodes)
-        });
+        })?;
         asked.join().unwrap_or_else(|_| Err(io::Error::other("the thread that asked sock_diag panicked")))
     })
 }

@@ -4,7 +4,7 @@
 use super::node::{NO_UID, rank};
 use super::signals::Signal;
 use super::strings::Str;
-use super::{Change, Flags, Forest, Idx, NONE};
+use super::{Flags, Forest, Idx, NONE, NodeChange};
 use crate::model::event::{Comm, Sender, SignalResult, WaitStatus};
 use crate::model::key::Key;
 use crate::model::schema::State;
@@ -50,7 +50,7 @@ impl Forest {
         if b.kernel_thread {
             n.flags.set(Flags::KERNEL);
         }
-        self.changes.push(Change::Born(i));
+        self.changes.push(NodeChange::Born(i));
         self.link_parent(i, parent);
         if let Some(l) = lineage {
             self.link_lineage(i, l);
@@ -125,7 +125,7 @@ impl Forest {
         let p = self.node(i).parent;
         if self.node(i).alive() && p != NONE && rank(self.node(p).state) >= rank(State::Exiting) {
             self.orphan(i, at);
-            self.changes.push(Change::Ask(i));
+            self.changes.push(NodeChange::Ask(i));
         }
     }
 
@@ -144,7 +144,7 @@ impl Forest {
             n.orphan_since = at;
         });
         if self.node(i).alive() {
-            self.changes.push(Change::Orphan(i));
+            self.changes.push(NodeChange::Orphan(i));
         }
     }
 
@@ -178,7 +178,7 @@ impl Forest {
         self.share_str(i, |n| &mut n.cgroup, Str::NONE);
         self.set_str(i, |n| &mut n.exe, file);
         self.set_str(i, |n| &mut n.argv, argv.strip_suffix(&[0]).unwrap_or(argv));
-        self.changes.push(Change::Exec(i));
+        self.changes.push(NodeChange::Exec(i));
     }
 
     /// The last thread exits. Twice for one death is no harm.
@@ -315,8 +315,8 @@ impl Forest {
             return None;
         }
         let i = self.insert(key, at)?;
-        self.changes.push(Change::Born(i));
-        self.changes.push(Change::Ask(i));
+        self.changes.push(NodeChange::Born(i));
+        self.changes.push(NodeChange::Ask(i));
         Some(i)
     }
 }

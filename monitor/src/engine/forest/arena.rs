@@ -2,7 +2,7 @@
 
 use super::groups::Counts;
 use super::strings::Str;
-use super::{Change, Flags, Forest, Idx, NONE, Node, node};
+use super::{Flags, Forest, Idx, NONE, Node, NodeChange, node};
 use crate::model::key::Key;
 use crate::model::schema::State;
 
@@ -153,8 +153,8 @@ impl Forest {
         }
         let i = self.insert(key, at)?;
         self.node_mut(i).flags.set(Flags::NAMED);
-        self.changes.push(Change::Born(i));
-        self.changes.push(Change::Ask(i));
+        self.changes.push(NodeChange::Born(i));
+        self.changes.push(NodeChange::Ask(i));
         Some(i)
     }
 

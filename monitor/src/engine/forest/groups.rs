@@ -96,12 +96,16 @@ impl Groups {
 
     /// `g` and the groups around it, innermost first.
     pub(crate) fn chain(&self, g: Idx) -> impl Iterator<Item = Idx> + Clone + '_ {
+        self.outwards(g).take(DEPTH * 2)
+    }
+
+    /// The same, however deep.
+    pub(super) fn outwards(&self, g: Idx) -> impl Iterator<Item = Idx> + Clone + '_ {
         let mut at = g;
         std::iter::from_fn(move || {
             let this = self.get(at)?;
             Some(std::mem::replace(&mut at, this.outer))
         })
-        .take(DEPTH * 2)
     }
 
     /// A member of `g` changed by `d`.

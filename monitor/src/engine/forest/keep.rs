@@ -9,13 +9,17 @@ pub(crate) const CHAIN: usize = 64;
 const LOOK_DOWN: usize = 4 * CHAIN;
 
 impl Forest {
-    /// A job's root is kept while its job is.
+    /// A job's root is kept while its job is. A count that is full stays so: that root is kept for ever.
     pub(crate) fn hold(&mut self, i: Idx) {
-        self.node_mut(i).held += 1;
+        let n = self.node_mut(i);
+        n.held = n.held.saturating_add(1);
     }
 
     pub(crate) fn release(&mut self, i: Idx) {
-        self.node_mut(i).held -= 1;
+        let n = self.node_mut(i);
+        if n.held < u16::MAX {
+            n.held = n.held.saturating_sub(1);
+        }
         self.may_go(i);
     }
 
@@ -104,10 +108,11 @@ impl Forest {
     /// Takes one dead out; its children hang on its own lineage parent and count it.
     fn splice(&mut self, i: Idx) {
         let n = self.node(i);
-        let (up, gap) = (n.lineage, n.elided + 1);
+        let (up, gap) = (n.lineage, n.elided.saturating_add(1));
         while let Some(c) = self.first_child(i) {
             self.link_lineage(c, up);
-            self.node_mut(c).elided += gap;
+            let n = self.node_mut(c);
+            n.elided = n.elided.saturating_add(gap);
         }
         self.folded += 1;
         self.queue(i);

@@ -3,7 +3,7 @@
 
 use super::node::rank;
 use super::strings::Str;
-use super::{ARGV_MAX, Change, Facts, Flags, Forest, Idx, Look, NONE, Seen};
+use super::{ARGV_MAX, Facts, Flags, Forest, Idx, Look, NONE, NodeChange, Seen};
 use crate::model::key::Key;
 use crate::model::schema::State;
 
@@ -62,7 +62,7 @@ impl Forest {
         let from = self.node(i).parent;
         self.adopted(i, at);
         self.link_parent(i, new);
-        self.changes.push(Change::Parent { node: i, from });
+        self.changes.push(NodeChange::Parent { node: i, from });
     }
 
     /// The parent of a process whose fork was not seen. If that parent is no adopter, it forked it: only an adopter has
@@ -80,7 +80,7 @@ impl Forest {
                 self.set_group(i, g);
             }
         }
-        self.changes.push(Change::Parent { node: i, from: NONE });
+        self.changes.push(NodeChange::Parent { node: i, from: NONE });
     }
 
     pub(super) fn inferred(&mut self, i: Idx) {

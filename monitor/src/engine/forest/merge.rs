@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use super::node::{Flags, rank};
-use super::{Change, Forest, Idx, Merge, NONE, Row, RowState, Snapshot};
+use super::{Forest, Idx, Merge, NONE, NodeChange, Row, RowState, Snapshot};
 use crate::model::key::Key;
 use crate::model::schema::State;
 
@@ -32,7 +32,7 @@ impl Forest {
     }
 
     pub(crate) fn max_tombstones(&self) -> usize {
-        2 * self.max_tombstones
+        self.max_tombstones.saturating_mul(2)
     }
 
     /// `group` tells the group of a job's number. Missing ones are named in `missing`: /proc decides about them.
@@ -55,7 +55,7 @@ impl Forest {
             if known.is_none() {
                 m.added += 1;
                 self.node_mut(i).flags.set(Flags::NAMED);
-                self.changes.push(Change::Born(i));
+                self.changes.push(NodeChange::Born(i));
             }
             self.node_mut(i).flags.set(Flags::SEEN);
             if row.adopts {
@@ -124,7 +124,7 @@ impl Forest {
             let n = self.node_mut(i);
             n.flags.set(Flags::DOUBTED);
             n.flags.clear(Flags::READ);
-            self.changes.push(Change::Ask(i));
+            self.changes.push(NodeChange::Ask(i));
         }
         let mut corrected = self.row_parents(i, row, t0, now);
         if let Some(g) = group(row.job)
@@ -206,7 +206,7 @@ impl Forest {
                 return false;
             }
             self.link_parent(i, p);
-            self.changes.push(Change::Parent { node: i, from: old });
+            self.changes.push(NodeChange::Parent { node: i, from: old });
             return old != NONE;
         }
         if p == old {
@@ -217,7 +217,7 @@ impl Forest {
             return true;
         }
         self.link_parent(i, p);
-        self.changes.push(Change::Parent { node: i, from: NONE });
+        self.changes.push(NodeChange::Parent { node: i, from: NONE });
         false
     }
 
@@ -227,7 +227,7 @@ impl Forest {
                 n.flags.clear(Flags::ORPHAN);
                 n.flags.clear(Flags::ADOPTED);
             });
-            self.changes.retain(|c| *c != Change::Orphan(i));
+            self.changes.retain(|c| *c != NodeChange::Orphan(i));
         }
     }
 

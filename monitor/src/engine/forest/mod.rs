@@ -33,7 +33,7 @@ use crate::model::schema::State;
 
 /// What an input changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Change {
+pub(crate) enum NodeChange {
     /// A process that was not known.
     Born(Idx),
     State(Moved),
@@ -83,7 +83,7 @@ pub(crate) struct Forest {
     orphans: u64,
     /// Zombies and orphans outside any group.
     pub(crate) outside: Counts,
-    changes: Vec<Change>,
+    changes: Vec<NodeChange>,
     /// Gone ones whose turn to be dropped has come, perhaps.
     queue: Vec<Idx>,
     /// Reaped since the snapshot under way began; None: no snapshot is under way.
@@ -246,7 +246,7 @@ impl Forest {
         self.max_nodes
     }
 
-    pub(crate) fn take_changes(&mut self, into: &mut Vec<Change>) {
+    pub(crate) fn take_changes(&mut self, into: &mut Vec<NodeChange>) {
         into.clear();
         std::mem::swap(&mut self.changes, into);
     }
@@ -289,7 +289,7 @@ impl Forest {
                 n.since = at;
             }
         });
-        self.changes.push(Change::State(Moved { node: i, from, to, since, at }));
+        self.changes.push(NodeChange::State(Moved { node: i, from, to, since, at }));
     }
 
     /// Makes `i` a member of `g` (NONE: of none) instead of where it is now.
@@ -321,8 +321,12 @@ impl Forest {
         self.groups.add(outer)
     }
 
-    /// Puts `inner` (with all in it) into `outer`; it must be in the group that is around `outer` now.
+    /// Puts `inner` (with all in it) into `outer`; it must be in the group that is around `outer` now. Refused if `outer` is
+    /// inside `inner`: groups never form a circle, so every walk outwards ends.
     pub(crate) fn nest(&mut self, inner: Idx, outer: Idx) {
+        if self.groups.outwards(outer).any(|g| g == inner) {
+            return;
+        }
         let Some(g) = self.groups.get_mut(inner) else { return };
         let all = g.all;
         g.outer = outer;

@@ -3,12 +3,12 @@ use super::*;
 /// Answers the reads of cgroups among what came out, and says whose they were. `by_id`: as on a host with v2 alone.
 fn read(w: &mut World, path: &str, by_id: bool) -> Vec<u32> {
     let mut pids = Vec::new();
-    let mut fx = Vec::new();
+    let mut fx = Output::default();
     for f in std::mem::take(&mut w.out) {
         if let Effect::ReadCgroup { key, id } = f {
             pids.push(key.pid);
             let o = Observation::Cgroup { key, id, cgroup: Some(path.into()), by_id };
-            w.e.observe(o, w.sim.now, &mut fx);
+            w.e.handle(Input::Observation(Cow::Owned(o)), w.sim.now, &mut fx);
         }
     }
     w.answer(fx);

@@ -22,8 +22,8 @@ fn policy() -> JobPolicy {
 fn exec_job(w: &mut World, root: u32, supervisor: Option<u32>, number: Option<u64>) -> JobRecord {
     let (root, supervisor) = (w.sim.key(root), supervisor.map(|s| w.sim.key(s)));
     let j = ExecJob { root, name: "x".into(), supervisor, number, policy: policy() };
-    let mut fx = Vec::new();
-    let r = w.e.register_exec_job(j, w.sim.now, &mut fx).unwrap();
+    let mut fx = Output::default();
+    let r = record(w.e.handle(Input::RegisterJob(Cow::Owned(j)), w.sim.now, &mut fx)).unwrap();
     w.answer(fx);
     r
 }
@@ -36,7 +36,7 @@ fn registered_before_its_fork_record_is_handled() {
     let key = w.sim.key(root);
     let r = exec_job(&mut w, root, Some(sup), Some(77));
     assert_eq!((r.number, r.id.ordinal, r.id.root), (77, 0, key));
-    assert!(w.out.iter().any(|f| matches!(f, Effect::Job { label: false, .. })), "the kernel has it already");
+    assert!(w.labelled() == 0, "the kernel has it already");
     assert_eq!(exec_job(&mut w, root, None, None), r, "a second time it is the same");
     let child = w.sim.fork(root);
     w.drain();
@@ -69,8 +69,8 @@ fn names_of_exec_jobs_are_bounded_and_go_when_they_are_idle() {
             number: None,
             policy: policy(),
         };
-        let mut fx = Vec::new();
-        w.e.register_exec_job(j, w.sim.now, &mut fx).unwrap();
+        let mut fx = Output::default();
+        record(w.e.handle(Input::RegisterJob(Cow::Owned(j)), w.sim.now, &mut fx)).unwrap();
         w.answer(fx);
         roots.push(root);
     }
@@ -93,8 +93,8 @@ fn names_of_exec_jobs_are_bounded_and_go_when_they_are_idle() {
     assert_eq!((o.finished[&Outcome::Completed], o.states["running"], o.states["done"]), (21, 1, 21));
     assert_eq!(o.duration.count(), 21);
     let fewer = RULES.split_once("\n[[job]]\nname = \"goes").unwrap().0;
-    let mut fx = Vec::new();
-    w.e.reload(&config(fewer), w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::Reload(Cow::Borrowed(&config(fewer))), w.sim.now, &mut fx);
     assert!(names(&w).contains(&"goes".to_owned()), "the last of it is still to be scraped");
     // Remembered for a minute, idle for ten.
     w.pass(700 * S);
@@ -117,6 +117,56 @@ fn the_death_of_the_supervisor_ends_the_job() {
     let kills = w.kills();
     let [k] = kills.as_slice() else { panic!("{kills:?}") };
     assert_eq!((k.job, k.reason, &k.what), (r.id, Reason::Exec, &What::Whole), "though enforcement is off");
+}
+
+/// An `exec` job with a deadline in 5 s and a grace of 2 s.
+fn timed_exec_job(w: &mut World) -> (u32, JobRecord) {
+    let sup = w.sim.spawn(1, "jobwarden exec");
+    let root = w.sim.fork(sup);
+    w.drain();
+    let policy = JobPolicy { timeout_ns: Some(5 * S), grace_ns: 2 * S, ..policy() };
+    let (root_key, supervisor) = (w.sim.key(root), Some(w.sim.key(sup)));
+    let j = ExecJob { root: root_key, name: "x".into(), supervisor, number: None, policy };
+    let mut fx = Output::default();
+    let r = record(w.e.handle(Input::RegisterJob(Cow::Owned(j)), w.sim.now, &mut fx)).unwrap();
+    w.answer(fx);
+    (root, r)
+}
+
+#[test]
+fn a_supervisor_that_does_not_act_on_the_deadline_is_not_waited_for() {
+    let mut w = World::new("");
+    let (_, r) = timed_exec_job(&mut w);
+    w.pass(5 * S + S / 2);
+    assert!(w.kills().is_empty(), "the supervisor has a second");
+    w.pass(S);
+    let kills = w.kills();
+    let [k] = kills.as_slice() else { panic!("{kills:?}") };
+    assert_eq!((k.job, k.reason, &k.what), (r.id, Reason::Exec, &What::Whole), "though enforcement is off");
+    assert_eq!((k.signal, k.grace_ns), (15, 2 * S), "as the supervisor would have done it");
+    let alert = &w.e.alerts(false)[0];
+    assert_eq!(alert.kind, AlertKind::JobTimeout);
+    w.pass(20 * S);
+    assert!(w.kills().is_empty(), "once");
+}
+
+#[test]
+fn a_deadline_that_the_supervisor_acts_on_or_that_moved_is_left_to_it() {
+    let mut w = World::new("");
+    let (root, r) = timed_exec_job(&mut w);
+    w.pass(4 * S);
+    let by = std::time::Duration::from_secs(10);
+    record(w.e.handle(Input::ExtendJob { job: r.id, by }, w.sim.now, &mut Output::default())).unwrap();
+    w.pass(8 * S);
+    assert!(w.kills().is_empty(), "extended");
+    w.pass(3 * S);
+    // What `exec` asks for.
+    w.e.handle(Input::KillStarted { job: r.id, reason: Reason::Exec }, w.sim.now, &mut Output::default());
+    w.pass(3 * S);
+    assert!(w.kills().is_empty() && w.e.alerts(false).is_empty(), "within the grace");
+    w.sim.end(root, 15);
+    w.pass(3 * S);
+    assert!(w.kills().is_empty() && w.e.alerts(false).is_empty());
 }
 
 #[test]
@@ -219,15 +269,15 @@ fn event_lines() {
     let a = w.sim.spawn(1, "/bin/a b");
     w.sim.signal(1, a, 9);
     w.sim.end(a, 9);
-    let mut moments = Vec::new();
+    let mut contexts = Vec::new();
     for e in std::mem::take(&mut w.sim.ring) {
-        let moment = w.e.moment(&e);
-        w.e.event(&e, &mut Vec::new());
-        moments.push((e, moment));
+        let context = w.e.event_context(&e);
+        w.e.handle(Input::Record { event: &e, bytes: &[] }, 0, &mut Output::default());
+        contexts.push((e, context));
     }
     // Told when the process is gone from the forest: what was known of it then is still there.
-    assert!(w.e.reference(moments[0].0.process).is_none());
-    let lines: Vec<_> = moments.iter().map(|(e, m)| w.e.event_line(e, m, None)).collect();
+    assert!(w.e.reference(contexts[0].0.process).is_none());
+    let lines: Vec<_> = contexts.iter().map(|(e, m)| w.e.event_line(e, m, None)).collect();
     let kinds: Vec<&str> = lines.iter().map(|l| l.kind.as_str()).collect();
     assert_eq!(kinds, ["fork", "exec", "signal", "exit", "reap"]);
     assert_eq!(lines[1].process.as_ref().unwrap().argv, ["/bin/a", "b"]);

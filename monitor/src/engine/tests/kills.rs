@@ -1,5 +1,7 @@
+use std::time::Duration;
+
 use super::*;
-use crate::model::kill::What;
+use crate::model::kill::{Reason, What};
 use crate::model::schema::{JobState, KillReport, Ref, Stuck};
 use crate::model::stats::Outcome;
 
@@ -51,7 +53,7 @@ fn a_deadline_counts_from_the_start_and_ends_the_job() {
     assert_eq!(job.state, JobState::Killing);
     let a = &w.e.alerts(false)[0];
     assert!(a.kind == AlertKind::JobTimeout && a.summary.contains("being ended"), "{}", a.summary);
-    assert!(w.out.iter().any(|f| matches!(f, Effect::Job { job, label: false } if job.expired)), "saved");
+    assert!(w.changed.iter().any(|c| matches!(c, Change::Job(job) if job.expired)), "saved");
     w.sim.end(child, 9);
     w.sim.end(worker, 9);
     w.drain();
@@ -59,12 +61,21 @@ fn a_deadline_counts_from_the_start_and_ends_the_job() {
     assert_eq!(w.told().last().unwrap().0, AlertChange::Resolved);
     w.pass(5 * S);
     let over = |w: &World| {
-        w.out.iter().find_map(|f| if let Effect::JobEnded(e) = f { Some(e.outcome) } else { None })
+        w.changed.iter().find_map(|c| if let Change::JobEnded(e) = c { Some(e.outcome) } else { None })
     };
     assert_eq!(over(&w), None, "its end waits for the kill's");
-    let mut fx = Vec::new();
+    let mut fx = Output::default();
     let id = w.e.jobs()[0].id;
-    w.e.kill_finished(id, Reason::Timeout, true, Ok(&KillReport::default()), w.sim.now, &mut fx);
+    w.e.handle(
+        Input::KillFinished {
+            job: id,
+            reason: Reason::Timeout,
+            whole: true,
+            report: Ok(Cow::Borrowed(&KillReport::default())),
+        },
+        w.sim.now,
+        &mut fx,
+    );
     w.answer(fx);
     w.pass(2 * S);
     assert_eq!(over(&w), Some(Outcome::Killed));
@@ -83,9 +94,9 @@ fn off_means_told_what_would_be_done_and_on_does_it() {
     let a = &w.e.alerts(false)[0];
     assert!(a.summary.contains("would have been ended: enforcement is off"), "{}", a.summary);
     assert_eq!(w.e.jobs()[0].state, JobState::Expired);
-    let mut fx = Vec::new();
-    w.e.enforcement(true, Some(Duration::from_mins(1)), w.sim.now, &mut fx);
-    assert!(matches!(fx.as_slice(), [Effect::Enforcement(s)] if s.by_operator == Some(true)));
+    let mut fx = Output::default();
+    w.e.handle(Input::Enforcement { on: true, lasts: Some(Duration::from_mins(1)) }, w.sim.now, &mut fx);
+    assert!(matches!(fx.changes.as_slice(), [Change::Enforcement(s)] if s.by_operator == Some(true)));
     assert!(w.e.enforcing(w.sim.now));
     w.pass(1);
     assert_eq!(w.kills().len(), 1);
@@ -107,8 +118,8 @@ fn the_fuse_counts_jobs_and_stays_open() {
     assert!(w.e.enforcement_state().fuse_open && !w.e.enforcing(w.sim.now));
     w.pass(3600 * S);
     assert_eq!(w.kills().len(), 0, "time does not close it");
-    let mut fx = Vec::new();
-    w.e.enforcement(true, None, w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::Enforcement { on: true, lasts: None }, w.sim.now, &mut fx);
     w.answer(fx);
     w.pass(S);
     assert!(!w.firing().contains(&AlertKind::EnforcementStopped));
@@ -162,9 +173,18 @@ fn survivors_make_kill_failed_until_the_job_is_empty() {
     w.pass(11 * S);
     let k = w.kills().remove(0);
     let who = w.e.reference(w.sim.key(worker)).unwrap();
-    let mut fx = Vec::new();
-    w.e.kill_started(k.job, k.reason);
-    w.e.kill_finished(k.job, k.reason, true, Ok(&report(&[who])), w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::KillStarted { job: k.job, reason: k.reason }, 0, &mut Output::default());
+    w.e.handle(
+        Input::KillFinished {
+            job: k.job,
+            reason: k.reason,
+            whole: true,
+            report: Ok(Cow::Borrowed(&report(&[who]))),
+        },
+        w.sim.now,
+        &mut fx,
+    );
     w.answer(fx);
     let alerts = w.e.alerts(false);
     let a = alerts.iter().find(|a| a.kind == AlertKind::KillFailed).unwrap();
@@ -183,23 +203,35 @@ fn extend_moves_the_deadline() {
     w.sim.spawn(1, "worker");
     w.pass(5 * S);
     let id = w.e.jobs()[0].id;
-    let mut fx = Vec::new();
-    let r = w.e.extend(id, Duration::from_secs(20), w.sim.now, &mut fx).unwrap();
+    let mut fx = Output::default();
+    let r = record(w.e.handle(Input::ExtendJob { job: id, by: Duration::from_secs(20) }, w.sim.now, &mut fx))
+        .unwrap();
     assert_eq!(r.deadline, Some(id.root.start + 30 * S));
-    assert!(matches!(fx.as_slice(), [Effect::Job { label: false, .. }]));
+    assert!(fx.effects.is_empty() && matches!(fx.changes.as_slice(), [Change::Job(_)]));
     w.pass(20 * S);
     assert_eq!((w.changes(), w.kills().len()), (vec![], 0));
     w.pass(6 * S);
     assert_eq!(w.kills().len(), 1);
     let none = JobId { ordinal: 9, ..id };
-    let e = w.e.extend(none, Duration::from_secs(1), w.sim.now, &mut Vec::new());
+    let e = record(w.e.handle(
+        Input::ExtendJob { job: none, by: Duration::from_secs(1) },
+        w.sim.now,
+        &mut Output::default(),
+    ));
     assert_eq!(e, Err(Refused::NoJob(none.to_string())));
 }
 
 pub(super) fn over(w: &mut World, root: Key, left: Result<&[Ref], &str>) {
-    let mut fx = Vec::new();
+    let mut fx = Output::default();
     let r = left.map(report);
-    w.e.process_killed(root, r.as_ref().map_err(|e| *e), w.sim.now, &mut fx);
+    w.e.handle(
+        Input::ProcessKillFinished {
+            root,
+            report: r.as_ref().map(Cow::Borrowed).map_err(|e| Cow::Borrowed(*e)),
+        },
+        w.sim.now,
+        &mut fx,
+    );
     w.answer(fx);
 }
 

@@ -28,11 +28,11 @@ fn a_start_reads_the_same_until_the_wall_clock_is_set() {
     let a = w.sim.spawn(1, "/bin/true");
     w.drain();
     let started = |w: &World| w.process(w.sim.key(a)).unwrap().started;
-    w.e.set_clock(1_000_000_000_000);
+    w.e.handle(Input::Clock { boot_to_wall_ns: 1_000_000_000_000 }, 0, &mut Output::default());
     let first = started(&w);
-    w.e.set_clock(1_000_009_999_999);
+    w.e.handle(Input::Clock { boot_to_wall_ns: 1_000_009_999_999 }, 0, &mut Output::default());
     assert_eq!(started(&w), first);
-    w.e.set_clock(1_000_010_000_000);
+    w.e.handle(Input::Clock { boot_to_wall_ns: 1_000_010_000_000 }, 0, &mut Output::default());
     assert_ne!(started(&w), first);
 }
 
@@ -141,13 +141,17 @@ fn a_reused_pid_is_somebody_else() {
     assert_eq!(w.e.current(a), Some(new));
     assert_eq!(w.state(old), Some(State::Gone), "kept for its child");
     assert_eq!(w.process(w.sim.key(child)).unwrap().lineage_parent, Some(old));
-    let mut fx = Vec::new();
-    w.e.event(&late, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::Record { event: &late, bytes: &[] }, 0, &mut fx);
     // Whatever else is said of the dead one.
     for body in
         [Body::Exit { status: WaitStatus(9), comm: sim::comm("x") }, Body::Reap { status: WaitStatus(9) }]
     {
-        w.e.event(&Event { at: late.at, cpu: 0, process: old, body }, &mut fx);
+        w.e.handle(
+            Input::Record { event: &Event { at: late.at, cpu: 0, process: old, body }, bytes: &[] },
+            0,
+            &mut fx,
+        );
     }
     w.answer(fx);
     assert_eq!(w.state(new), Some(State::Running));
@@ -181,7 +185,7 @@ fn tombstones_keep_the_reaped_away() {
     let a = w.sim.spawn(1, "/bin/a");
     let key = w.sim.key(a);
     w.drain();
-    w.e.snapshot_started(w.sim.now);
+    w.e.handle(Input::SnapshotStarted { t0: w.sim.now }, w.sim.now, &mut Output::default());
     let rows = w.sim.snapshot(true);
     let late = w.sim.fork(1);
     w.sim.end(a, 0);
@@ -249,15 +253,15 @@ fn unknown_ones_are_entered_and_asked_for() {
     assert_eq!(w.process(w.sim.key(c)).unwrap().lineage_parent, Some(w.sim.key(a)));
     assert_eq!(w.process(w.sim.key(a)).unwrap().ppid, Some(1));
     // A reap of somebody unknown changes nothing.
-    let mut fx = Vec::new();
+    let mut fx = Output::default();
     let e = Event {
         at: w.sim.now,
         cpu: 0,
         process: Key::new(4000, 5),
         body: Body::Reap { status: WaitStatus(0) },
     };
-    w.e.event(&e, &mut fx);
-    assert!(fx.is_empty() && w.process(e.process).is_none());
+    w.e.handle(Input::Record { event: &e, bytes: &[] }, 0, &mut fx);
+    assert!(fx == Output::default() && w.process(e.process).is_none());
 }
 
 #[test]
@@ -269,14 +273,15 @@ fn an_old_look_changes_nothing() {
     w.sim.die(a, 0);
     w.pass(S);
     assert_eq!(w.state(key), Some(State::Zombie));
-    let mut fx = Vec::new();
-    w.e.observe(Observation::Look { key, at: w.sim.now, seen: alive }, w.sim.now, &mut fx);
-    assert_eq!(w.state(key), Some(State::Zombie));
-    w.e.observe(
-        Observation::Look { key: Key::new(a, 7), at: w.sim.now, seen: Seen::Absent },
+    let mut fx = Output::default();
+    w.e.handle(
+        Input::Observation(Cow::Owned(Observation::Look { key, at: w.sim.now, seen: alive })),
         w.sim.now,
         &mut fx,
     );
+    assert_eq!(w.state(key), Some(State::Zombie));
+    let o = Observation::Look { key: Key::new(a, 7), at: w.sim.now, seen: Seen::Absent };
+    w.e.handle(Input::Observation(Cow::Owned(o)), w.sim.now, &mut fx);
     assert_eq!(w.state(key), Some(State::Zombie));
 }
 

@@ -20,8 +20,8 @@ use sim::{S, Sim};
 
 use super::*;
 use crate::config::Overrides;
-use crate::engine::forest::Facts;
-use crate::model::schema::{AlertState, State};
+use crate::engine::forest::{Facts, Merge};
+use crate::model::schema::{Alert, AlertState, JobId, Process, State};
 
 fn config(text: &str) -> Config {
     crate::config::parse(Path::new("t.toml"), text, &BTreeMap::new(), &Overrides::default())
@@ -34,6 +34,8 @@ struct World {
     e: Engine,
     /// All effects but looks, in order.
     out: Vec<Effect>,
+    /// All changes, in order.
+    changed: Vec<Change>,
     looks: usize,
     /// Whom the kernel was told of, and their jobs.
     entered: Vec<(Key, u64)>,
@@ -41,6 +43,14 @@ struct World {
     facts: BTreeMap<u32, Facts>,
     /// Whose /proc does not answer for now.
     slow: Vec<u32>,
+}
+
+/// The record that a command about a job gives.
+fn record(answer: Answer) -> Result<JobRecord, Refused> {
+    match answer {
+        Answer::Job(done) => done.map(|r| *r),
+        other => panic!("{other:?}"),
+    }
 }
 
 fn settings() -> Settings {
@@ -66,6 +76,7 @@ impl World {
             sim: Sim::new(),
             e: Engine::new(settings(), &config(text)),
             out: Vec::new(),
+            changed: Vec::new(),
             looks: 0,
             entered: Vec::new(),
             facts: BTreeMap::new(),
@@ -76,8 +87,8 @@ impl World {
     fn sync(&mut self) {
         let s = self.sim.snapshot(false);
         self.merge(s);
-        let mut fx = Vec::new();
-        self.e.ready(self.sim.now, &mut fx);
+        let mut fx = Output::default();
+        self.e.handle(Input::Ready, self.sim.now, &mut fx);
         self.answer(fx);
     }
 
@@ -91,35 +102,39 @@ impl World {
     /// /proc of a slow one answers.
     fn at_last(&mut self, key: Key) {
         self.slow.retain(|&p| p != key.pid);
-        self.answer(vec![Effect::ReadFacts(key)]);
+        self.answer(Output { effects: vec![Effect::ReadFacts(key)], ..Output::default() });
     }
 
     fn merge(&mut self, s: crate::engine::forest::Snapshot) -> Merge {
-        let mut fx = Vec::new();
-        let m = self.e.snapshot(s, self.sim.now, &mut fx);
+        let mut fx = Output::default();
+        let answer = self.e.handle(Input::Snapshot(Cow::Owned(s)), self.sim.now, &mut fx);
         self.answer(fx);
-        m
+        let Answer::Merged(merge) = answer else { panic!("{answer:?}") };
+        merge
     }
 
     /// Hands over what is in the ring.
     fn drain(&mut self) {
-        let mut fx = Vec::new();
+        let mut fx = Output::default();
         for e in std::mem::take(&mut self.sim.ring) {
-            self.e.event(&e, &mut fx);
+            self.e.handle(Input::Record { event: &e, bytes: &[] }, 0, &mut fx);
         }
         self.answer(fx);
     }
 
-    fn answer(&mut self, fx: Vec<Effect>) {
-        let mut fx = fx;
-        while !fx.is_empty() {
-            let mut next = Vec::new();
-            for f in fx {
+    fn answer(&mut self, mut fx: Output) {
+        loop {
+            self.changed.append(&mut fx.changes);
+            if fx.effects.is_empty() {
+                return;
+            }
+            let mut next = Output::default();
+            for f in fx.effects {
                 match f {
                     Effect::Look(key) => {
                         self.looks += 1;
                         let o = Observation::Look { key, at: self.sim.now, seen: self.sim.seen(key) };
-                        self.e.observe(o, self.sim.now, &mut next);
+                        self.e.handle(Input::Observation(Cow::Owned(o)), self.sim.now, &mut next);
                     }
                     Effect::ReadFacts(key) if self.slow.contains(&key.pid) => {}
                     Effect::ReadFacts(key) => {
@@ -128,14 +143,18 @@ impl World {
                             let f = self.facts.get(&key.pid).cloned().unwrap_or_default();
                             Facts { argv: f.argv.clone().or(Some(p.argv.clone())), ..f }
                         });
-                        self.e.observe(Observation::Facts { key, facts }, self.sim.now, &mut next);
+                        self.e.handle(
+                            Input::Observation(Cow::Owned(Observation::Facts { key, facts })),
+                            self.sim.now,
+                            &mut next,
+                        );
                     }
-                    Effect::Emptied(number) => {
+                    Effect::CountMembers(number) => {
                         let lives = |p: &&sim::P| matches!(p.state, State::Running | State::LeaderExited);
                         let alive = self.sim.procs.values().filter(lives).any(|p| p.job == number);
-                        self.e.emptied(number, alive, self.sim.now, &mut next);
+                        self.e.handle(Input::JobCounted { number, alive }, self.sim.now, &mut next);
                     }
-                    Effect::Enter { process, job, .. } => {
+                    Effect::EnterProcess { process, job, .. } => {
                         self.entered.push((process, job));
                         if let Some(p) = self.sim.procs.get_mut(&process.pid).filter(|p| p.key == process) {
                             p.job = job;
@@ -154,8 +173,8 @@ impl World {
         let end = self.sim.now + ns;
         while let Some(at) = self.e.next_wake().filter(|&at| at <= end) {
             self.sim.now = self.sim.now.max(at);
-            let mut fx = Vec::new();
-            self.e.tick(self.sim.now, &mut fx);
+            let mut fx = Output::default();
+            self.e.handle(Input::Tick, self.sim.now, &mut fx);
             self.answer(fx);
         }
         self.sim.now = end;
@@ -172,8 +191,8 @@ impl World {
     /// Alerts that came out since the last call, by what happened.
     fn told(&mut self) -> Vec<(AlertChange, Alert)> {
         let mut told = Vec::new();
-        self.out.retain(|f| match f {
-            Effect::Alert { change, alert } => {
+        self.changed.retain(|c| match c {
+            Change::Alert { change, alert } => {
                 told.push((*change, (**alert).clone()));
                 false
             }
@@ -196,6 +215,11 @@ impl World {
             _ => true,
         });
         kills
+    }
+
+    /// How many jobs were to be written into the kernel.
+    fn labelled(&self) -> usize {
+        self.out.iter().filter(|f| matches!(f, Effect::LabelJob(_))).count()
     }
 
     fn firing(&self) -> Vec<AlertKind> {

@@ -56,7 +56,11 @@ fn ended_with_what_descends_and_nobody_else() {
     let [k] = kills.as_slice() else { panic!("{kills:?}") };
     let What::Descendants { roots, number } = &k.what else { panic!("{k:?}") };
     assert_eq!((roots.as_slice(), k.reason), ([w.sim.key(grand)].as_slice(), Reason::Orphan));
-    assert!(*number > k.number && w.e.free_number(0) > *number);
+    let Answer::Number(next) = w.e.handle(Input::ReserveNumbers { count: 1 }, 0, &mut Output::default())
+    else {
+        panic!()
+    };
+    assert!(*number > k.number && next > *number);
     assert_eq!((k.root, k.rule.as_deref()), (w.sim.key(worker), Some("w")));
     assert_eq!(w.e.jobs()[0].state, JobState::Killing);
     w.pass(10 * S);
@@ -66,8 +70,17 @@ fn ended_with_what_descends_and_nobody_else() {
     w.drain();
     let id = w.e.jobs()[0].id;
     let report = kills::report(&[]);
-    let mut fx = Vec::new();
-    w.e.kill_finished(id, Reason::Orphan, false, Ok(&report), w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(
+        Input::KillFinished {
+            job: id,
+            reason: Reason::Orphan,
+            whole: false,
+            report: Ok(Cow::Borrowed(&report)),
+        },
+        w.sim.now,
+        &mut fx,
+    );
     w.answer(fx);
     w.sim.reap(cmd);
     w.pass(S);

@@ -203,7 +203,7 @@ proptest! {
                 run(&mut w, s, &mut freed);
             }
         }
-        w.e.snapshot_started(w.sim.now);
+        w.e.handle(Input::SnapshotStarted { t0: w.sim.now }, w.sim.now, &mut Output::default());
         let rows = w.sim.snapshot(true);
         // What happens while it is taken is handed over before the merge.
         for s in &after {

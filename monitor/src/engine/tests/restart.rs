@@ -16,17 +16,18 @@ fn restart(w: &mut World, pinned: bool, down: u64) {
     w.sim.pass(down);
     w.sim.ring.clear();
     w.out.clear();
-    let mut fx = Vec::new();
-    w.e.restore_enforcement(enforcement);
-    w.e.restore_jobs(jobs);
-    w.e.restore_alerts(alerts, true, w.sim.now, &mut fx);
-    assert!(fx.is_empty());
+    w.changed.clear();
+    let mut fx = Output::default();
+    w.e.handle(Input::RestoreEnforcement(Cow::Owned(enforcement)), 0, &mut Output::default());
+    w.e.handle(Input::RestoreJobs(jobs.into()), 0, &mut Output::default());
+    w.e.handle(Input::RestoreAlerts { alerts: alerts.into(), this_boot: true }, w.sim.now, &mut fx);
+    assert!(fx == Output::default());
     if !pinned {
         w.sim.procs.values_mut().for_each(|p| p.job = 0);
     }
     let s = w.sim.snapshot(pinned);
     w.merge(s);
-    w.e.ready(w.sim.now, &mut fx);
+    w.e.handle(Input::Ready, w.sim.now, &mut fx);
     w.answer(fx);
 }
 
@@ -59,7 +60,7 @@ fn jobs_and_orphans_made_while_it_was_down() {
     let p = w.process(w.sim.key(grand)).unwrap();
     assert!(p.orphan && p.adopter.is_some_and(|a| a.pid == 1));
     assert_eq!(p.lineage_parent.map(|k| k.pid), Some(cmd), "the kernel's map knew it");
-    assert!(!w.out.iter().any(|f| matches!(f, Effect::Job { label: true, .. })), "the kernel has the job");
+    assert!(w.labelled() == 0, "the kernel has the job");
     w.pass(3 * S);
     assert_eq!(w.firing(), [AlertKind::Orphan]);
 }
@@ -78,7 +79,7 @@ fn without_pins_members_keep_their_membership() {
     assert_eq!(w.e.jobs_of(w.sim.key(worker)), [id]);
     assert!(w.e.jobs_of(w.sim.key(born)).is_empty());
     assert_eq!(w.e.jobs().len(), 1);
-    assert!(w.out.iter().any(|f| matches!(f, Effect::Job { label: true, .. })), "the kernel must be told");
+    assert!(w.labelled() == 1, "the kernel must be told");
 }
 
 #[test]
@@ -107,15 +108,15 @@ fn the_record_of_a_saved_job_comes_again() {
     let id = w.e.jobs()[0].id;
     let jobs = w.e.job_records();
     w.e = Engine::new(settings(), &config(RULE));
-    w.e.restore_jobs(jobs);
+    w.e.handle(Input::RestoreJobs(jobs.into()), 0, &mut Output::default());
     w.sim.ring = again;
     w.drain();
     let child = w.sim.fork(worker);
     w.drain();
     let s = w.sim.snapshot(true);
     w.merge(s);
-    let mut fx = Vec::new();
-    w.e.ready(w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::Ready, w.sim.now, &mut fx);
     w.answer(fx);
     for p in [worker, child] {
         assert_eq!(w.e.jobs_of(w.sim.key(p)), [id]);
@@ -148,7 +149,7 @@ fn the_fuse_counts_over_a_restart() {
     let mut again =
         World::unsynced(&RULE.replace("enabled = true", "enabled = true\nmax_job_kills_per_minute = 1"));
     again.sim.now = w.sim.now;
-    again.e.restore_enforcement(saved);
+    again.e.handle(Input::RestoreEnforcement(Cow::Owned(saved)), 0, &mut Output::default());
     again.sync();
     again.sim.spawn(1, "worker b");
     again.pass(11 * S);
@@ -169,9 +170,9 @@ fn a_supervisor_that_died_meanwhile() {
             name: "x".into(),
             supervisor: Some(w.sim.key(supervisor)),
             number: None,
-            policy: w.e.rules[0].0.policy.clone(),
+            policy: w.e.rules.job(0, false).unwrap().policy,
         };
-        w.e.register_exec_job(job, w.sim.now, &mut Vec::new()).unwrap();
+        record(w.e.handle(Input::RegisterJob(Cow::Owned(job)), w.sim.now, &mut Output::default())).unwrap();
         roots.push(w.sim.key(root));
     }
     label(&mut w);
@@ -235,7 +236,7 @@ fn a_job_is_not_over_while_the_kernel_has_members() {
     w.sim.ring.clear();
     w.sim.end(worker, 0);
     w.pass(5 * S);
-    let ended = |w: &World| w.out.iter().any(|f| matches!(f, Effect::JobEnded(_)));
+    let ended = |w: &World| w.changed.iter().any(|c| matches!(c, Change::JobEnded(_)));
     assert!(!ended(&w), "the child lives, whatever the forest believes");
     let s = w.sim.snapshot(true);
     w.merge(s);
@@ -277,17 +278,20 @@ fn alerts_go_on_or_end() {
 #[test]
 fn another_boot_ends_all_and_the_fuse_stays() {
     let mut w = World::new(RULE);
-    let mut fx = Vec::new();
-    w.e.events_lost(3, w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::EventsLost { count: 3 }, w.sim.now, &mut fx);
     let alerts = w.e.alerts(false);
     let mut e = Engine::new(settings(), &config(RULE));
-    e.restore_enforcement(EnforcementState { fuse_open: true, ..EnforcementState::default() });
-    let mut fx = Vec::new();
-    e.restore_alerts(alerts, false, S, &mut fx);
-    let [Effect::Alert { change: AlertChange::Resolved, alert }] = fx.as_slice() else { panic!("{fx:?}") };
+    let mut fx = Output::default();
+    let fuse = EnforcementState { fuse_open: true, ..EnforcementState::default() };
+    e.handle(Input::RestoreEnforcement(Cow::Owned(fuse)), 0, &mut fx);
+    e.handle(Input::RestoreAlerts { alerts: alerts.into(), this_boot: false }, S, &mut fx);
+    let [Change::Alert { change: AlertChange::Resolved, alert }] = fx.changes.as_slice() else {
+        panic!("{fx:?}")
+    };
     assert!(alert.summary.contains("booted"), "{}", alert.summary);
-    fx.clear();
-    e.ready(2 * S, &mut fx);
+    fx = Output::default();
+    e.handle(Input::Ready, 2 * S, &mut fx);
     assert!(!e.enforcing(2 * S));
     assert_eq!(e.alerts(false)[0].kind, AlertKind::EnforcementStopped);
 }
@@ -295,11 +299,11 @@ fn another_boot_ends_all_and_the_fuse_stays() {
 #[test]
 fn losses_are_told_and_end() {
     let mut w = World::new("");
-    let mut fx = Vec::new();
-    w.e.events_lost(3, w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::EventsLost { count: 3 }, w.sim.now, &mut fx);
     w.answer(fx);
     w.pass(200 * S);
-    w.e.events_lost(2, w.sim.now, &mut Vec::new());
+    w.e.handle(Input::EventsLost { count: 2 }, w.sim.now, &mut Output::default());
     assert_eq!(w.e.alerts(false)[0].count, 5);
     w.pass(299 * S);
     assert_eq!(w.firing(), [AlertKind::EventsLost]);
@@ -318,39 +322,43 @@ fn a_job_whose_last_known_member_died_is_not_over_while_records_are_lost() {
     w.sim.ring.clear();
     w.sim.end(worker, 0);
     w.drain();
-    let mut fx = Vec::new();
-    w.e.events_lost(1, w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::EventsLost { count: 1 }, w.sim.now, &mut fx);
     w.answer(fx);
     w.pass(5 * S);
-    assert!(!w.out.iter().any(|f| matches!(f, Effect::JobEnded(_))));
+    assert!(!w.changed.iter().any(|c| matches!(c, Change::JobEnded(_))));
     let s = w.sim.snapshot(true);
     w.merge(s);
     w.pass(2 * S);
     assert_eq!(w.e.jobs()[0].processes, 1);
     assert_eq!(w.e.jobs_of(w.sim.key(child)).len(), 1);
-    assert!(!w.out.iter().any(|f| matches!(f, Effect::JobEnded(_))));
+    assert!(!w.changed.iter().any(|c| matches!(c, Change::JobEnded(_))));
 }
 
 #[test]
 fn conditions_of_the_edge() {
     let mut w = World::new("");
-    let mut fx = Vec::new();
-    w.e.condition(AlertKind::StorageFailed, Some("disk full".into()), w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(
+        Input::Condition { kind: AlertKind::StorageFailed, problem: Some("disk full".into()) },
+        w.sim.now,
+        &mut fx,
+    );
     assert_eq!(
         (w.firing(), w.e.alerts(false)[0].summary.as_str()),
         (vec![AlertKind::StorageFailed], "disk full")
     );
-    w.e.condition(AlertKind::StorageFailed, None, w.sim.now, &mut fx);
+    w.e.handle(Input::Condition { kind: AlertKind::StorageFailed, problem: None }, w.sim.now, &mut fx);
     assert_eq!(w.firing(), []);
-    assert_eq!(fx.len(), 2);
+    assert_eq!(fx.changes.len(), 2);
 }
 
 /// The alerts that fired before, given to an engine that knows of nothing else.
 fn restored(alerts: Vec<Alert>) -> World {
     let mut w = World::unsynced("");
-    let mut fx = Vec::new();
-    w.e.restore_alerts(alerts, true, w.sim.now, &mut fx);
-    assert!(fx.is_empty());
+    let mut fx = Output::default();
+    w.e.handle(Input::RestoreAlerts { alerts: alerts.into(), this_boot: true }, w.sim.now, &mut fx);
+    assert!(fx == Output::default());
     w.sync();
     w
 }
@@ -358,10 +366,18 @@ fn restored(alerts: Vec<Alert>) -> World {
 #[test]
 fn alerts_about_the_host_go_on_after_a_restart_and_end() {
     let mut w = World::new("");
-    let mut fx = Vec::new();
-    w.e.events_lost(7, w.sim.now, &mut fx);
-    w.e.condition(AlertKind::Capacity, Some("kernel_lineage is full".into()), w.sim.now, &mut fx);
-    w.e.condition(AlertKind::StorageFailed, Some("disk full".into()), w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::EventsLost { count: 7 }, w.sim.now, &mut fx);
+    w.e.handle(
+        Input::Condition { kind: AlertKind::Capacity, problem: Some("kernel_lineage is full".into()) },
+        w.sim.now,
+        &mut fx,
+    );
+    w.e.handle(
+        Input::Condition { kind: AlertKind::StorageFailed, problem: Some("disk full".into()) },
+        w.sim.now,
+        &mut fx,
+    );
     let mut w = restored(w.e.alerts(false));
     assert_eq!(w.firing().len(), 3);
     assert_eq!(w.changes(), [], "nobody is told again");
@@ -382,8 +398,8 @@ fn alerts_about_the_host_go_on_after_a_restart_and_end() {
     let [(AlertChange::Resolved, a)] = told.as_slice() else { panic!("{told:?}") };
     assert_eq!(a.kind, AlertKind::EventsLost);
     assert!(a.summary.contains("7 were before"), "{}", a.summary);
-    let mut fx = Vec::new();
-    w.e.condition(AlertKind::StorageFailed, None, w.sim.now, &mut fx);
+    let mut fx = Output::default();
+    w.e.handle(Input::Condition { kind: AlertKind::StorageFailed, problem: None }, w.sim.now, &mut fx);
     assert_eq!(w.firing(), []);
 }
 

@@ -1,5 +1,6 @@
 use super::*;
 use crate::engine::forest::groups::DEPTH;
+use crate::engine::turn::SECOND;
 
 fn names(w: &World) -> Vec<String> {
     w.e.jobs().into_iter().map(|j| j.name).collect()
@@ -68,7 +69,7 @@ fn of_those_who_run_only_the_topmost_is_a_root() {
     assert_eq!(names(&w), ["w"]);
     assert_eq!(w.e.jobs()[0].root, w.sim.key(top));
     assert_eq!(w.e.jobs_of(w.sim.key(again)).len(), 1);
-    let label = w.out.iter().filter(|f| matches!(f, Effect::Job { label: true, .. })).count();
+    let label = w.labelled();
     assert_eq!(label, 1);
     assert!(w.e.job_records()[0].existing);
 }
@@ -85,8 +86,8 @@ fn a_scan_waits_for_those_above() {
         w.sim.ring.clear();
         w.slow.push(top);
         w.merge_unread();
-        let mut fx = Vec::new();
-        w.e.ready(w.sim.now, &mut fx);
+        let mut fx = Output::default();
+        w.e.handle(Input::Ready, w.sim.now, &mut fx);
         w.answer(fx);
         w.pass(5 * S);
         let key = w.sim.key(top);
@@ -169,10 +170,10 @@ fn a_new_config_keeps_jobs_and_takes_new_rules() {
     w.sim.spawn(1, "b");
     w.pass(11 * S);
     assert_eq!(w.firing(), [AlertKind::JobTimeout]);
-    let mut fx = Vec::new();
+    let mut fx = Output::default();
     let new = "[[job]]\nname = \"b\"\nmatch = { argv = \"^b\" }\n\
                [[job]]\nname = \"a\"\nmatch = { argv = \"^a\" }\ntimeout = \"1h\"";
-    w.e.reload(&config(new), w.sim.now, &mut fx);
+    w.e.handle(Input::Reload(Cow::Borrowed(&config(new))), w.sim.now, &mut fx);
     w.answer(fx);
     assert_eq!(names(&w), ["a", "b"]);
     assert_eq!(w.firing(), [], "the deadline has moved");
@@ -213,9 +214,9 @@ fn jobs_that_would_nest_too_deep() {
         name: "x".into(),
         supervisor: None,
         number: None,
-        policy: w.e.rules[0].0.policy.clone(),
+        policy: w.e.rules.job(0, false).unwrap().policy,
     };
-    let done = w.e.register_exec_job(j, w.sim.now, &mut Vec::new());
+    let done = record(w.e.handle(Input::RegisterJob(Cow::Owned(j)), w.sim.now, &mut Output::default()));
     assert_eq!(done, Err(Refused::TooDeep(w.sim.key(last), DEPTH)));
     w.pass(11 * SECOND);
     assert_eq!(w.firing(), vec![], "it ends by itself");

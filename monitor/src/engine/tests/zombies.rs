@@ -185,16 +185,34 @@ fn flapping_is_damped_and_causes_are_told() {
                 remedy: String::new(),
                 alert: Some(a.id.clone()),
             };
-            let mut fx = Vec::new();
-            w.e.set_cause(&a.id, cause.clone(), w.sim.now, &mut fx);
-            w.e.set_cause(&a.id, cause.clone(), w.sim.now, &mut fx);
-            assert!(matches!(fx.as_slice(), [Effect::Alert { change: AlertChange::Updated, .. }]), "{fx:?}");
+            let mut fx = Output::default();
+            w.e.handle(
+                Input::Cause { alert: a.id.as_str().into(), cause: Cow::Owned(cause.clone()) },
+                w.sim.now,
+                &mut fx,
+            );
+            w.e.handle(
+                Input::Cause { alert: a.id.as_str().into(), cause: Cow::Owned(cause.clone()) },
+                w.sim.now,
+                &mut fx,
+            );
+            assert!(
+                matches!(fx.changes.as_slice(), [Change::Alert { change: AlertChange::Updated, .. }]),
+                "{fx:?}"
+            );
             assert_eq!(w.e.to_explain().map(|(id, k)| (id, k.pid)).collect::<Vec<_>>(), [(a.id.as_str(), z)]);
             // Another thing to be done, by the same verdict, is told too.
-            fx.clear();
+            fx = Output::default();
             let other = Cause { remedy: "jobwarden kill 7:7".into(), ..cause };
-            w.e.set_cause(&a.id, other, w.sim.now + 11 * S, &mut fx);
-            assert!(matches!(fx.as_slice(), [Effect::Alert { change: AlertChange::Updated, .. }]), "{fx:?}");
+            w.e.handle(
+                Input::Cause { alert: a.id.as_str().into(), cause: Cow::Owned(other) },
+                w.sim.now + 11 * S,
+                &mut fx,
+            );
+            assert!(
+                matches!(fx.changes.as_slice(), [Change::Alert { change: AlertChange::Updated, .. }]),
+                "{fx:?}"
+            );
         }
         w.sim.reap(z);
         w.pass(S);

@@ -4,8 +4,6 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::Read as _;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::time::Duration;
 
@@ -72,10 +70,8 @@ fn family(needle: &[u8], leader: Pid) -> Vec<(OwnedFd, Pid)> {
     };
     let marked = |pid: Pid| {
         let fd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
-        let mut environ = Vec::new();
-        let file = File::open(format!("/proc/{}/environ", raw(pid))).ok()?;
         // A zombie's is empty, so the dead are not found.
-        file.take(MAX_ENVIRON).read_to_end(&mut environ).ok()?;
+        let environ = proc.environ(raw(pid), MAX_ENVIRON).ok()?;
         environ.split(|&b| b == 0).any(|v| v == needle).then_some((fd, pid))
     };
     let alive = |pid: Pid| proc.stat(raw(pid)).ok().filter(|s| !matches!(s.state, b'Z' | b'X'));

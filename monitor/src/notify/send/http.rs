@@ -15,12 +15,14 @@ use tokio::time::{Instant, timeout_at};
 use super::transport::Transport;
 use super::{DeliveryResult, Reason};
 use crate::config::Receiver;
+use crate::files;
 
 /// Of an answer no more is read; enough for what is shown of it.
 const MAX_ANSWER: usize = 16 * 1024;
 /// Of an answer no more is shown.
 const MAX_SHOWN: usize = 300;
 const MAX_SECRET: u64 = 16 * 1024;
+const MAX_CERTIFICATES: u64 = 4 << 20;
 
 /// Why a receiver cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +57,7 @@ impl Client {
             let file = |source| TargetError::File { receiver: r.name.clone(), path: path.into(), source };
             let bad =
                 |why: String| TargetError::Certificate { receiver: r.name.clone(), path: path.into(), why };
-            let pem = std::fs::read(path).map_err(file)?;
+            let pem = files::read_regular(path, MAX_CERTIFICATES).map_err(file)?;
             let certs: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
             let certs = certs.map_err(|e| bad(e.to_string()))?;
             if certs.is_empty() {
@@ -242,10 +244,8 @@ pub(super) fn read_secret(path: &Path) -> Result<String, DeliveryResult> {
 
 /// What the file holds, without the newline at its end. An empty one is an error.
 fn secret(path: &Path) -> std::io::Result<String> {
-    use std::io::Read as _;
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(MAX_SECRET).read_to_string(&mut text)?;
-    let text = text.trim();
+    let bytes = files::read_regular(path, MAX_SECRET)?;
+    let text = std::str::from_utf8(&bytes).map_err(std::io::Error::other)?.trim();
     if text.is_empty() {
         return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "the file is empty"));
     }

@@ -8,7 +8,7 @@ use std::os::fd::AsFd as _;
 use monitor_abi as abi;
 use monitor_abi::{Job, LINEAGE_MENDED, TaskRow, is_spared};
 
-use super::offsets::{EDIT, FORK, PROBES};
+use super::offsets::{FORK, PROBES, UPDATE_LINEAGE};
 use super::{Kernel, sys};
 use crate::enforce::{Lineage, Member, OrderId};
 use crate::model::event::Comm;
@@ -57,21 +57,21 @@ pub(super) fn outwards(jobs: &HashMap<u64, Job>, job: u64) -> impl Iterator<Item
 
 impl Kernel {
     pub(super) fn edit(&self, e: &Edit) -> io::Result<Edited> {
-        let mut args = [0_u64; abi::EDIT_ARGS];
+        let mut args = [0_u64; abi::UPDATE_ARGS];
         let parent = e.parent.unwrap_or_default();
-        args[abi::EDIT_TGID] = e.key.pid.into();
-        args[abi::EDIT_START] = e.key.start;
-        args[abi::EDIT_PARENT_TGID] = parent.pid.into();
-        args[abi::EDIT_PARENT_START] = parent.start;
-        args[abi::EDIT_JOB] = e.job.unwrap_or(0);
-        args[abi::EDIT_FLAGS] = e.set.into();
-        args[abi::EDIT_CLEAR] = e.clear.into();
-        args[abi::EDIT_WHAT] =
-            if e.job.is_some() { abi::EDIT_SET_JOB } else { 0 } | if e.create { abi::EDIT_CREATE } else { 0 };
-        match sys::run(self.program(EDIT)?, &args)? {
-            abi::EDIT_CHANGED => Ok(Edited::Changed),
-            abi::EDIT_UNCHANGED => Ok(Edited::Unchanged),
-            abi::EDIT_MISSING => Ok(Edited::Missing),
+        args[abi::UPDATE_TGID] = e.key.pid.into();
+        args[abi::UPDATE_START] = e.key.start;
+        args[abi::UPDATE_PARENT_TGID] = parent.pid.into();
+        args[abi::UPDATE_PARENT_START] = parent.start;
+        args[abi::UPDATE_JOB] = e.job.unwrap_or(0);
+        args[abi::UPDATE_FLAGS] = e.set.into();
+        args[abi::UPDATE_CLEAR] = e.clear.into();
+        args[abi::UPDATE_WHAT] = if e.job.is_some() { abi::UPDATE_SET_JOB } else { 0 }
+            | if e.create { abi::UPDATE_CREATE } else { 0 };
+        match sys::run(self.program(UPDATE_LINEAGE)?, &args)? {
+            abi::UPDATE_CHANGED => Ok(Edited::Changed),
+            abi::UPDATE_UNCHANGED => Ok(Edited::Unchanged),
+            abi::UPDATE_MISSING => Ok(Edited::Missing),
             errno => Err(io::Error::from_raw_os_error(-errno)),
         }
     }

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::thread::ScopedJoinHandle;
 
 use aya::programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint};
@@ -96,9 +96,8 @@ pub(super) fn load(options: &Options, layout: &Layout, sizes: [u32; 3]) -> Resul
     let [ring, lineage, dead] = sizes;
     let (offsets, features) = (Global(layout.offsets), Global(layout.features));
     // Reading all of the kernel's types and verifying the larger programs take most of a start: beside each other.
-    let (ebpf, btf) = std::thread::scope(|scope| {
-        let btf = scope.spawn(Btf::from_sys_fs);
-        let ebpf = EbpfLoader::new()
+    let (btf, ebpf) = beside(Btf::from_sys_fs, || {
+        EbpfLoader::new()
             .override_global("OFFSETS", &offsets, true)
             .override_global("FEATURES", &features, true)
             .map_max_entries("EVENTS", ring)
@@ -106,8 +105,7 @@ pub(super) fn load(options: &Options, layout: &Layout, sizes: [u32; 3]) -> Resul
             .map_max_entries("DEAD", dead)
             .map_max_entries("MEMBERS", members_entries())
             .verifier_log_level(VerifierLogLevel::VERBOSE | VerifierLogLevel::STATS)
-            .load(OBJECT);
-        (ebpf, joined(btf))
+            .load(OBJECT)
     });
     let mut ebpf = ebpf.map_err(object_error)?;
     let btf = btf.map_err(|e| KernelError::Object(e.to_string()))?;
@@ -124,17 +122,8 @@ pub(super) fn load(options: &Options, layout: &Layout, sizes: [u32; 3]) -> Resul
         }
     }
     let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
-    let outcomes: Vec<_> = std::thread::scope(|scope| {
-        let btf = &btf;
-        let under_way: Vec<_> = wanted
-            .into_iter()
-            .map(|probe| {
-                let program = programs.remove(probe.name);
-                (probe, scope.spawn(move || load_program(program, probe, btf)))
-            })
-            .collect();
-        under_way.into_iter().map(|(probe, thread)| (probe, joined(thread))).collect()
-    });
+    let each = wanted.into_iter().map(|probe| (probe, programs.remove(probe.name))).collect();
+    let outcomes = load_programs(each, &btf);
     for (probe, outcome) in outcomes {
         match outcome {
             Ok(fd) => loaded.programs.push((probe.name, fd)),
@@ -168,12 +157,41 @@ fn object_error(e: aya::EbpfError) -> KernelError {
     KernelError::Object(e.to_string())
 }
 
+/// Both, the first one in a thread of its own; after each other where no thread can be made (a limit of processes).
+fn beside<A: Send, B>(other: impl Fn() -> A + Sync, own: impl FnOnce() -> B) -> (A, B) {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, &other).ok();
+        let own = own();
+        (thread.map_or_else(&other, joined), own)
+    })
+}
+
+type Outcome = Result<OwnedFd, KernelError>;
+
+/// Each in a thread of its own, as far as threads can be made.
+fn load_programs<'a>(each: Vec<(&'a Probe, Option<&mut Program>)>, btf: &Btf) -> Vec<(&'a Probe, Outcome)> {
+    let each: Vec<_> = each.into_iter().map(|(probe, program)| (probe, Mutex::new(program))).collect();
+    let load = |i: usize| {
+        let (probe, program) = &each[i];
+        let mut program = program.lock().unwrap_or_else(PoisonError::into_inner);
+        load_program(program.as_deref_mut(), probe, btf)
+    };
+    let load = &load;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..each.len())
+            .map(|i| std::thread::Builder::new().spawn_scoped(scope, move || load(i)).ok())
+            .collect();
+        let outcomes = threads.into_iter().enumerate().map(|(i, t)| t.map_or_else(|| load(i), joined));
+        each.iter().map(|(probe, _)| *probe).zip(outcomes).collect()
+    })
+}
+
 /// What a thread gives; its panic goes on here.
 fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-fn load_program(program: Option<&mut Program>, probe: &Probe, btf: &Btf) -> Result<OwnedFd, KernelError> {
+fn load_program(program: Option<&mut Program>, probe: &Probe, btf: &Btf) -> Outcome {
     let program = program.ok_or_else(|| {
         KernelError::Object(format!("it has no program {}; rebuild it: cargo xtask ebpf", probe.name))
     })?;

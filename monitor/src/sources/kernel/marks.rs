@@ -4,7 +4,9 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 
-use monitor_abi::{LINEAGE_HEIRS, LINEAGE_SPARED, SPARES_BITS, SPARES_MAX, SPARES_SHIFT, TaskRow, is_spared};
+use monitor_abi::{
+    LINEAGE_SPARED, LINEAGE_SPARES_CHILDREN, SPARES_BITS, SPARES_MAX, SPARES_SHIFT, TaskRow, is_spared,
+};
 
 use super::lineage::{Edit, Edited, no_job};
 use super::offsets::SYS_ENTER;
@@ -14,7 +16,7 @@ use crate::model::key::Key;
 
 /// The lineage flags of one that is spared under the epoch `spares`, and with `heirs` whom it forks.
 pub(super) fn spared(spares: u32, heirs: bool) -> u32 {
-    LINEAGE_SPARED | if heirs { LINEAGE_HEIRS } else { 0 } | (spares << SPARES_SHIFT)
+    LINEAGE_SPARED | if heirs { LINEAGE_SPARES_CHILDREN } else { 0 } | (spares << SPARES_SHIFT)
 }
 
 /// What orders that are carried out have marked. Guarded by `Kernel::editing`'s lock, as the maps are that it tells of.
@@ -114,7 +116,8 @@ impl Kernel {
         marks.spared.entry(key).or_default().insert(by, heirs);
         let spares = self.spares()?;
         // One that descends from who is spared with his heirs stays as it is.
-        let has = |l: monitor_abi::Lineage| is_spared(l.flags, spares) && l.flags & LINEAGE_HEIRS != 0;
+        let has =
+            |l: monitor_abi::Lineage| is_spared(l.flags, spares) && l.flags & LINEAGE_SPARES_CHILDREN != 0;
         let heirs = heirs || self.maps.lineage.get(&key.into())?.is_some_and(has);
         let set = spared(spares, heirs);
         let mut e = Edit { set, clear: SPARES_BITS & !set, ..Edit::of(key) };
@@ -185,7 +188,8 @@ impl Kernel {
             let mut changed = false;
             for r in rows.iter().filter(flagged).filter(|r| !family.contains(&r.key.into())) {
                 let key = Key::from(r.key);
-                let clear = if marks.spared.contains_key(&key) { LINEAGE_HEIRS } else { SPARES_BITS };
+                let clear =
+                    if marks.spared.contains_key(&key) { LINEAGE_SPARES_CHILDREN } else { SPARES_BITS };
                 changed |= self.edit(&Edit { clear, ..Edit::of(key) })? == Edited::Changed;
             }
             Ok(changed)

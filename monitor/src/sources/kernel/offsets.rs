@@ -152,7 +152,7 @@ pub(super) const FREE: &str = "free";
 pub(super) const TASKS: &str = "tasks";
 pub(super) const FILES: &str = "files";
 pub(super) const SYS_ENTER: &str = "sys_enter";
-pub(super) const EDIT: &str = "edit";
+pub(super) const UPDATE_LINEAGE: &str = "update_lineage";
 
 /// All programs. Fork comes first, so that no process can be seen to exit whose fork was not.
 pub(super) const PROBES: &[Probe] = &[
@@ -176,7 +176,7 @@ pub(super) const PROBES: &[Probe] = &[
         needs: &["file.f_inode", "file.f_mode", "inode.i_ino", "inode.i_sb", "super_block.s_dev"],
         ..probe(FILES, Kind::Iterator("task_file"))
     },
-    probe(EDIT, Kind::ByHand),
+    probe(UPDATE_LINEAGE, Kind::ByHand),
     tracer("trace_fork", "sched_process_fork"),
     tracer("trace_exec", "sched_process_exec"),
     tracer("trace_exit", "sched_process_exit"),

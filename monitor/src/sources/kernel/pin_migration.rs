@@ -6,7 +6,7 @@
 use std::io;
 use std::path::Path;
 
-use monitor_abi::{ABI_VERSION, LINEAGE_HEIRS, Lineage, SPARES_BITS, is_spared};
+use monitor_abi::{ABI_VERSION, LINEAGE_SPARES_CHILDREN, Lineage, SPARES_BITS, is_spared};
 
 use super::error::KernelError;
 use super::lineage::{Edit, Edited};
@@ -47,7 +47,7 @@ impl Kernel {
         let now = self.spares().map_err(what())?;
         // The old set's dooms are in force here until leftovers are taken away, and so is who it spares.
         let here = |l: Lineage| {
-            let heirs = l.flags & LINEAGE_HEIRS != 0;
+            let heirs = l.flags & LINEAGE_SPARES_CHILDREN != 0;
             let marks = if is_spared(l.flags, before) { spared(now, heirs) } else { 0 };
             Lineage { flags: (l.flags & !SPARES_BITS) | marks, ..l }
         };

@@ -1,5 +1,6 @@
 //! The reader's end of the ring buffer. It gives bytes; `event` knows what they mean.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -33,6 +34,8 @@ pub struct Ring {
     last: Option<u64>,
     /// The last record stands as unread until then.
     held: Option<Held>,
+    /// When to look for new records while some are kept: the kernel wakes nobody then.
+    look_at: Option<Instant>,
 }
 
 struct Held {
@@ -47,12 +50,25 @@ impl Ring {
         // What is in the ring from before (a pinned one) gave its wake-up to nobody.
         // SAFETY: the records own their descriptor and always give the same one.
         let records = unsafe { AsyncFd::register_with_interest(records, Interest::READABLE) };
-        Ok(Self { records: records.map_err(io::Error::from)?, more: true, last: None, held: None })
+        Ok(Self {
+            records: records.map_err(io::Error::from)?,
+            more: true,
+            last: None,
+            held: None,
+            look_at: None,
+        })
     }
 
     /// Waits until there is something to read, and a moment more for what comes with it. Cancel-safe.
     pub async fn readable(&mut self) -> io::Result<()> {
         if self.more {
+            return Ok(());
+        }
+        if self.is_keeping() {
+            let at = *self.look_at.get_or_insert_with(|| Instant::now() + GATHER);
+            tokio::time::sleep_until(at).await;
+            self.look_at = None;
+            self.more = true;
             return Ok(());
         }
         self.hold();
@@ -80,6 +96,15 @@ impl Ring {
     /// Gives each record there is to `handle`, oldest first and each exactly once, up to `most`; how many. A
     /// record's space is let go when `handle` has returned.
     pub fn drain(&mut self, most: usize, handle: &mut dyn FnMut(&[u8])) -> usize {
+        self.drain_keeping(most, &mut |bytes| {
+            handle(bytes);
+            None
+        })
+    }
+
+    /// As [`Ring::drain`], but where `handle` gives a number the record is not let go, nor any after it, before
+    /// [`Ring::let_go`] is called with at least that number. A successor of a killed agent reads them again.
+    pub fn drain_keeping(&mut self, most: usize, handle: &mut dyn FnMut(&[u8]) -> Option<u64>) -> usize {
         self.release();
         let records = self.records.get_mut();
         for n in 0..most {
@@ -91,6 +116,35 @@ impl Ring {
         }
         self.more = true;
         most
+    }
+
+    /// How far it has been read; what is kept counts as read.
+    #[must_use]
+    pub fn position(&self) -> u64 {
+        self.records.get_ref().position
+    }
+
+    #[must_use]
+    pub fn is_keeping(&self) -> bool {
+        !self.records.get_ref().kept.is_empty()
+    }
+
+    /// Lets go the records that are kept until `number` or an earlier one.
+    pub fn let_go(&mut self, number: u64) {
+        if !self.is_keeping() {
+            return;
+        }
+        let records = self.records.get_mut();
+        while records.kept.front().is_some_and(|&(_, until)| until <= number) {
+            records.kept.pop_front();
+        }
+        records.publish();
+        if records.kept.is_empty() {
+            // A record that was written while the position stood back woke nobody: it is looked for.
+            fence(Ordering::SeqCst);
+            self.more = true;
+            self.look_at = None;
+        }
     }
 
     /// Lets the last record stand as unread, and what was given back behind it.
@@ -129,6 +183,8 @@ pub(super) struct Records {
     shared: Mapping,
     size: u64,
     position: u64,
+    /// Records that were read and are not let go: where each begins, and the number that it waits for. In both ascending.
+    kept: VecDeque<(u64, u64)>,
 }
 
 impl Records {
@@ -141,15 +197,27 @@ impl Records {
         // Anybody who may open the map may have written there.
         let (read, written) = (consumer.position(), shared.position());
         let sane = written.wrapping_sub(read) <= size && read.is_multiple_of(RECORD_HEAD as u64);
-        Ok(Self { fd, consumer, shared, size, position: if sane { read } else { written } })
+        Ok(Self {
+            fd,
+            consumer,
+            shared,
+            size,
+            position: if sane { read } else { written },
+            kept: VecDeque::new(),
+        })
     }
 
     fn written(&self) -> u64 {
         self.shared.position()
     }
 
-    /// Gives the oldest record to `handle` and then lets go of it; where it began, or None if there is none yet.
-    fn take(&mut self, handle: &mut dyn FnMut(&[u8])) -> Option<u64> {
+    /// Tells the kernel how far its space is free.
+    fn publish(&self) {
+        self.consumer.set(self.kept.front().map_or(self.position, |&(begin, _)| begin));
+    }
+
+    /// Gives the oldest record to `handle` and then lets go of it, or keeps it; where it began, or None if there is none yet.
+    fn take(&mut self, handle: &mut dyn FnMut(&[u8]) -> Option<u64>) -> Option<u64> {
         loop {
             let record = if let Some(r) = self.record(self.position) {
                 r
@@ -159,11 +227,11 @@ impl Records {
                 self.record(self.position)?
             };
             let (begin, room, given) = (self.position, record.room, record.bytes.is_some());
-            if let Some(bytes) = record.bytes {
-                handle(bytes);
+            if let Some(number) = record.bytes.and_then(&mut *handle) {
+                self.kept.push_back((begin, number));
             }
             self.position = begin.wrapping_add(room);
-            self.consumer.set(self.position);
+            self.publish();
             if given {
                 return Some(begin);
             }

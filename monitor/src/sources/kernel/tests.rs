@@ -138,6 +138,43 @@ async fn what_is_unread_is_what_comes_next() {
     assert_eq!(given, unread);
 }
 
+/// Records that are kept stand in the ring for a successor, those behind them are read all the same, and new ones arrive
+/// although the kernel wakes no reader of a ring with unread records.
+#[tokio::test]
+async fn records_are_kept_until_they_are_let_go() {
+    let Some(kernel) = start("records_are_kept_until_they_are_let_go", &Options::default()) else { return };
+    let mut ring = kernel.take_ring().unwrap();
+    let life = || assert!(Command::new("/bin/true").status().unwrap().success());
+    life();
+    let begin = kernel.ring_positions().0;
+    let mut n = 0;
+    // The first and the third wait for the numbers 1 and 2.
+    ring.drain_keeping(usize::MAX, &mut |_| {
+        n += 1;
+        match n {
+            1 => Some(1),
+            3 => Some(2),
+            _ => None,
+        }
+    });
+    assert!(n >= 3 && ring.is_keeping());
+    assert_eq!(kernel.ring_positions().0, begin);
+    life();
+    let readable = tokio::time::timeout(Duration::from_secs(5), ring.readable());
+    readable.await.expect("a reader that keeps records looks by itself").unwrap();
+    let mut more = 0;
+    ring.drain(usize::MAX, &mut |_| more += 1);
+    assert!(more >= 3, "{more}");
+    ring.let_go(0);
+    assert_eq!(kernel.ring_positions().0, begin);
+    ring.let_go(1);
+    let third = kernel.ring_positions().0;
+    assert!(third > begin && third < ring.position() && ring.is_keeping());
+    ring.let_go(2);
+    assert!(!ring.is_keeping());
+    assert_eq!(kernel.ring_positions().0, ring.position());
+}
+
 #[tokio::test]
 async fn a_killed_child_and_who_killed_it() {
     let Some(kernel) = start("a_killed_child_and_who_killed_it", &Options::default()) else { return };

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use rustix::fs::{AtFlags, Statx, StatxFlags};
+
 use super::Proc;
 
 /// What a link in /proc/PID/fd says.
@@ -121,15 +123,29 @@ fn parse_epoll(s: &str) -> Option<EpollItem> {
 impl Proc {
     /// Open file descriptors of a process.
     pub fn fds(&self, pid: u32) -> io::Result<Vec<u32>> {
-        super::numbers(&self.path(pid, "fd"))
+        self.guarded(pid, || super::numbers(&self.path(pid, "fd")))
     }
 
     pub fn fd_link(&self, pid: u32, fd: u32) -> io::Result<FdLink> {
-        Ok(parse_link(std::fs::read_link(self.path(pid, &format!("fd/{fd}")))?))
+        let link = self.guarded(pid, || std::fs::read_link(self.path(pid, &format!("fd/{fd}"))))?;
+        Ok(parse_link(link))
     }
 
     pub fn fdinfo(&self, pid: u32, fd: u32) -> io::Result<FdInfo> {
-        Ok(parse_fdinfo(&super::read(&self.path(pid, &format!("fdinfo/{fd}")))?))
+        let name = format!("fdinfo/{fd}");
+        // Of an epoll instance under its mutex, which the kernel holds while it copies events to a page that may be missing.
+        let text = self.guarded(pid, || self.in_time(pid, &name, |path| super::read(&path)))?;
+        Ok(parse_fdinfo(&text))
+    }
+
+    /// Attributes of the file behind a link in the process's folder (`fd/N`, `root/dev/ptmx`), as they are cached: a file server that
+    /// is gone is not waited for.
+    pub fn attributes(&self, pid: u32, name: &str) -> io::Result<Statx> {
+        let stat = |path: PathBuf| {
+            let flags = AtFlags::STATX_DONT_SYNC;
+            Ok(rustix::fs::statx(rustix::fs::CWD, path, flags, StatxFlags::BASIC_STATS)?)
+        };
+        self.guarded(pid, || self.in_time(pid, name, stat))
     }
 }
 

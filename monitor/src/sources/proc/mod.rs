@@ -1,15 +1,22 @@
 //! A reader of /proc with an injected root. Every file may vanish or be empty between two reads: each call can fail
 //! and none panics. It knows nothing of the forest.
+//!
+//! What the kernel guards by `ptrace_may_access` is given only to an audience that may see it ([`Proc::for_audience`]), and
+//! what another process can hold up is read in a thread of its own, with a time limit ([`blocking`]).
 
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use crate::model::argv::split_argv;
+use crate::model::audience::Audience;
 use crate::model::event::Comm;
 
+pub mod blocking;
+pub mod credentials;
 pub mod fd;
 pub mod task;
 
+pub use credentials::{Credentials, Incarnation};
 pub use fd::{EpollItem, FdInfo, FdLink};
 pub use task::{InSyscall, Mount};
 
@@ -17,6 +24,7 @@ pub use task::{InSyscall, Mount};
 #[derive(Clone, Debug)]
 pub struct Proc {
     root: PathBuf,
+    audience: Audience,
 }
 
 impl Default for Proc {
@@ -131,7 +139,13 @@ pub fn parse_status(b: &[u8]) -> Status {
 impl Proc {
     #[must_use]
     pub fn at(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), audience: Audience::Full }
+    }
+
+    /// The same, for what is shown to this audience: a read of what it may not see is refused, as the kernel would refuse it.
+    #[must_use]
+    pub fn for_audience(&self, audience: Audience) -> Self {
+        Self { root: self.root.clone(), audience }
     }
 
     /// `ROOT/PID/NAME`.
@@ -162,12 +176,40 @@ impl Proc {
 
     /// Empty for kernel threads and zombies.
     pub fn argv(&self, pid: u32) -> io::Result<Vec<Vec<u8>>> {
-        Ok(split_argv(&read(&self.path(pid, "cmdline"))?).map(<[u8]>::to_vec).collect())
+        Ok(split_argv(&self.cmdline(pid, u64::MAX)?).map(<[u8]>::to_vec).collect())
+    }
+
+    /// The first `most` bytes of /proc/PID/cmdline, which may have megabytes. It lies in the process's memory.
+    pub fn cmdline(&self, pid: u32, most: u64) -> io::Result<Vec<u8>> {
+        self.in_time(pid, "cmdline", move |path| read_most(&path, most))
+    }
+
+    /// The same of /proc/PID/environ.
+    pub fn environ(&self, pid: u32, most: u64) -> io::Result<Vec<u8>> {
+        self.guarded(pid, || self.in_time(pid, "environ", move |path| read_most(&path, most)))
+    }
+
+    /// A read that the process can hold up, with its time limit.
+    fn in_time<T: Send + 'static>(
+        &self,
+        pid: u32,
+        name: &str,
+        read: impl FnOnce(PathBuf) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let what = match name.split('/').next() {
+            Some("cmdline" | "environ" | "maps" | "mem") => "memory",
+            Some("fdinfo") => "descriptors",
+            Some("task") => "threads",
+            Some("mountinfo") => "mounts",
+            _ => "paths",
+        };
+        let (dir, path) = (self.path(pid, ""), self.path(pid, name));
+        blocking::run(pid, what, &dir, blocking::LIMIT, move || read(path))
     }
 
     /// The resolved path; ` (deleted)` is left as the kernel gives it.
     pub fn exe(&self, pid: u32) -> io::Result<PathBuf> {
-        std::fs::read_link(self.path(pid, "exe"))
+        self.guarded(pid, || std::fs::read_link(self.path(pid, "exe")))
     }
 
     /// Process ids, in no order. A pid that vanishes meanwhile may be in it or not.
@@ -201,6 +243,12 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
             Err(e) => return Err(e),
         }
     }
+}
+
+fn read_most(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let mut all = Vec::new();
+    std::fs::File::open(path)?.take(most).read_to_end(&mut all)?;
+    Ok(all)
 }
 
 fn numbers(dir: &Path) -> io::Result<Vec<u32>> {

@@ -72,7 +72,9 @@ impl Proc {
     }
 
     pub fn syscall(&self, pid: u32, tid: u32) -> io::Result<InSyscall> {
-        let b = self.thread_file(pid, tid, "syscall")?;
+        // It waits while the process executes a program, and that while its memory is held.
+        let name = format!("task/{tid}/syscall");
+        let b = self.guarded(pid, || self.in_time(pid, &name, |path| read_bounded(&path)))?;
         parse_syscall(&b).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, "not in the form of proc_pid_syscall(5)")
         })
@@ -81,14 +83,15 @@ impl Proc {
     /// The kernel function it sleeps in; None if it does not sleep or the kernel does not tell.
     #[must_use]
     pub fn wchan(&self, pid: u32, tid: u32) -> Option<String> {
-        let b = self.thread_file(pid, tid, "wchan").ok()?;
+        let b = self.guarded(pid, || self.thread_file(pid, tid, "wchan")).ok()?;
         let s = String::from_utf8_lossy(&b).trim().to_owned();
         (!s.is_empty() && s != "0").then_some(s)
     }
 
     /// Kernel functions, innermost first (needs CAP_SYS_ADMIN).
     pub fn stack(&self, pid: u32, tid: u32) -> io::Result<Vec<String>> {
-        let b = self.thread_file(pid, tid, "stack")?;
+        let name = format!("task/{tid}/stack");
+        let b = self.guarded(pid, || self.in_time(pid, &name, |path| read_bounded(&path)))?;
         let text = String::from_utf8_lossy(&b);
         Ok(text.lines().filter_map(|l| Some(l.split_once("] ")?.1.split('+').next()?.to_owned())).collect())
     }
@@ -122,20 +125,26 @@ impl Proc {
 
     /// User memory at `at`, `buf.len()` bytes. The process is not stopped.
     pub fn memory(&self, pid: u32, at: u64, buf: &mut [u8]) -> io::Result<()> {
-        std::fs::File::open(self.path(pid, "mem"))?.read_exact_at(buf, at)
+        let mut own = vec![0; buf.len()];
+        let read = move |path: std::path::PathBuf| {
+            std::fs::File::open(path)?.read_exact_at(&mut own, at)?;
+            Ok(own)
+        };
+        buf.copy_from_slice(&self.guarded(pid, || self.in_time(pid, "mem", read))?);
+        Ok(())
     }
 
     /// The mount that holds a file, by fdinfo's `mnt_id`.
     #[must_use]
     pub fn mount(&self, pid: u32, id: u64) -> Option<Mount> {
-        let b = read_bounded(&self.path(pid, "mountinfo")).ok()?;
+        let b = self.in_time(pid, "mountinfo", |path| read_bounded(&path)).ok()?;
         String::from_utf8_lossy(&b).lines().filter_map(parse_mount).find(|m| m.id == id)
     }
 
     /// The mount that an absolute path of the process is on, by its longest prefix; the path is not looked up.
     #[must_use]
     pub fn mount_of(&self, pid: u32, path: &str) -> Option<Mount> {
-        let b = read_bounded(&self.path(pid, "mountinfo")).ok()?;
+        let b = self.in_time(pid, "mountinfo", |path| read_bounded(&path)).ok()?;
         let text = String::from_utf8_lossy(&b);
         let holds = |m: &Mount| std::path::Path::new(path).starts_with(&m.point);
         text.lines().filter_map(parse_mount).filter(holds).max_by_key(|m| m.point.len())
@@ -144,7 +153,8 @@ impl Proc {
     /// Whether the process has mapped a file whose path contains `part`.
     #[must_use]
     pub fn maps(&self, pid: u32, part: &str) -> bool {
-        read_bounded(&self.path(pid, "maps")).is_ok_and(|b| String::from_utf8_lossy(&b).contains(part))
+        let maps = self.guarded(pid, || self.in_time(pid, "maps", |path| read_bounded(&path)));
+        maps.is_ok_and(|b| String::from_utf8_lossy(&b).contains(part))
     }
 }
 

@@ -1,22 +1,23 @@
 //! Fork, death and reap of processes, and the lineage map that follows them.
 //!
-//! Where programs are preempted (Linux 7, real-time kernels) the kernel skips one that another process on the same CPU is in the
-//! middle of. There each has a second program behind it, `_again`, that does its work for whom it passed over: a chain that lost
-//! its lineage so would escape its job, and an exit that nobody tells is an event lost. Two of whom one is preempted in the first
-//! and one in the second let a third's fork pass both. Its child is entered when it forks itself, or when its parent ends, before
-//! somebody adopts it: whatever comes first, so that lineage has no gap where it is handed on.
+//! Where programs can be preempted (Linux 7, real-time kernels) the kernel skips a program for a task if a preempted task on the same CPU
+//! is still inside it. There each program has a second one attached behind it, `_again`, that does the work for skipped tasks: without it a
+//! chain would lose its lineage and escape its job, and an exit would be lost. If one task is preempted in the first program and another
+//! in the second, a third task's fork is skipped by both. Its child is entered when the child forks, or when its parent ends, before the child
+//! is adopted: in each case before lineage is passed on.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use monitor_abi::{
-    EXIT_GROUP, Exit, FORK_NO_ENTRY, Fork, HEIRS_MAX, KERNEL_THREAD, KIND_EXIT, KIND_FORK, KIND_LEADER_EXIT,
-    KIND_REAP, LABEL_DEPTH, LIFE_ENDED, LIFE_FORKED, LINEAGE_HEIRS, LINEAGE_MENDED, LINEAGE_SPARED, Lineage,
-    ProcKey, Reap, SPARES_SHIFT, handed_down, is_spared,
+    EXIT_GROUP, Exit, FORK_NO_ENTRY, Fork, KERNEL_THREAD, KIND_EXIT, KIND_FORK, KIND_LEADER_EXIT, KIND_REAP,
+    LABEL_DEPTH, LIFE_ENDED, LIFE_FORKED, LINEAGE_MENDED, LINEAGE_SPARED, LINEAGE_SPARES_CHILDREN, Lineage,
+    MISSED_CHILDREN_MAX, ProcKey, Reap, SPARES_SHIFT, handed_down, is_spared,
 };
 
+use super::sparing::{epoch, is_labelling, job_and_flags, read_entry};
 use super::task::{self, Ptr};
-use super::{CONTROL, DEAD, JOBS, LINEAGE, doom, frozen, member, ring};
+use super::{DEAD, JOBS, LINEAGE, doom, frozen, job_bitmap, ring};
 
 const EEXIST: i32 = -17;
 
@@ -29,7 +30,7 @@ pub(crate) fn fork(ctx: BtfTracePointContext) -> i32 {
     unsafe {
         let (pid, tgid) = task::ids(child);
         if pid == tgid {
-            born(ctx.arg(0), child, task::key(child));
+            record_fork(ctx.arg(0), child, task::key(child));
         } else {
             ring::filtered(KIND_FORK);
         }
@@ -37,7 +38,7 @@ pub(crate) fn fork(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// Whom `fork` passed over has no entry.
+/// A missing entry means that `fork` was skipped for this task.
 #[btf_tracepoint(function = "sched_process_fork")]
 pub(crate) fn fork_again(ctx: BtfTracePointContext) -> i32 {
     let child: Ptr = ctx.arg(1);
@@ -46,7 +47,7 @@ pub(crate) fn fork_again(ctx: BtfTracePointContext) -> i32 {
         let (pid, tgid) = task::ids(child);
         let key = task::key(child);
         if pid == tgid && LINEAGE.get(key).is_none() {
-            born(ctx.arg(0), child, key);
+            record_fork(ctx.arg(0), child, key);
         }
     }
     0
@@ -55,12 +56,12 @@ pub(crate) fn fork_again(ctx: BtfTracePointContext) -> i32 {
 /// # Safety
 /// Arguments of `sched_process_fork`.
 #[inline(always)]
-unsafe fn born(forker: Ptr, child: Ptr, key: ProcKey) {
+unsafe fn record_fork(forker: Ptr, child: Ptr, key: ProcKey) {
     // SAFETY: the caller's.
     unsafe {
         let lineage_parent = task::key(forker);
         if frozen!(FEATURES.preempted) != 0 && LINEAGE.get(lineage_parent).is_none() {
-            late(lineage_parent, task::parent_key(forker));
+            enter_missed(lineage_parent, task::parent_key(forker));
         }
         let (job, spared, entered) = enter(&key, &lineage_parent, 0);
         let mut flags = if entered { 0 } else { FORK_NO_ENTRY };
@@ -78,93 +79,65 @@ unsafe fn born(forker: Ptr, child: Ptr, key: ProcKey) {
                 comm: task::comm(child),
             });
         });
-        // A doomed forker dies here rather than at its next system call; the child at its own first one.
+        // A doomed forker dies here and not only at its next system call; the child dies at its own first one.
         if job != 0 && !spared && lineage_parent.tgid != 1 && doom::is_doomed(job) {
-            doom::strike(lineage_parent, job);
+            doom::send_sigkill(lineage_parent, job);
         }
     }
 }
 
-/// The innermost job of the forker, whose entry this is, and its flags.
+/// The innermost job of a forker, by its entry, and its flags.
 #[inline(always)]
 fn inherited(l: &Lineage) -> (u64, u32) {
-    let (job, flags) = word(l);
-    if job != 0 || !labelling() {
+    let (job, flags) = job_and_flags(l);
+    if job != 0 || !is_labelling() {
         return (job, flags);
     }
-    let above = above(l.parent.tgid, l.parent.start);
-    let spared = LINEAGE_SPARED | LINEAGE_HEIRS | (spares() << SPARES_SHIFT);
-    (above & !SPARED_BIT, if above & SPARED_BIT != 0 { spared } else { flags })
+    let found = inherited_job(l.parent.tgid, l.parent.start);
+    let spared = LINEAGE_SPARED | LINEAGE_SPARES_CHILDREN | (epoch() << SPARES_SHIFT);
+    (found & !SPARED_BIT, if found & SPARED_BIT != 0 { spared } else { flags })
 }
 
-#[inline(always)]
-fn word(l: &Lineage) -> (u64, u32) {
-    // SAFETY: volatile, since `edit` may write the entry meanwhile on another CPU.
-    unsafe { ((&raw const l.job).read_volatile(), (&raw const l.flags).read_volatile()) }
-}
-
-#[inline(always)]
-pub(crate) fn spares() -> u32 {
-    // SAFETY: volatile, the agent may change it meanwhile.
-    CONTROL.get(0).map_or(0, |c| unsafe { (&raw const c.spares).read_volatile() })
-}
-
-#[inline(always)]
-fn labelling() -> bool {
-    // SAFETY: volatile, the agent may change it meanwhile.
-    CONTROL.get(0).is_some_and(|c| unsafe { (&raw const c.labelling).read_volatile() != 0 })
-}
-
-/// Set in what [`above`] gives if that ancestor is spared with its heirs. Job numbers are boot-time nanoseconds, which are smaller.
+/// Set in the result of [`inherited_job`] if that ancestor is spared with its descendants. Job numbers are boot-time nanoseconds, which are smaller.
 const SPARED_BIT: u64 = 1 << 63;
 
-/// The job of the nearest ancestor that has one, from this one upwards. A chain in which each process forks one successor and
-/// exits is faster than the agent, which labels whom it has read of; those are ancestors of the chain's head by then, dead ones
-/// mostly, and what its head forks next is told here.
+/// The job of the nearest ancestor that has one, from this process upwards; 0 = none. A chain in which each process forks one successor and
+/// exits is faster than the agent's labelling: the processes that the agent has read are ancestors of the chain's head by then, mostly dead
+/// ones, and the child that the head forks next finds their job here.
 ///
-/// With a symbol of its own it is verified once and by itself, not again for each way that leads to it.
+/// With a symbol of its own it is verified once, and not again for each path that leads to it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn above(tgid: u32, start: u64) -> u64 {
+extern "C" fn inherited_job(tgid: u32, start: u64) -> u64 {
     let mut at = ProcKey { start, tgid, pad: 0 };
     for _ in 0..LABEL_DEPTH {
-        // PID 1 and the kernel's own are in no job.
+        // PID 1 and kernel threads are in no job.
         if at.tgid <= 1 {
             return 0;
         }
         // SAFETY: map values stay mapped; what they hold is checked there.
-        let read = unsafe { checked(|| LINEAGE.get(at)).or_else(|| checked(|| DEAD.get(at))) };
+        let read = unsafe { read_entry(|| LINEAGE.get(at)).or_else(|| read_entry(|| DEAD.get(at))) };
         let Some((job, flags, up)) = read else { return 0 };
         if job != 0 {
-            // One that is forgotten leaves its number with the dead.
+            // A job that is over leaves its number in the entries of the dead.
             // SAFETY: only whether there is an entry is asked.
             if unsafe { JOBS.get(job) }.is_none() {
                 return 0;
             }
-            return if is_spared(handed_down(flags), spares()) { job | SPARED_BIT } else { job };
+            return if is_spared(handed_down(flags), epoch()) { job | SPARED_BIT } else { job };
         }
         at = up;
     }
     0
 }
 
-/// What an entry says. A slot is used again as soon as it is free, for anybody; no key comes back. So what still has the key had it
-/// while it was read; else it may have moved from the living to the dead.
+/// Enters a process whose fork was skipped; its present parent stands for its lineage parent.
 #[inline(always)]
-pub(crate) fn checked(get: impl Fn() -> Option<&'static Lineage>) -> Option<(u64, u32, ProcKey)> {
-    let l = get()?;
-    let (job, flags) = word(l);
-    let up = l.parent;
-    get().is_some_and(|now| core::ptr::eq(now, l)).then_some((job, flags, up))
-}
-
-/// Enters one whose fork was passed over, from who would reap it now.
-#[inline(always)]
-fn late(key: ProcKey, parent: ProcKey) {
+fn enter_missed(key: ProcKey, parent: ProcKey) {
     enter_late(key.tgid, key.start, parent.tgid, parent.start);
 }
 
-/// With a symbol of its own, as [`above`].
+/// With a symbol of its own, as [`inherited_job`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn enter_late(tgid: u32, start: u64, parent_tgid: u32, parent_start: u64) -> u32 {
@@ -173,13 +146,13 @@ extern "C" fn enter_late(tgid: u32, start: u64, parent_tgid: u32, parent_start: 
     if unsafe { LINEAGE.get(key) }.is_some() {
         return 0;
     }
-    // Who adopted it may be its parent by now, so the fork probe's own word this is not.
+    // The parent may be an adopter by now: marked as mended, since this did not come from the fork probe.
     let (_, _, entered) =
         enter(&key, &ProcKey { start: parent_start, tgid: parent_tgid, pad: 0 }, LINEAGE_MENDED);
     entered.into()
 }
 
-/// Enters the child with what it inherits, and with `own` flags: its innermost job, whether its forker is spared, and whether there
+/// Enters the child with what it inherits and with its `own` flags. Gives its innermost job, whether its forker is spared, and whether there
 /// was room.
 #[inline(always)]
 fn enter(key: &ProcKey, forker: &ProcKey, own: u32) -> (u64, bool, bool) {
@@ -193,18 +166,18 @@ fn enter(key: &ProcKey, forker: &ProcKey, own: u32) -> (u64, bool, bool) {
         if before & LIFE_FORKED == 0 {
             life.write_volatile(before | LIFE_FORKED);
         }
-        word(&*l)
+        job_and_flags(&*l)
     });
-    member::mark(key.tgid, false);
+    job_bitmap::mark(key.tgid, false);
     let new = Lineage { parent: *forker, job, flags: handed_down(flags) | own, life: 0, told: 0, pad: 0 };
     let made = LINEAGE.insert(key, new, u64::from(BPF_NOEXIST));
     if let Err(e) = made
         && e != EEXIST
     {
-        return (job, is_spared(flags, spares()), false);
+        return (job, is_spared(flags, epoch()), false);
     }
-    // The agent may be labelling: it wrote the forker's entry after it was read above, or made it, and looked for children
-    // before this one was entered; or it entered this child itself. So the forker is read once more.
+    // Safe against labelling by the agent at the same time: the agent may have written or made the forker's entry after it was read above and
+    // looked for children before this one was entered, or entered this child itself. So the forker is read once more.
     // SAFETY: as said.
     let (now_job, now_flags) =
         above.or_else(|| LINEAGE.get_ptr_mut(forker)).map_or((0, 0), |l| unsafe { inherited(&*l) });
@@ -219,9 +192,9 @@ fn enter(key: &ProcKey, forker: &ProcKey, own: u32) -> (u64, bool, bool) {
         }
     }
     if now_job != 0 {
-        member::mark(key.tgid, true);
+        job_bitmap::mark(key.tgid, true);
     }
-    (now_job, is_spared(now_flags, spares()), true)
+    (now_job, is_spared(now_flags, epoch()), true)
 }
 
 /// `sched_process_exit(struct task_struct *p[, bool group_dead])`: for each thread, before files are closed, children
@@ -229,20 +202,20 @@ fn enter(key: &ProcKey, forker: &ProcKey, own: u32) -> (u64, bool, bool) {
 #[btf_tracepoint(function = "sched_process_exit")]
 pub(crate) fn exit(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: the tracepoint's context.
-    unsafe { died(&ctx, false) }
+    unsafe { record_exit(&ctx, false) }
 }
 
-/// Whom `exit` passed over is not marked dead, nor told of.
+/// A task for which `exit` was skipped is neither marked as ended nor reported.
 #[btf_tracepoint(function = "sched_process_exit")]
 pub(crate) fn exit_again(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: as above.
-    unsafe { died(&ctx, true) }
+    unsafe { record_exit(&ctx, true) }
 }
 
 /// # Safety
 /// The context of `sched_process_exit`.
 #[inline(always)]
-unsafe fn died(ctx: &BtfTracePointContext, again: bool) -> i32 {
+unsafe fn record_exit(ctx: &BtfTracePointContext, again: bool) -> i32 {
     let task: Ptr = ctx.arg(0);
     // SAFETY: an argument of the tracepoint; a task's group leader is a task.
     unsafe {
@@ -253,10 +226,11 @@ unsafe fn died(ctx: &BtfTracePointContext, again: bool) -> i32 {
             if frozen!(FEATURES.exit_group_dead) != 0 { ctx.arg::<u64>(1) & 1 != 0 } else { live == 0 };
         let key = task::key(task);
         if frozen!(FEATURES.preempted) != 0 {
-            heirs(task, leader, key);
+            enter_missed_children(task, leader, key);
         }
-        let news = if dead { first_death(&key, again) } else { pid == tgid && is_news(&key, again) };
-        if !news {
+        let unreported =
+            if dead { mark_ended(&key, again) } else { pid == tgid && is_unreported(&key, again) };
+        if !unreported {
             if !again {
                 ring::filtered(KIND_EXIT);
             }
@@ -275,30 +249,30 @@ unsafe fn died(ctx: &BtfTracePointContext, again: bool) -> i32 {
     0
 }
 
-/// Children of this thread whose forks were passed over are entered before they are given away. Each thread has children of its own,
-/// who go to another thread of the group first if one lives.
+/// Children of this thread whose forks were skipped are entered before they are reparented. Each thread has children of its own; they go to
+/// another thread of the group first if one lives.
 ///
-/// The list is read without its lock: one that is reaped meanwhile by another thread ends the walk, or leads round in it until the
-/// bound. No child is freed while this RCU reader runs.
+/// The list is read without its lock. A child that another thread reaps at the same time ends the walk, or makes it circle up to the bound. No
+/// child is freed while this RCU reader runs.
 ///
 /// # Safety
 /// As [`task::load`]; `leader` is the task's.
 #[inline(always)]
-unsafe fn heirs(task: Ptr, leader: Ptr, key: ProcKey) {
+unsafe fn enter_missed_children(task: Ptr, leader: Ptr, key: ProcKey) {
     let head = task.wrapping_add(frozen!(OFFSETS.task_children) as usize);
     // SAFETY: the caller's.
     let mut at: Ptr = unsafe { task::load(task, frozen!(OFFSETS.task_children)) };
     if at == head {
         return;
     }
-    // Its own fork may have been passed over too.
+    // Its own fork may have been skipped too.
     // SAFETY: the caller's; only whether there is an entry is asked.
     unsafe {
         if LINEAGE.get(key).is_none() {
-            late(key, task::parent_key(leader));
+            enter_missed(key, task::parent_key(leader));
         }
     }
-    for _ in 0..HEIRS_MAX {
+    for _ in 0..MISSED_CHILDREN_MAX {
         if at == head {
             return;
         }
@@ -310,15 +284,15 @@ unsafe fn heirs(task: Ptr, leader: Ptr, key: ProcKey) {
         ) else {
             return;
         };
-        late(ProcKey { start, tgid, pad: 0 }, key);
+        enter_missed(ProcKey { start, tgid, pad: 0 }, key);
         at = next;
     }
 }
 
-/// Marks the group dead; false if it was already. Not atomic, and the entry may be missing: two last threads can both
-/// get true, and the forest takes the first record per key.
+/// Marks the group as ended; false if it was already. Not atomic, and the entry may be missing: the two last threads can both
+/// get true, and the forest takes the first record of a key.
 #[inline(always)]
-fn first_death(key: &ProcKey, again: bool) -> bool {
+fn mark_ended(key: &ProcKey, again: bool) -> bool {
     let Some(entry) = LINEAGE.get_ptr_mut(key) else { return !again };
     // SAFETY: the entry is deleted only when the leader is freed, and its thread here is not yet dead.
     unsafe {
@@ -332,10 +306,10 @@ fn first_death(key: &ProcKey, again: bool) -> bool {
     true
 }
 
-/// Whether an exec, or a leader's exit, is still to be told of by this program, the first or the second. Both run in one task, and
-/// no other of its group is at either meanwhile: an exec waits for the leader's end. Who has no entry is told of by the first only.
+/// Whether this program (the first, or the second if `again`) has to report an exec or the exit of a leader. Both programs run in one task, and no
+/// other task of the group is at either at the same time: an exec waits for the leader's end. A process without an entry is reported by the first only.
 #[inline(always)]
-pub(crate) fn is_news(key: &ProcKey, again: bool) -> bool {
+pub(crate) fn is_unreported(key: &ProcKey, again: bool) -> bool {
     if frozen!(FEATURES.preempted) == 0 {
         return !again;
     }
@@ -349,29 +323,29 @@ pub(crate) fn is_news(key: &ProcKey, again: bool) -> bool {
     }
 }
 
-/// `sched_process_free(struct task_struct *p)`: an RCU grace period after somebody, or the kernel, reaped it.
+/// `sched_process_free(struct task_struct *p)`: an RCU grace period after the parent, or the kernel itself, reaped it.
 #[btf_tracepoint(function = "sched_process_free")]
 pub(crate) fn free(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: the tracepoint's context.
-    unsafe { freed(&ctx, false) }
+    unsafe { record_reap(&ctx, false) }
 }
 
-/// Whom `free` passed over still has an entry.
+/// A remaining entry means that `free` was skipped for this task.
 #[btf_tracepoint(function = "sched_process_free")]
 pub(crate) fn free_again(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: as above.
-    unsafe { freed(&ctx, true) }
+    unsafe { record_reap(&ctx, true) }
 }
 
 /// # Safety
 /// The context of `sched_process_free`.
 #[inline(always)]
-unsafe fn freed(ctx: &BtfTracePointContext, again: bool) -> i32 {
+unsafe fn record_reap(ctx: &BtfTracePointContext, again: bool) -> i32 {
     let task: Ptr = ctx.arg(0);
     // SAFETY: an argument of the tracepoint.
     unsafe {
         let (pid, tgid) = task::ids(task);
-        // A thread, or (after the exec of another thread) the old leader, which gave its pid away.
+        // A thread, or (after the exec of another thread) the old leader, whose pid went to that thread.
         if pid != tgid {
             if !again {
                 ring::filtered(KIND_REAP);
@@ -381,7 +355,7 @@ unsafe fn freed(ctx: &BtfTracePointContext, again: bool) -> i32 {
         let key = task::key(task);
         match LINEAGE.get(key) {
             Some(entry) => {
-                // No chain of lineage leads through one without children. Of one from before the probes that is not known.
+                // No chain of lineage leads through a process that never forked. Whether one from before the probes did is not known.
                 if entry.life & LIFE_FORKED != 0 || entry.flags & LINEAGE_MENDED != 0 {
                     // Copied first: the slot may be used again as soon as it is deleted.
                     let entry = *entry;

@@ -1,8 +1,8 @@
-//! Who may be in a job, by pid: `sys_enter` asks it at each system call of the host, where a look into the lineage map costs several
+//! Which pids may be in a job. `sys_enter` reads it at each system call of the host, where a lookup in the lineage map costs several
 //! times as much.
 //!
-//! A byte is cleared at fork before the child has an entry, and set by whoever writes a job into one. So it may be set for
-//! nothing (the job was taken away), but is never missing.
+//! A byte is cleared at fork before the child has an entry, and set with each job that is written into an entry. So it may be set
+//! without a job (the job was taken away), but is never missing.
 
 use monitor_abi::MEMBERS_BLOCK;
 
@@ -22,7 +22,7 @@ pub(crate) fn mark(tgid: u32, member: bool) {
     }
 }
 
-/// A pid beyond the map (`kernel.pid_max` was raised) may be.
+/// True also for a pid beyond the map (`kernel.pid_max` was raised).
 #[inline(always)]
 pub(crate) fn may_be(tgid: u32) -> bool {
     let (block, at) = place(tgid);

@@ -239,11 +239,11 @@ pub(super) fn name(v: &DeValue<'_>) -> Value<String> {
 pub(super) fn url(v: &DeValue<'_>) -> Value<String> {
     let want = "an http:// or https:// URL";
     let Some(s) = v.as_str() else { return wrong(want, v) };
-    let Ok(u) = reqwest::Url::parse(s) else { return wrong(want, v) };
-    if !matches!(u.scheme(), "http" | "https") || u.host_str().is_none_or(str::is_empty) {
+    let Ok(u) = s.parse::<hyper::Uri>() else { return wrong(want, v) };
+    if !matches!(u.scheme_str(), Some("http" | "https")) || u.host().is_none_or(str::is_empty) {
         return wrong(want, v);
     }
-    if !u.username().is_empty() || u.password().is_some() {
+    if u.authority().is_some_and(|a| a.as_str().contains('@')) {
         return Err(
             "expected a URL without user and password: give a secret by its file (bearer_token_file)".into(),
         );

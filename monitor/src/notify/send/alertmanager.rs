@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use reqwest::Url;
-use reqwest::header::HeaderMap;
+use hyper::Uri;
+use hyper::header::HeaderMap;
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -37,7 +37,7 @@ pub(in crate::notify) struct Alertmanager {
 
 #[derive(Debug)]
 struct Peer {
-    url: Url,
+    url: Uri,
     /// Milliseconds since the epoch; 0 = it did not fail.
     failed_at: AtomicI64,
     /// By alert id: an end that only others took, and when its copy here ends by itself.
@@ -160,7 +160,7 @@ async fn catch_up(client: Arc<Client>, peer: Arc<Peer>) {
             Ok(body) => client.post(&peer.url, body, HeaderMap::new()).await,
             Err(e) => DeliveryResult::Refused { error: e.to_string() },
         };
-        tracing::debug!(peer = peer.url.host_str(), ends = batch.len(), ?fate, "ends that a peer missed");
+        tracing::debug!(peer = peer.url.host(), ends = batch.len(), ?fate, "ends that a peer missed");
         if !matches!(fate, DeliveryResult::Failed { .. }) {
             peer.failed_at.store(0, Ordering::Relaxed);
             let mut missed = peer.missed();

@@ -1,12 +1,18 @@
 //! One POST, bounded in time and in what is read of the answer, and what its status means. Redirects are not followed.
 
 use std::path::{Path, PathBuf};
-use std::sync::Once;
 use std::time::Duration;
 
-use reqwest::header::{HeaderMap, HeaderValue, RETRY_AFTER};
-use reqwest::{StatusCode, Url};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{self, HeaderMap, HeaderValue, RETRY_AFTER};
+use hyper::{Request, Response, StatusCode, Uri};
+use hyper_util::client::proxy::matcher::Matcher;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use tokio::time::{Instant, timeout_at};
 
+use super::transport::Transport;
 use super::{DeliveryResult, Reason};
 use crate::config::Receiver;
 use crate::files;
@@ -34,17 +40,10 @@ pub enum TargetError {
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) receiver: String,
-    http: reqwest::Client,
+    transport: Transport,
+    /// For a request and its answer together.
+    timeout: Duration,
     token_file: Option<PathBuf>,
-}
-
-/// rustls is built without a provider of its own; whoever comes first installs it for the process.
-fn install_provider() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // An error says that there is one already.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-    });
 }
 
 impl Client {
@@ -53,41 +52,31 @@ impl Client {
         ca_file: Option<&Path>,
         token_file: Option<PathBuf>,
     ) -> Result<Self, TargetError> {
-        install_provider();
-        let mut builder = reqwest::Client::builder()
-            .user_agent(concat!("jobwarden/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .timeout(r.timeout)
-            .connect_timeout(r.timeout)
-            .pool_idle_timeout(Duration::from_secs(90))
-            .pool_max_idle_per_host(2);
+        let mut own = None;
         if let Some(path) = ca_file {
             let file = |source| TargetError::File { receiver: r.name.clone(), path: path.into(), source };
             let bad =
                 |why: String| TargetError::Certificate { receiver: r.name.clone(), path: path.into(), why };
             let pem = files::read_regular(path, MAX_CERTIFICATES).map_err(file)?;
-            let certs = reqwest::Certificate::from_pem_bundle(&pem).map_err(|e| bad(e.to_string()))?;
+            let certs: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+            let certs = certs.map_err(|e| bad(e.to_string()))?;
             if certs.is_empty() {
                 return Err(bad("none found".into()));
             }
-            // Only these: who names a CA does not mean any of the system's as well.
-            builder = builder.tls_built_in_root_certs(false);
-            for cert in certs {
-                builder = builder.add_root_certificate(cert);
-            }
+            // Only these: a receiver that names a CA does not trust the system's as well.
+            own = Some(certs);
         }
-        let http = builder
-            .build()
-            .map_err(|e| TargetError::Client { receiver: r.name.clone(), why: chain(&e.without_url()) })?;
-        let client = Self { receiver: r.name.clone(), http, token_file };
+        let transport = Transport::new(own, r.timeout, Matcher::from_env())
+            .map_err(|e| TargetError::Client { receiver: r.name.clone(), why: e.to_string() })?;
+        let client = Self { receiver: r.name.clone(), transport, timeout: r.timeout, token_file };
         if let Some(path) = &client.token_file {
             client.check_secret(path)?;
         }
         Ok(client)
     }
 
-    pub(super) fn url(&self, s: &str) -> Result<Url, TargetError> {
-        Url::parse(s).map_err(|_| TargetError::Url { receiver: self.receiver.clone() })
+    pub(super) fn url(&self, s: &str) -> Result<Uri, TargetError> {
+        s.parse().map_err(|_| TargetError::Url { receiver: self.receiver.clone() })
     }
 
     /// Whether the file can be read now; it is read again at each use, so that a secret can be changed in place.
@@ -97,63 +86,87 @@ impl Client {
         secret(path).map(drop).map_err(failed)
     }
 
-    /// POSTs JSON. What comes back is one fate for all that is in it.
+    /// POSTs JSON. The answer is one result for all that is in the body.
     pub(super) fn post(
         &self,
-        url: &Url,
+        url: &Uri,
         body: Vec<u8>,
         headers: HeaderMap,
     ) -> impl Future<Output = DeliveryResult> + Send + 'static {
         let request = self.request(url, body, headers);
-        let host = url.host_str().unwrap_or_default().to_owned();
+        let host = url.host().unwrap_or_default().to_owned();
+        let (transport, timeout) = (self.transport.clone(), self.timeout);
         async move {
             match request {
-                Ok(request) => send(&host, request).await,
-                Err(fate) => fate,
+                Ok(request) => send(&host, &transport, request, Instant::now() + timeout).await,
+                Err(result) => result,
             }
         }
     }
 
     fn request(
         &self,
-        url: &Url,
+        url: &Uri,
         body: Vec<u8>,
-        headers: HeaderMap,
-    ) -> Result<reqwest::RequestBuilder, DeliveryResult> {
-        let request = self
-            .http
-            .post(url.clone())
-            .headers(headers)
-            .header(reqwest::header::CONTENT_TYPE, "application/json")
-            .body(body);
-        let Some(path) = &self.token_file else { return Ok(request) };
-        Ok(request.bearer_auth(read_secret(path)?))
-    }
-}
-
-async fn send(host: &str, request: reqwest::RequestBuilder) -> DeliveryResult {
-    match request.send().await {
-        Ok(answer) => judge(host, answer).await,
-        Err(e) => {
-            let reason = if e.is_timeout() { Reason::Timeout } else { Reason::Connect };
-            DeliveryResult::failed(reason, format!("{host}: {}", chain(&e.without_url())))
+        mut headers: HeaderMap,
+    ) -> Result<Request<Full<Bytes>>, DeliveryResult> {
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(header::ACCEPT, HeaderValue::from_static("*/*"));
+        let agent = HeaderValue::from_static(concat!("jobwarden/", env!("CARGO_PKG_VERSION")));
+        headers.insert(header::USER_AGENT, agent);
+        if let Some(v) = self.transport.proxy_authorization(url) {
+            headers.insert(header::PROXY_AUTHORIZATION, v);
         }
+        if let Some(path) = &self.token_file {
+            let token = HeaderValue::try_from(format!("Bearer {}", read_secret(path)?));
+            let unfit = |_| format!("{} holds more than one line, or what no header may", path.display());
+            let mut token = token.map_err(unfit).map_err(|e| DeliveryResult::failed(Reason::Secret, e))?;
+            token.set_sensitive(true);
+            headers.insert(header::AUTHORIZATION, token);
+        }
+        let mut request = Request::new(Full::from(body));
+        (*request.method_mut(), *request.uri_mut()) = (hyper::Method::POST, url.clone());
+        *request.headers_mut() = headers;
+        Ok(request)
     }
 }
 
-async fn judge(host: &str, mut answer: reqwest::Response) -> DeliveryResult {
+async fn send(
+    host: &str,
+    transport: &Transport,
+    request: Request<Full<Bytes>>,
+    deadline: Instant,
+) -> DeliveryResult {
+    match timeout_at(deadline, transport.pool.request(request)).await {
+        Ok(Ok(answer)) => judge(host, answer, deadline).await,
+        Ok(Err(e)) => {
+            let reason = if is_timeout(&e) { Reason::Timeout } else { Reason::Connect };
+            DeliveryResult::failed(reason, format!("{host}: {}", chain(&e)))
+        }
+        Err(_) => DeliveryResult::failed(Reason::Timeout, format!("{host}: no answer within its timeout")),
+    }
+}
+
+/// Whether the connection was not made in time.
+fn is_timeout(e: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(e), |e| e.source())
+        .any(|e| e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut))
+}
+
+async fn judge(host: &str, answer: Response<Incoming>, deadline: Instant) -> DeliveryResult {
     let status = answer.status();
     let retry_after = answer.headers().get(RETRY_AFTER).and_then(parse_retry_after);
-    let mut text = Vec::new();
-    let mut broke = None;
-    loop {
-        match answer.chunk().await {
-            Ok(Some(bytes)) if text.len() < MAX_ANSWER => {
+    let mut body = answer.into_body();
+    let (mut text, mut late) = (Vec::new(), false);
+    while text.len() < MAX_ANSWER {
+        match timeout_at(deadline, body.frame()).await {
+            Ok(Some(Ok(frame))) => {
+                let bytes = frame.into_data().unwrap_or_default();
                 text.extend_from_slice(&bytes[..bytes.len().min(MAX_ANSWER - text.len())]);
             }
-            Ok(_) => break,
-            Err(e) => {
-                broke = Some(e);
+            Ok(Some(Err(_)) | None) => break,
+            Err(_) => {
+                late = true;
                 break;
             }
         }
@@ -174,9 +187,7 @@ async fn judge(host: &str, mut answer: reqwest::Response) -> DeliveryResult {
         s if s.is_redirection() => DeliveryResult::Refused {
             error: format!("{said} (redirects are not followed: give the final URL)"),
         },
-        _ if broke.is_some_and(|e| e.is_timeout()) => {
-            DeliveryResult::Failed { reason: Reason::Timeout, error: said, retry_after }
-        }
+        _ if late => DeliveryResult::Failed { reason: Reason::Timeout, error: said, retry_after },
         _ => DeliveryResult::Refused { error: said },
     }
 }

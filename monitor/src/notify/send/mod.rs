@@ -7,6 +7,7 @@ mod family;
 mod http;
 mod pagerduty;
 mod text;
+mod transport;
 mod webhook;
 
 use std::time::Duration;

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use reqwest::Url;
-use reqwest::header::HeaderMap;
+use hyper::Uri;
+use hyper::header::HeaderMap;
 use serde_json::{Value, json};
 
 use super::http::{Client, TargetError, read_secret};
@@ -18,7 +18,7 @@ const MAX_SUMMARY: usize = 1024;
 #[derive(Debug)]
 pub(in crate::notify) struct Pagerduty {
     client: Client,
-    url: Url,
+    url: Uri,
     key_file: PathBuf,
 }
 

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use hmac::{Hmac, Mac as _};
-use reqwest::Url;
-use reqwest::header::{HeaderMap, HeaderValue};
+use hyper::Uri;
+use hyper::header::{HeaderMap, HeaderValue};
 use serde::Serialize;
 use sha2::Sha256;
 
@@ -18,7 +18,7 @@ const SIGNATURE: &str = "x-jobwarden-signature";
 #[derive(Debug)]
 pub(in crate::notify) struct Webhook {
     client: Client,
-    url: Url,
+    url: Uri,
     secret_file: Option<PathBuf>,
 }
 

@@ -16,8 +16,7 @@ pub use self::writer::{Report, StateWriter};
 use crate::engine::{EnforcementState, JobRecord};
 use crate::files::{self, OpenError};
 use crate::model::key::Key;
-use crate::model::kill::AskedBy;
-use crate::model::schema::JobId;
+use crate::model::kill::KillSpec;
 
 /// Raised when the file's meaning changes; a file of another version is refused by name, never guessed at.
 pub const VERSION: u32 = 1;
@@ -45,20 +44,14 @@ pub struct State {
     pub kills: Vec<Kill>,
 }
 
-/// `jobwarden kill` that is under way.
+/// A `jobwarden kill` that has not ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kill {
-    /// None: what descends from processes outside of jobs.
-    pub job: Option<JobId>,
-    pub root: Key,
-    pub target: String,
-    /// These and what descends from them; none: the whole job.
-    pub roots: Vec<Key>,
-    pub signal: u8,
+    #[serde(flatten)]
+    pub spec: KillSpec,
     /// When the grace is over, in boot-time ns.
     pub until: u64,
-    pub asked_by: AskedBy,
-    /// The client and its ancestors, who are spared whether the client lives or not.
+    /// The client and its ancestors, which are spared whether or not the client still lives.
     pub kept: Vec<Key>,
 }
 
@@ -212,7 +205,7 @@ fn read(path: &Path) -> Result<Option<State>, String> {
 mod tests {
     use super::*;
     use crate::engine::JobPolicy;
-    use crate::model::key::Key;
+    use crate::model::kill::{Reason, What};
     use crate::model::schema::JobId;
 
     #[test]
@@ -264,6 +257,27 @@ mod tests {
         assert_eq!((loaded.state, loaded.damage), (Some(old), Vec::new()));
         store.save(&state).unwrap();
         assert_eq!(store.load("b").state, Some(state));
+    }
+
+    /// Kills as version 1 of the file has always had them: a file that cannot be read after an upgrade loses all jobs.
+    #[test]
+    fn a_kill_is_saved_as_it_always_was() {
+        let (whole, part) = (
+            r#"{"job":"j-1:2-0","root":"1:2","target":"name:n","roots":[],"signal":15,"until":99,"asked_by":{"uid":0,"pid":7,"exe":null,"rule":null},"kept":["7:8"]}"#,
+            r#"{"job":null,"root":"3:4","target":"3","roots":["3:4"],"signal":2,"until":5,"asked_by":{"uid":null,"pid":null,"exe":null,"rule":null},"kept":[]}"#,
+        );
+        let read = |text: &str| serde_json::from_str::<Kill>(text).unwrap();
+        let spec = read(whole).spec;
+        assert_eq!((spec.what.clone(), spec.reason, spec.signal), (What::Whole, Reason::Operator, 15));
+        assert_eq!(
+            (spec.settle, spec.dry_run),
+            (KillSpec::new(spec.root, What::Whole, Reason::Exec).settle, false)
+        );
+        assert_eq!(read(part).spec.what, What::Descendants { number: 0, roots: vec![Key::new(3, 4)] });
+        for text in [whole, part] {
+            let before: serde_json::Value = serde_json::from_str(text).unwrap();
+            assert_eq!(serde_json::to_value(read(text)).unwrap(), before);
+        }
     }
 
     #[test]

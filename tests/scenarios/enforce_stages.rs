@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use jobwarden::config::Match;
-use jobwarden::enforce::{Audit, Enforcer, Guards, Lineage, Member, Order, OrderId, Outcome, audit};
+use jobwarden::enforce::{Audit, Enforcer, Guards, Lineage, Member, OrderId, Outcome, audit};
 use jobwarden::model::key::Key;
-use jobwarden::model::kill::{AskedBy, Reason, What};
+use jobwarden::model::kill::{KillSpec, Reason, What};
 use jobwarden::model::schema::SignalledOutcome;
 use jobwarden::sources::host::boot_now;
 use jobwarden::sources::kernel::{Kernel, Options};
@@ -29,29 +29,21 @@ fn enforcer(lineage: Arc<dyn Lineage>, audit: Audit) -> Enforcer {
 }
 
 /// Makes `pid` and its family a job.
-fn job(kernel: &Kernel, pid: u32, outer: u64) -> Result<Order> {
+fn job(kernel: &Kernel, pid: u32, outer: u64) -> Result<KillSpec> {
     let start = kernel.start_of(pid)?.context("it is gone")?;
     let (root, job) = (Key::new(pid, start), boot_now());
     kernel.label(job, outer, root)?;
-    Ok(Order {
-        job,
-        id: None,
+    Ok(KillSpec {
+        number: job,
         name: "test".into(),
-        root,
         target: pid.to_string(),
-        what: What::Whole,
-        signal: 15,
         grace: ms(500),
-        delay: Duration::ZERO,
         settle: ms(1000),
-        reason: Reason::Operator,
-        asked_by: AskedBy::default(),
-        dry_run: false,
-        cgroup: None,
+        ..KillSpec::new(root, What::Whole, Reason::Operator)
     })
 }
 
-fn run(e: &Enforcer, order: &Order, guards: &Guards) -> Result<Outcome> {
+fn run(e: &Enforcer, order: &KillSpec, guards: &Guards) -> Result<Outcome> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // In this thread: what `Reused` forks would die with another.
     Ok(runtime.block_on(e.run_here(order, guards))?)
@@ -162,7 +154,7 @@ fn a_stranger_that_gets_the_pid_between_reading_and_signalling_lives() -> Result
     for at in 1..=10 {
         let mut victim = fixture.command("/bin/cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
         asleep(&mut victim)?;
-        let order = Order { grace: Duration::ZERO, ..job(&kernel, victim.id(), 0)? };
+        let order = KillSpec { grace: Duration::ZERO, ..job(&kernel, victim.id(), 0)? };
         let reused = Arc::new(Reused {
             kernel: kernel.clone(),
             at,
@@ -183,7 +175,7 @@ fn a_stranger_that_gets_the_pid_between_reading_and_signalling_lives() -> Result
         } else if let Some(mut v) = reused.victim.lock().ok().and_then(|mut v| v.take()) {
             ensure!(v.wait()?.signal() == Some(9), "{at}");
         }
-        kernel.forget(order.job)?;
+        kernel.forget(order.number)?;
     }
     loudly(&format!("{gone} of 10 were found gone when they were about to be signalled"));
     ensure!(gone > 0, "no pid changed hands between reading and signalling");
@@ -202,10 +194,10 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
     let state = fixture.path("audit");
     std::fs::create_dir(&state)?;
     let e = enforcer(kernel.clone(), Audit::open(&state));
-    let dry = run(&e, &Order { dry_run: true, ..order.clone() }, &guards)?;
+    let dry = run(&e, &KillSpec { dry_run: true, ..order.clone() }, &guards)?;
     ensure!(dry.report.signalled.iter().all(|s| s.outcome == SignalledOutcome::DryRun), "{dry:?}");
     ensure!(lives(root.id()) && lives(below) && lives(other), "a dry run signals nobody");
-    let out = run(&e, &Order { grace: Duration::ZERO, ..order.clone() }, &guards)?;
+    let out = run(&e, &KillSpec { grace: Duration::ZERO, ..order.clone() }, &guards)?;
     ensure!(out.ended() && out.report.spared.len() == 2, "{:?}", out.report);
     ensure!(
         out.report.spared.iter().any(|s| s.process.pid == below && s.why.contains("descends")),
@@ -213,7 +205,7 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
     );
     ensure!(lives(below) && !lives(other), "{:?}", out.report);
     ensure!(root.wait()?.signal() == Some(9));
-    let flagged: Vec<Member> = kernel.members(order.job)?.into_iter().filter(|m| m.spared).collect();
+    let flagged: Vec<Member> = kernel.members(order.number)?.into_iter().filter(|m| m.spared).collect();
     ensure!(flagged.is_empty(), "flags stay: {flagged:?}");
     ensure!(!kernel.doom_attached(), "sys_enter stays attached");
     ensure!(e.audit.flush(ms(5000)), "{:?}", e.audit.error());
@@ -222,7 +214,7 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
         ensure!(lines.iter().any(|l| l.what == what), "no {what:?} in {lines:?}");
     }
     // Nobody protects them any more.
-    let out = run(&e, &Order { grace: Duration::ZERO, ..order }, &Guards::default())?;
+    let out = run(&e, &KillSpec { grace: Duration::ZERO, ..order }, &Guards::default())?;
     ensure!(out.ended() && !lives(below), "{:?}", out.report);
     Ok(())
 }
@@ -241,7 +233,7 @@ fn who_descends_from_a_protected_member_that_ran_before_the_probes() -> Result<(
     let mut root = sh(&fixture, "sh -c 'sleep 111 & wait' & sleep 112 & wait")?;
     let (below, other) = (find(&fixture, "111")?, find(&fixture, "112")?);
     let kernel = kernel()?;
-    let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+    let order = KillSpec { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
     let e = enforcer(kernel, Audit::log_only());
     let out = run(&e, &order, &Guards::new(vec![protect("^sh -c sleep 111")?], false))?;
     ensure!(out.ended() && out.report.spared.len() == 2, "{:?}", out.report);
@@ -260,13 +252,14 @@ fn what_the_client_s_shell_forks_is_not_spared_with_it() -> Result<()> {
     let mut c = fixture.command("/bin/sh");
     let mut root = c.args(["-c", script]).stdin(std::process::Stdio::piped()).spawn()?;
     let kept = find(&fixture, "121")?;
-    let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+    let order = KillSpec { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
     let another = OrderId::fresh();
     kernel.spare(order.root, false, another)?;
     io::Write::write_all(root.stdin.as_mut().context("no stdin")?, b"go\n")?;
     let forked = find(&fixture, "122")?;
-    let flag =
-        |pid| -> Result<bool> { Ok(kernel.members(order.job)?.iter().any(|m| m.key.pid == pid && m.spared)) };
+    let flag = |pid| -> Result<bool> {
+        Ok(kernel.members(order.number)?.iter().any(|m| m.key.pid == pid && m.spared))
+    };
     ensure!(flag(root.id())? && !flag(forked)?, "a fork inherits the flag");
     let e = enforcer(kernel.clone(), Audit::log_only());
     let mut guards = Guards::new(vec![protect("^sh -c sleep 121")?], false);
@@ -276,7 +269,7 @@ fn what_the_client_s_shell_forks_is_not_spared_with_it() -> Result<()> {
     ensure!(lives(root.id()) && lives(kept), "{:?}", out.report);
     ensure!(flag(root.id())?, "the other order is not over");
     kernel.release(another)?;
-    ensure!(kernel.members(order.job)?.iter().all(|m| !m.spared), "flags stay");
+    ensure!(kernel.members(order.number)?.iter().all(|m| !m.spared), "flags stay");
     let out = run(&e, &order, &Guards::default())?;
     ensure!(out.ended() && !lives(kept), "{:?}", out.report);
     root.wait()?;
@@ -309,7 +302,7 @@ fn protect_by_the_container_s_name_and_by_parents_of_whom_one_is_dead() -> Resul
         ],
         false,
     );
-    let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+    let order = KillSpec { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
     let e = enforcer(kernel, Audit::log_only());
     let out = run(&e, &order, &guards)?;
     ensure!(out.ended() && out.report.spared.len() == 2, "{:?}", out.report);
@@ -326,17 +319,17 @@ fn a_part_of_a_job_that_is_spared_stays_in_the_job() -> Result<()> {
     let kernel = kernel()?;
     let mut root = sh(&fixture, "sh -c 'sh -c \"sleep 141 & wait\" & sleep 142 & wait' & sleep 143 & wait")?;
     let (kept, ended, beside) = (find(&fixture, "141")?, find(&fixture, "142")?, find(&fixture, "143")?);
-    let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+    let order = KillSpec { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
     let key = Key::new(ended, kernel.start_of(ended)?.context("gone")?);
     let part = kernel.lineage_parent(key)?.context("no parent")?;
     // `kill PID`: whatever job it is in, the order names none.
     let what = What::Descendants { number: boot_now(), roots: vec![part] };
-    let of_pid = Order { job: 0, root: part, what, ..order.clone() };
+    let of_pid = KillSpec { number: 0, root: part, what, ..order.clone() };
     let e = enforcer(kernel.clone(), Audit::log_only());
     let out = run(&e, &of_pid, &Guards::new(vec![protect("^sh -c sleep 141")?], false))?;
     ensure!(out.ended() && lives(kept) && lives(beside) && !lives(ended), "{:?}", out.report);
-    let members = kernel.members(order.job)?;
-    ensure!(members.iter().any(|m| m.key.pid == kept && m.job == order.job), "{members:?}");
+    let members = kernel.members(order.number)?;
+    ensure!(members.iter().any(|m| m.key.pid == kept && m.job == order.number), "{members:?}");
     // Who was spared is reached by the job's end, now that nobody protects him.
     let out = run(&e, &order, &Guards::default())?;
     ensure!(out.ended() && !lives(kept) && !lives(beside), "{:?}", out.report);
@@ -354,7 +347,7 @@ fn descendants_end_and_the_rest_of_the_job_does_not() -> Result<()> {
     let orphan = Key::new(ended, kernel.start_of(ended)?.context("gone")?);
     let what = What::Descendants { number: boot_now(), roots: vec![orphan] };
     let e = enforcer(kernel.clone(), Audit::log_only());
-    let part = Order { what, reason: Reason::Orphan, ..order.clone() };
+    let part = KillSpec { what, reason: Reason::Orphan, ..order.clone() };
     let out = run(&e, &part, &Guards::default())?;
     ensure!(out.ended() && out.report.signalled.len() == 1, "{:?}", out.report);
     ensure!(!lives(ended) && lives(kept) && lives(root.id()), "{:?}", out.report);
@@ -370,7 +363,7 @@ fn who_ends_in_time_is_not_signalled() -> Result<()> {
     let fixture = fixture!("who_ends_in_time_is_not_signalled");
     let kernel = kernel()?;
     let mut root = sh(&fixture, "sleep 0.3; exit 7")?;
-    let order = Order { delay: ms(20_000), ..job(&kernel, root.id(), 0)? };
+    let order = KillSpec { delay: ms(20_000), ..job(&kernel, root.id(), 0)? };
     let begun = Instant::now();
     let out = run(&enforcer(kernel, Audit::log_only()), &order, &Guards::default())?;
     ensure!(out.ended() && out.report.signalled.is_empty(), "{:?}", out.report);
@@ -385,7 +378,7 @@ fn a_survivor_is_named_with_what_holds_it() -> Result<()> {
     let kernel = kernel()?;
     let mut s = jobwarden_tests::Shape::start(&fixture, "traced", &[])?;
     let (held, tracer): (u32, u32) = (s.fact("held")?, s.fact("tracer")?);
-    let order = Order { grace: Duration::ZERO, ..job(&kernel, held, 0)? };
+    let order = KillSpec { grace: Duration::ZERO, ..job(&kernel, held, 0)? };
     let out = run(&enforcer(kernel.clone(), Audit::log_only()), &order, &Guards::default())?;
     ensure!(!out.ended(), "{:?}", out.report);
     let stuck = out.report.stuck.first().context("nobody is stuck")?;
@@ -420,9 +413,9 @@ fn a_chain_below_a_protected(fixture: &Fixture) -> Result<()> {
         limit.holds(&mut c);
         let mut root = c.spawn()?;
         let other = find(fixture, "152")?;
-        let order = Order { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
+        let order = KillSpec { grace: Duration::ZERO, ..job(&kernel, root.id(), 0)? };
         let bombs = || -> Result<Vec<Member>> {
-            let mut all = kernel.members(order.job)?;
+            let mut all = kernel.members(order.number)?;
             all.retain(|m| m.comm.bytes().starts_with(b"shape-bomb") && !m.dead);
             all.sort_by_key(|m| m.key.start);
             Ok(all)

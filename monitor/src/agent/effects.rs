@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use super::alert_causes;
 use super::core::{Core, label};
-use super::{alert_causes, kills};
+use super::kills::{self, Client};
 use crate::enforce::Lineage;
 use crate::engine::{AlertChange, Change, Effect, JobEnded};
 use crate::model::schema::{Alert, AlertKind};
@@ -37,7 +38,7 @@ fn apply_effect(core: &mut Core, effect: Effect) {
         Effect::LabelJob(job) => drop(label(&core.kernel, &job)),
         Effect::EnterProcess { process, parent, job, missed } => core.enter(process, parent, job, missed),
         Effect::CountMembers(number) => core.sync.emptied.push(number),
-        Effect::Kill(order) => kills::by_policy(core, *order),
+        Effect::Kill(spec) => kills::start(core, *spec, Client::None, None),
     }
 }
 

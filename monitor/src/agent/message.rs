@@ -9,7 +9,7 @@ use crate::engine::forest::Facts;
 use crate::engine::{Gauges, Observation};
 use crate::metrics::Counts;
 use crate::model::key::Key;
-use crate::model::kill::Reason;
+use crate::model::kill::KillSpec;
 use crate::model::schema::{Cause, JobId};
 use crate::state::Report;
 
@@ -21,14 +21,11 @@ pub(super) enum Message {
         alert: String,
         cause: Option<Box<Cause>>,
     },
-    /// A kill has ended. `job`: None for a kill of processes (`root` and its descendants, whatever job they are in).
+    /// A kill has ended.
     Killed {
-        job: Option<JobId>,
-        root: Key,
-        reason: Reason,
-        whole: bool,
+        spec: Box<KillSpec>,
         /// Its key in [`Core::kills`](super::core::Core::kills).
-        order: Option<u64>,
+        saved: Option<u64>,
         result: Result<Box<enforce::Outcome>, String>,
     },
     /// The state was written or could not be, or files of the state directory are damaged.

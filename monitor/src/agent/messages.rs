@@ -8,9 +8,8 @@ use super::storage::Source;
 use super::{effects, requests};
 use crate::enforce::Outcome;
 use crate::engine::{Input, Observation};
-use crate::model::key::Key;
-use crate::model::kill::Reason;
-use crate::model::schema::{Cause, JobId};
+use crate::model::kill::KillSpec;
+use crate::model::schema::Cause;
 use crate::sources::host;
 
 pub(super) fn handle(core: &mut Core, message: Message) {
@@ -26,11 +25,11 @@ pub(super) fn handle(core: &mut Core, message: Message) {
             }
         }
         Message::Cause { alert, cause } => cause_found(core, &alert, cause.as_deref()),
-        Message::Killed { job, root, reason, whole, order, result } => {
-            if order.is_some_and(|o| core.kills.remove(&o).is_some()) {
+        Message::Killed { spec, saved, result } => {
+            if saved.is_some_and(|key| core.kills.remove(&key).is_some()) {
                 core.state_dirty = true;
             }
-            killed(core, job, root, reason, whole, result.as_deref().map_err(String::as_str));
+            killed(core, &spec, result.as_deref().map_err(String::as_str));
         }
         Message::Saved(report) => core.saved(report),
         Message::RegistrationUndelivered(job) => requests::release_job(core, job),
@@ -63,23 +62,16 @@ fn cause_found(core: &mut Core, alert: &str, cause: Option<&Cause>) {
     }
 }
 
-fn killed(
-    core: &mut Core,
-    job: Option<JobId>,
-    root: Key,
-    reason: Reason,
-    whole: bool,
-    result: Result<&Outcome, &str>,
-) {
+fn killed(core: &mut Core, spec: &KillSpec, result: Result<&Outcome, &str>) {
     for (signal, n) in result.iter().flat_map(|o| &o.signals) {
         *core.counts.signals_sent.entry(*signal).or_default() += n;
     }
     let report = result.map(|o| Cow::Borrowed(&o.report)).map_err(Cow::Borrowed);
-    let Some(job) = job else {
-        core.handle(Input::ProcessKillFinished { root, report });
+    let Some(job) = spec.job else {
+        core.handle(Input::ProcessKillFinished { root: spec.root, report });
         return;
     };
     let outcome = if result.is_ok_and(Outcome::ended) { "ended" } else { "survived" };
-    *core.counts.job_kills.entry((reason, outcome)).or_default() += 1;
-    core.handle(Input::KillFinished { job, reason, whole, report });
+    *core.counts.job_kills.entry((spec.reason, outcome)).or_default() += 1;
+    core.handle(Input::KillFinished { job, reason: spec.reason, whole: spec.is_whole(), report });
 }

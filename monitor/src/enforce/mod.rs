@@ -3,7 +3,7 @@
 pub mod audit;
 pub mod cgroup;
 mod guards;
-pub mod order;
+mod outcome;
 pub mod pidfd;
 mod stages;
 mod stuck;
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use self::audit::Audit;
 pub use self::guards::Guards;
-pub use self::order::{EnforceError, Order, Outcome};
+pub use self::outcome::{EnforceError, Outcome};
 pub use self::stages::{DOOM, Enforcer, preferred};
 use crate::model::event::Comm;
 use crate::model::key::Key;

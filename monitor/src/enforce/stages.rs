@@ -13,11 +13,11 @@ use tokio::time::Instant;
 
 use super::audit::{self, Audit, Entry};
 use super::guards::{Guards, Judge, Spare, Verdicts};
-use super::order::{EnforceError, Order, Outcome};
+use super::outcome::{EnforceError, Outcome};
 use super::pidfd::PidfdSet;
 use super::{Lineage, Member, OrderId, cgroup};
 use crate::model::key::Key;
-use crate::model::kill::{Reason, What};
+use crate::model::kill::{KillSpec, Reason, What};
 use crate::model::schema::{KillReport, SignalledOutcome};
 use crate::model::signal::{self, SIGKILL};
 use crate::redact::Redactor;
@@ -32,7 +32,7 @@ const GRACE_LOOK: Duration = Duration::from_millis(50);
 /// The same while the job is doomed; doubled up to the longest while nothing changes.
 const KILL_LOOK: Duration = Duration::from_millis(2);
 const KILL_LOOK_MAX: Duration = Duration::from_millis(100);
-/// The kill rounds end after this many times [`Order::settle`], even while new members still come.
+/// The kill rounds end after this many times [`KillSpec::settle`], even while new members still come.
 const ROUNDS_MAX: u32 = 6;
 /// One reading is no snapshot: a process forked behind the iterator's cursor by one that is dead when the cursor gets there is
 /// missing from it. Only so many empty readings one after the other mean that nobody is left.
@@ -64,14 +64,14 @@ impl Enforcer {
     /// which one holds the other may run at the same time.
     ///
     /// What the thread reads of /proc keeps nobody else of the agent waiting.
-    pub async fn run(&self, order: &Order, guards: &Guards) -> Result<Outcome, EnforceError> {
+    pub async fn run(&self, order: &KillSpec, guards: &Guards) -> Result<Outcome, EnforceError> {
         let (e, o, r) = (self.clone(), order.clone(), guards.clone());
         let (tx, rx) = tokio::sync::oneshot::channel();
         let thread = std::thread::Builder::new().name("jobwarden-kill".into()).spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let result = match runtime {
                 Ok(rt) => rt.block_on(e.run_here(&o, &r)),
-                Err(source) => Err(EnforceError { doing: "the runtime for the end", job: o.job, source }),
+                Err(source) => Err(EnforceError { doing: "the runtime for the end", job: o.number, source }),
             };
             // Who asked may be gone.
             let _ = tx.send(result);
@@ -82,19 +82,19 @@ impl Enforcer {
         }
         rx.await.unwrap_or_else(|_| {
             let source = io::Error::other("it panicked");
-            Err(EnforceError { doing: "the thread for the end", job: order.job, source })
+            Err(EnforceError { doing: "the thread for the end", job: order.number, source })
         })
     }
 
     /// The same in this task. Needs a tokio runtime with time and I/O. Dropping the future at any point lifts the doom.
-    pub async fn run_here(&self, order: &Order, guards: &Guards) -> Result<Outcome, EnforceError> {
-        let failed = |doing| move |source| EnforceError { doing, job: order.job, source };
+    pub async fn run_here(&self, order: &KillSpec, guards: &Guards) -> Result<Outcome, EnforceError> {
+        let failed = |doing| move |source| EnforceError { doing, job: order.number, source };
         let mut run = Run::new(self, order, guards).map_err(failed("the preparation of the end"))?;
         if order.dry_run {
             return run.dry().map_err(failed("the dry run"));
         }
         if order.what == What::Whole
-            && let Err(error) = self.lineage.relabel(order.job, order.root)
+            && let Err(error) = self.lineage.relabel(order.number, order.root)
         {
             tracing::warn!(job = %order.target, %error, "the job could not be labelled anew; who is in it is ended");
         }
@@ -110,8 +110,8 @@ impl Enforcer {
     }
 
     /// Signals nobody: the report names who is left, as spared for the reason `why`.
-    pub fn let_go(&self, order: &Order, guards: &Guards, why: &str) -> Result<KillReport, EnforceError> {
-        let failed = |source| EnforceError { doing: "the letting go", job: order.job, source };
+    pub fn let_go(&self, order: &KillSpec, guards: &Guards, why: &str) -> Result<KillReport, EnforceError> {
+        let failed = |source| EnforceError { doing: "the letting go", job: order.number, source };
         let mut run = Run::new(self, order, guards).map_err(failed)?;
         let (alive, _) = run.look().map_err(failed)?;
         run.spared.extend(alive.iter().map(|m| (m.key, why.to_owned())));
@@ -120,8 +120,8 @@ impl Enforcer {
     }
 
     /// One signal to all members, root first, with nothing to follow it: what `exec` passes on. How many got it.
-    pub fn pass(&self, order: &Order, guards: &Guards, number: u8) -> Result<usize, EnforceError> {
-        let failed = |source| EnforceError { doing: "the passing on of a signal", job: order.job, source };
+    pub fn pass(&self, order: &KillSpec, guards: &Guards, number: u8) -> Result<usize, EnforceError> {
+        let failed = |source| EnforceError { doing: "the passing on of a signal", job: order.number, source };
         let mut run = Run::new(self, order, guards).map_err(failed)?;
         let (alive, _) = run.look().map_err(failed)?;
         run.send(&alive, number).map_err(failed)?;
@@ -154,7 +154,7 @@ struct Sent {
 
 struct Run<'a> {
     e: &'a Enforcer,
-    order: &'a Order,
+    order: &'a KillSpec,
     judge: Judge<'a>,
     /// The jobs that are ended.
     jobs: Vec<u64>,
@@ -179,10 +179,10 @@ impl Drop for Run<'_> {
 }
 
 impl<'a> Run<'a> {
-    fn new(e: &'a Enforcer, order: &'a Order, guards: &'a Guards) -> io::Result<Self> {
+    fn new(e: &'a Enforcer, order: &'a KillSpec, guards: &'a Guards) -> io::Result<Self> {
         let mut marks = Marks { lineage: e.lineage.clone(), id: OrderId::fresh(), labelled: Vec::new() };
         let jobs = match &order.what {
-            What::Whole => vec![order.job],
+            What::Whole => vec![order.number],
             What::Descendants { number, roots } => label(&mut marks, *number, roots)?,
         };
         let tops = match (&order.what, order.reason) {
@@ -222,7 +222,7 @@ impl<'a> Run<'a> {
         all.retain(|m| !self.is_over(m));
         // An orphan below a protected member of its job is spared with it; the target of `kill` is a root of its own.
         let scope = match (&self.order.what, self.order.reason) {
-            (What::Descendants { .. }, Reason::Orphan) => self.e.lineage.members(self.order.job)?,
+            (What::Descendants { .. }, Reason::Orphan) => self.e.lineage.members(self.order.number)?,
             _ => Vec::new(),
         };
         let verdicts = self.judge.verdicts(&all, &scope)?;
@@ -259,7 +259,7 @@ impl<'a> Run<'a> {
         Ok(true)
     }
 
-    /// Waits for [`Order::delay`]; true: by then nobody is left, and nobody was signalled.
+    /// Waits for [`KillSpec::delay`]; true: by then nobody is left, and nobody was signalled.
     async fn wait(&mut self) -> io::Result<bool> {
         let deadline = Instant::now() + self.order.delay;
         loop {
@@ -417,7 +417,7 @@ impl<'a> Run<'a> {
 
     fn entry(&self, what: audit::What) -> Entry {
         Entry {
-            job: self.order.id,
+            job: self.order.job,
             job_name: self.order.name.clone(),
             reason: Some(self.order.reason),
             ..Entry::now(what, self.order.asked_by.clone())

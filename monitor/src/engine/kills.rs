@@ -1,17 +1,17 @@
 //! Kills: orders by policy, and what a kill that is over means for its job and its alert.
 
 use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use super::alerts::{About, AlertStep, Raise};
 use super::forest::{Forest, Idx};
 use super::jobs::Jobs;
-use super::output::{Effect, KillOrder};
-use super::record::JobRecord;
+use super::output::Effect;
 use super::summary;
 use super::turn::Turn;
 use super::view::View;
 use crate::model::key::Key;
-use crate::model::kill::{Reason, What};
+use crate::model::kill::{AskedBy, KillSpec, Reason, What};
 use crate::model::schema::{AlertKind, JobId, KillReport, State};
 
 /// Orders the end of (a part of) a job. `grace_ns` None: that of the job.
@@ -27,17 +27,11 @@ pub(super) fn order(
     j.killing = Some(reason);
     j.killed |= what == What::Whole;
     j.timed_kill |= reason == Reason::Timeout;
-    let JobRecord { id, number, name, rule, policy, .. } = &j.record;
-    turn.effect(Effect::Kill(Box::new(KillOrder {
-        job: *id,
-        number: *number,
-        job_name: name.clone(),
-        rule: rule.clone(),
-        reason,
-        what,
-        root: id.root,
-        signal: policy.stop_signal,
-        grace_ns: grace_ns.unwrap_or(policy.grace_ns),
+    let kill = j.record.kill(what, reason);
+    turn.effect(Effect::Kill(Box::new(KillSpec {
+        grace: grace_ns.map_or(kill.grace, Duration::from_nanos),
+        asked_by: AskedBy { rule: j.record.rule.clone(), ..AskedBy::default() },
+        ..kill
     })));
 }
 

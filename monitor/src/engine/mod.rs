@@ -49,7 +49,7 @@ use std::borrow::Cow;
 
 pub use event_context::EventContext;
 pub use input::{ExecJob, Input, Limits, Observation, Settings};
-pub use output::{AlertChange, Answer, Change, Effect, KillOrder, Output, Refused};
+pub use output::{AlertChange, Answer, Change, Effect, Output, Refused};
 pub use proc_poll::LOOKS_PER_S;
 pub use query::{Gauges, Target, TreeQuery};
 pub use record::{EnforcementState, JobEnded, JobPolicy, JobRecord};

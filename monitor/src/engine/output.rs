@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use super::forest::Merge;
 use super::record::{EnforcementState, JobEnded, JobRecord};
 use crate::model::key::Key;
-use crate::model::kill::{Reason, What};
-use crate::model::schema::{Alert, JobId};
+use crate::model::kill::KillSpec;
+use crate::model::schema::Alert;
 
 /// What one or several inputs led to. The caller empties it: [`Engine::handle`](super::Engine::handle) only adds.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,8 +36,9 @@ pub enum Effect {
     EnterProcess { process: Key, parent: Key, job: u64, missed: bool },
     /// No member of the job with this number seems to live. Ask the kernel and answer with `Input::JobCounted`.
     CountMembers(u64),
-    /// Policy has decided to kill. The agent runs it and answers with `Input::KillFinished`; `KillStarted` is not needed.
-    Kill(Box<KillOrder>),
+    /// Policy has decided to kill. The agent runs it and answers with `Input::KillFinished`; `KillStarted` is not needed. `Descendants`
+    /// come with reserved job numbers.
+    Kill(Box<KillSpec>),
 }
 
 /// What is different after an input.
@@ -77,24 +78,6 @@ pub enum AlertChange {
     /// Count, cause or severity of a firing one changed materially.
     Updated,
     Resolved,
-}
-
-/// A kill decided by policy. The guards are the edge's: whom to spare is decided by `enforce`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct KillOrder {
-    pub job: JobId,
-    pub number: u64,
-    pub job_name: String,
-    /// Name of the rule; None for `exec` jobs.
-    pub rule: Option<String>,
-    pub reason: Reason,
-    /// `Descendants` come with as many free job numbers as there are roots.
-    pub what: What,
-    /// The job's root: signalled first if it is among those who are ended.
-    pub root: Key,
-    /// Stop signal's number.
-    pub signal: u8,
-    pub grace_ns: u64,
 }
 
 /// Why a command was refused.

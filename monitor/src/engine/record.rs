@@ -1,10 +1,12 @@
 //! What must survive a restart: jobs as they are saved, and the operator's setting of enforcement.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::model::key::Key;
+use crate::model::kill::{KillSpec, Reason, What};
 use crate::model::schema::{JobId, Severity};
 use crate::model::stats::Outcome;
 
@@ -47,6 +49,22 @@ pub struct JobRecord {
     /// Who is in it now. Only `Engine::job_records` fills it: without pins they keep their membership by it.
     #[serde(default)]
     pub members: Vec<Key>,
+}
+
+impl JobRecord {
+    /// A kill of this job or of some of its members, with the stop signal and the grace of its policy.
+    #[must_use]
+    pub fn kill(&self, what: What, reason: Reason) -> KillSpec {
+        KillSpec {
+            job: Some(self.id),
+            number: self.number,
+            name: self.name.clone(),
+            target: self.id.to_string(),
+            signal: self.policy.stop_signal,
+            grace: Duration::from_nanos(self.policy.grace_ns),
+            ..KillSpec::new(self.id.root, what, reason)
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,10 +9,10 @@ use super::options::{ExecError, Options};
 use super::watcher::Watcher;
 use crate::api::ExecEnded;
 use crate::config;
-use crate::enforce::{Audit, EnforceError, Enforcer, Guards, Lineage as _, Order, Outcome, preferred};
+use crate::enforce::{Audit, EnforceError, Enforcer, Guards, Lineage as _, Outcome, preferred};
 use crate::files::trusted_folder;
 use crate::model::key::Key;
-use crate::model::kill::{AskedBy, Reason, What};
+use crate::model::kill::{AskedBy, KillSpec, Reason, What};
 use crate::model::schema::JobId;
 use crate::redact::Redactor;
 use crate::sources::host::boot_now;
@@ -72,28 +72,23 @@ impl Alone {
         Ok(Self { enforcer, guards, job, root, cgroup: o.cage.clone(), watcher: None })
     }
 
-    pub(super) fn order(&self, o: &Options) -> Order {
+    pub(super) fn order(&self, o: &Options) -> KillSpec {
         let id = JobId { root: self.root, ordinal: 0 };
-        Order {
-            job: self.job,
-            id: Some(id),
+        KillSpec {
+            job: Some(id),
+            number: self.job,
             name: o.name.clone(),
-            root: self.root,
             target: id.to_string(),
-            what: What::Whole,
             signal: o.signal,
             grace: o.grace,
-            delay: Duration::ZERO,
-            settle: Order::SETTLE,
-            reason: Reason::Exec,
             asked_by: AskedBy {
                 uid: Some(rustix::process::getuid().as_raw()),
                 pid: Some(std::process::id()),
                 exe: self.enforcer.proc.exe(std::process::id()).ok().map(|p| p.display().to_string()),
                 rule: None,
             },
-            dry_run: false,
             cgroup: self.cgroup.clone(),
+            ..KillSpec::new(self.root, What::Whole, Reason::Exec)
         }
     }
 
@@ -101,7 +96,7 @@ impl Alone {
         // This process was stopped at the deadline, goes on now, and finds CMD ended by the watcher.
         let timed_out = timed_out || self.watcher.as_ref().is_some_and(Watcher::deadline_enforced);
         let delay = if timed_out { Duration::ZERO } else { o.orphan_after };
-        let order = Order { delay, ..self.order(o) };
+        let order = KillSpec { delay, ..self.order(o) };
         if let Some(w) = &self.watcher {
             w.end_begins(order.delay.saturating_add(order.grace));
         }
@@ -121,7 +116,7 @@ impl Alone {
     }
 
     /// Carries out an order in this thread. Needs a tokio runtime.
-    pub(super) async fn run(&self, order: &Order) -> Result<Outcome, EnforceError> {
+    pub(super) async fn run(&self, order: &KillSpec) -> Result<Outcome, EnforceError> {
         let done = self.enforcer.run_here(order, &self.guards).await;
         // The watcher ends without running destructors.
         self.enforcer.audit.flush(Audit::LAST);

@@ -16,7 +16,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_se
 
 use super::alone::Alone;
 use super::options::{ExecError, Options};
-use crate::enforce::{Order, preferred};
+use crate::enforce::preferred;
+use crate::model::kill::KillSpec;
 use crate::model::signal::SIGKILL;
 use crate::sources::host::monotonic_us;
 
@@ -167,13 +168,13 @@ fn watch(alone: &Alone, o: &Options, side: &Side) -> io::Result<()> {
     let_go_of_inherited()?;
     // Before it is ready: later a member may have used up what this needs.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let run = |order: &Order| {
+    let run = |order: &KillSpec| {
         // Without the capability it goes on as it is.
         let _ = preferred();
         runtime.block_on(alone.run(order)).map(drop).map_err(io::Error::other)
     };
     rustix::io::write(&side.answers, &[READY])?;
-    let kill = Order { signal: SIGKILL, grace: Duration::ZERO, ..alone.order(o) };
+    let kill = KillSpec { signal: SIGKILL, grace: Duration::ZERO, ..alone.order(o) };
     let mut leases = Leases { until: FOR_EVER, written: 0 };
     loop {
         match leases.wait(&side.leases) {

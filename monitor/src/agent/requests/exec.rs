@@ -4,14 +4,14 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use crate::agent::core::Core;
-use crate::agent::kills::{self, Job};
+use crate::agent::kills::{self, Client};
 use crate::agent::message::Message;
 use crate::agent::replies::{job_of, reply_when_saved};
 use crate::api::{ApiError, Class, ExecEnd, ExecEnded, ExecRegistered, ExecRequest, ExecSignal, Peer, Reply};
-use crate::enforce::{Lineage, Order};
+use crate::enforce::Lineage;
 use crate::engine::{ExecJob, Input, JobPolicy};
 use crate::model::key::Key;
-use crate::model::kill::{Reason, What};
+use crate::model::kill::{KillSpec, Reason, What};
 use crate::model::schema::{JobId, KillReport, Spared, State};
 use crate::sources::host;
 
@@ -107,25 +107,16 @@ pub(super) fn end(core: &mut Core, e: &ExecEnd, peer: &Peer, reply: Reply<ExecEn
         let _ = reply.send(Ok(ExecEnded { report: None, left_s, timed_out: false }));
         return;
     }
-    let order = Order {
-        job: record.number,
-        id: Some(record.id),
-        name: record.name,
-        root: record.id.root,
-        target: record.id.to_string(),
-        what: What::Whole,
+    let spec = KillSpec {
         delay: Duration::from_secs_f64(e.after_s.clamp(0.0, 1e9)),
         signal: e.signal,
         grace: Duration::from_secs_f64(e.grace_s.clamp(0.0, 1e9)),
-        settle: Order::SETTLE,
-        reason: Reason::Exec,
         asked_by: peer.into(),
-        dry_run: false,
         cgroup: core.cgroups.remove(&e.job),
+        ..record.kill(What::Whole, Reason::Exec)
     };
     let (tx, rx) = tokio::sync::oneshot::channel();
-    let job = Job { order, id: Some(e.job), whole: true, client: Some(peer.pid), kept: Vec::new() };
-    kills::start(core, job, Some(tx));
+    kills::start(core, spec, Client::Pid(peer.pid), Some(tx));
     core.background.spawn(async move {
         let report = rx.await.unwrap_or_else(|_| Err(ApiError::stopping()));
         let _ = reply.send(report.map(|r| ExecEnded { report: Some(r), left_s: None, timed_out }));
@@ -154,24 +145,9 @@ fn kept(core: &Core, job: JobId, now: u64) -> KillReport {
 /// Sends a signal that `exec` received to all members of its job.
 pub(super) fn signal(core: &mut Core, s: &ExecSignal, peer: &Peer) -> Result<usize, ApiError> {
     let record = core.engine.job_record(s.job).ok_or_else(|| ApiError::not_found("job", s.job))?;
-    let guards = kills::guards(core, Some(peer.pid)).map_err(ApiError::failed)?;
-    let order = Order {
-        job: record.number,
-        id: Some(record.id),
-        name: record.name,
-        root: record.id.root,
-        target: record.id.to_string(),
-        what: What::Whole,
-        delay: Duration::ZERO,
-        signal: s.signal,
-        grace: Duration::ZERO,
-        settle: Order::SETTLE,
-        reason: Reason::Exec,
-        asked_by: peer.into(),
-        dry_run: false,
-        cgroup: None,
-    };
-    let sent = core.enforcer.pass(&order, &guards, s.signal).map_err(|e| ApiError::failed(e.to_string()))?;
+    let guards = kills::guards(core, Client::Pid(peer.pid)).map_err(ApiError::failed)?;
+    let spec = KillSpec { asked_by: peer.into(), ..record.kill(What::Whole, Reason::Exec) };
+    let sent = core.enforcer.pass(&spec, &guards, s.signal).map_err(|e| ApiError::failed(e.to_string()))?;
     *core.counts.signals_passed.entry(s.signal).or_default() += sent as u64;
     Ok(sent)
 }

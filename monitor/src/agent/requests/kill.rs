@@ -4,42 +4,36 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use crate::agent::core::Core;
-use crate::agent::kills::{self, Job};
+use crate::agent::kills::{self, Client};
 use crate::agent::replies::{matched, refused, resolve};
 use crate::api::{ApiError, Class, KillRequest, Peer, Reply};
 use crate::config::DEFAULT_GRACE;
-use crate::enforce::Order;
 use crate::engine::{Target, TreeQuery};
 use crate::model::key::Key;
-use crate::model::kill::{Reason, What};
+use crate::model::kill::{KillSpec, Reason, What};
 use crate::model::schema::KillReport;
 use crate::sources::host;
 
-const SIGTERM: u8 = libc::SIGTERM as u8;
-
-/// `kill TARGET`.
 pub(super) fn kill(core: &mut Core, k: &KillRequest, peer: &Peer, reply: Reply<KillReport>) {
-    match orders(core, k, peer) {
-        Ok(mut jobs) => {
-            if jobs.len() == 1
-                && let Some(job) = jobs.pop()
+    match specs(core, k, peer) {
+        Ok(mut specs) => {
+            if specs.len() == 1
+                && let Some(spec) = specs.pop()
             {
-                return kills::start(core, job, Some(reply));
+                return kills::start(core, spec, Client::Pid(peer.pid), Some(reply));
             }
-            several(core, jobs, k.target.to_string(), reply);
+            several(core, specs, peer, k.target.to_string(), reply);
         }
-        Err(e) => {
-            let _ = reply.send(Err(e));
-        }
+        Err(e) => drop(reply.send(Err(e))),
     }
 }
 
-/// `--all`: each on its own, one report of them together.
-fn several(core: &mut Core, jobs: Vec<Job>, target: String, reply: Reply<KillReport>) {
+/// `--all`: each kill by itself, and one report of all.
+fn several(core: &mut Core, specs: Vec<KillSpec>, peer: &Peer, target: String, reply: Reply<KillReport>) {
     let mut waiting = Vec::new();
-    for job in jobs {
+    for spec in specs {
         let (tx, rx) = tokio::sync::oneshot::channel();
-        kills::start(core, job, Some(tx));
+        kills::start(core, spec, Client::Pid(peer.pid), Some(tx));
         waiting.push(rx);
     }
     core.background.spawn(async move {
@@ -64,20 +58,22 @@ fn several(core: &mut Core, jobs: Vec<Job>, target: String, reply: Reply<KillRep
     });
 }
 
-fn orders(core: &mut Core, k: &KillRequest, peer: &Peer) -> Result<Vec<Job>, ApiError> {
+fn specs(core: &mut Core, k: &KillRequest, peer: &Peer) -> Result<Vec<KillSpec>, ApiError> {
     let target = k.target.to_string();
     let found = resolve(core, &k.target)?;
     if found.len() > 1 && !k.all {
         return Err(ApiError::several(&target, found.into_iter().map(|t| matched(core, t)).collect()));
     }
-    let mut jobs = Vec::new();
-    for t in found {
-        jobs.push(order(core, k, peer, t, &target)?);
-    }
-    Ok(jobs)
+    found.into_iter().map(|t| spec(core, k, peer, t, &target)).collect()
 }
 
-fn order(core: &mut Core, k: &KillRequest, peer: &Peer, t: Target, target: &str) -> Result<Job, ApiError> {
+fn spec(
+    core: &mut Core,
+    k: &KillRequest,
+    peer: &Peer,
+    t: Target,
+    target: &str,
+) -> Result<KillSpec, ApiError> {
     let record = match t {
         Target::Job(id) => core.engine.job_record(id),
         Target::Process(_) => None,
@@ -100,38 +96,22 @@ fn order(core: &mut Core, k: &KillRequest, peer: &Peer, t: Target, target: &str)
     } else {
         None
     };
-    let whole = roots.is_none();
-    let what = match roots {
-        None => What::Whole,
-        Some(roots) => What::Descendants { number: kills::reserve_numbers(core, roots.len()), roots },
+    let what = roots.map_or(What::Whole, |roots| kills::descendants(core, roots));
+    let default = match record {
+        Some(record) => record.kill(what, Reason::Operator),
+        None => KillSpec::new(root, what, Reason::Operator),
     };
-    let policy = record.as_ref().map(|r| &r.policy);
-    let grace = k.grace_s.map_or(DEFAULT_GRACE, |s| Duration::from_secs_f64(s.clamp(0.0, 1e9)));
-    Ok(Job {
-        order: Order {
-            job: record.as_ref().map_or(0, |r| r.number),
-            id: record.as_ref().map(|r| r.id),
-            name: record.as_ref().map(|r| r.name.clone()).unwrap_or_default(),
-            root,
-            target: target.to_owned(),
-            what,
-            delay: Duration::ZERO,
-            signal: k.signal.or(policy.map(|p| p.stop_signal)).unwrap_or(SIGTERM),
-            grace,
-            settle: Order::SETTLE,
-            reason: Reason::Operator,
-            asked_by: peer.into(),
-            dry_run: k.dry_run,
-            cgroup: None,
-        },
-        id: record.map(|r| r.id),
-        whole,
-        client: Some(peer.pid),
-        kept: Vec::new(),
+    Ok(KillSpec {
+        target: target.to_owned(),
+        signal: k.signal.unwrap_or(default.signal),
+        grace: k.grace_s.map_or(DEFAULT_GRACE, |s| Duration::from_secs_f64(s.clamp(0.0, 1e9))),
+        asked_by: peer.into(),
+        dry_run: k.dry_run,
+        ..default
     })
 }
 
-/// All that descends from PID 1 is the host. The same for a dry run, which says what would be done: nothing.
+/// The descendants of PID 1 are the whole host. A dry run gives the same error, since the kill would do nothing.
 fn of_pid_1(target: &str) -> ApiError {
     let message = format!(
         "{target} is PID 1 of the host: it is never signalled, and all that descends from it is the whole host; nothing was done"

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Run, SIGKILL, Sent};
 use crate::enforce::audit::{self, Entry};
-use crate::enforce::order::Outcome;
+use crate::enforce::outcome::Outcome;
 use crate::enforce::stuck;
 use crate::model::key::Key;
 use crate::model::schema::{KillReport, Ref, Signalled, SignalledOutcome, Spared, Stuck};

@@ -116,7 +116,11 @@ fn the_death_of_the_supervisor_ends_the_job() {
     w.drain();
     let kills = w.kills();
     let [k] = kills.as_slice() else { panic!("{kills:?}") };
-    assert_eq!((k.job, k.reason, &k.what), (r.id, Reason::Exec, &What::Whole), "though enforcement is off");
+    assert_eq!(
+        (k.job, k.reason, &k.what),
+        (Some(r.id), Reason::Exec, &What::Whole),
+        "though enforcement is off"
+    );
 }
 
 /// An `exec` job with a deadline in 5 s and a grace of 2 s.
@@ -142,8 +146,12 @@ fn a_supervisor_that_does_not_act_on_the_deadline_is_not_waited_for() {
     w.pass(S);
     let kills = w.kills();
     let [k] = kills.as_slice() else { panic!("{kills:?}") };
-    assert_eq!((k.job, k.reason, &k.what), (r.id, Reason::Exec, &What::Whole), "though enforcement is off");
-    assert_eq!((k.signal, k.grace_ns), (15, 2 * S), "as the supervisor would have done it");
+    assert_eq!(
+        (k.job, k.reason, &k.what),
+        (Some(r.id), Reason::Exec, &What::Whole),
+        "though enforcement is off"
+    );
+    assert_eq!((k.signal, k.grace), (15, Duration::from_secs(2)), "as the supervisor would have done it");
     let alert = &w.e.alerts(false)[0];
     assert_eq!(alert.kind, AlertKind::JobTimeout);
     w.pass(20 * S);

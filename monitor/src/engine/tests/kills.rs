@@ -46,7 +46,7 @@ fn a_deadline_counts_from_the_start_and_ends_the_job() {
     w.pass(S);
     let kills = w.kills();
     assert!(
-        matches!(kills.as_slice(), [k] if k.what == What::Whole && k.signal == 15 && k.grace_ns == 3 * S),
+        matches!(kills.as_slice(), [k] if k.what == What::Whole && k.signal == 15 && k.grace == Duration::from_secs(3)),
         "{kills:?}"
     );
     let job = &w.e.jobs()[0];
@@ -172,12 +172,13 @@ fn survivors_make_kill_failed_until_the_job_is_empty() {
     let worker = w.sim.spawn(1, "worker");
     w.pass(11 * S);
     let k = w.kills().remove(0);
+    let job = k.job.unwrap();
     let who = w.e.reference(w.sim.key(worker)).unwrap();
     let mut fx = Output::default();
-    w.e.handle(Input::KillStarted { job: k.job, reason: k.reason }, 0, &mut Output::default());
+    w.e.handle(Input::KillStarted { job, reason: k.reason }, 0, &mut Output::default());
     w.e.handle(
         Input::KillFinished {
-            job: k.job,
+            job,
             reason: k.reason,
             whole: true,
             report: Ok(Cow::Borrowed(&report(&[who]))),

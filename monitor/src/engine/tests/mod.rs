@@ -15,12 +15,14 @@ mod zombies;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use sim::{S, Sim};
 
 use super::*;
 use crate::config::Overrides;
 use crate::engine::forest::{Facts, Merge};
+use crate::model::kill::KillSpec;
 use crate::model::schema::{Alert, AlertState, JobId, Process, State};
 
 fn config(text: &str) -> Config {
@@ -205,7 +207,7 @@ impl World {
         self.told().into_iter().map(|(c, a)| (c, a.kind)).collect()
     }
 
-    fn kills(&mut self) -> Vec<KillOrder> {
+    fn kills(&mut self) -> Vec<KillSpec> {
         let mut kills = Vec::new();
         self.out.retain(|f| match f {
             Effect::Kill(k) => {

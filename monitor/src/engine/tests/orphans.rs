@@ -61,7 +61,7 @@ fn ended_with_what_descends_and_nobody_else() {
         panic!()
     };
     assert!(*number > k.number && next > *number);
-    assert_eq!((k.root, k.rule.as_deref()), (w.sim.key(worker), Some("w")));
+    assert_eq!((k.root, k.asked_by.rule.as_deref()), (w.sim.key(worker), Some("w")));
     assert_eq!(w.e.jobs()[0].state, JobState::Killing);
     w.pass(10 * S);
     assert!(w.kills().is_empty(), "one order");

@@ -1,0 +1,50 @@
+//! The outcome of a kill. Data only.
+
+use std::collections::BTreeMap;
+
+use crate::model::schema::{KillReport, SignalledOutcome, Stuck};
+
+/// The outcome of a kill.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub report: KillReport,
+    /// For `jobwarden_signals_sent_total`: how many of each signal had which outcome (SIGCONT included).
+    pub signals: BTreeMap<(u8, SignalledOutcome), u64>,
+}
+
+impl Outcome {
+    /// Whether no member but zombies and the spared is left.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.report.survivors.is_empty()
+    }
+
+    /// One line about the survivors for the `kill-failed` alert: who, state, wchan, tracer.
+    #[must_use]
+    pub fn why_failed(&self) -> String {
+        use std::fmt::Write as _;
+        let one = |s: &Stuck| {
+            let mut t = format!("{} ({}) in state {}", s.process.id, s.process.comm, s.state);
+            if let Some(w) = &s.wchan {
+                let _ = write!(t, ", waits in {w}");
+            }
+            if let Some(r) = &s.tracer {
+                let _ = write!(t, ", held by tracer {} ({})", r.id, r.comm);
+            }
+            if s.frozen {
+                t += ", in a frozen cgroup";
+            }
+            t
+        };
+        self.report.stuck.iter().map(one).collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// The kernel side failed during a kill. The signals sent until then are in the audit.
+#[derive(Debug, thiserror::Error)]
+#[error("{doing} of job {job}: {source}")]
+pub struct EnforceError {
+    pub doing: &'static str,
+    pub job: u64,
+    pub source: std::io::Error,
+}

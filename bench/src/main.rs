@@ -5,6 +5,7 @@
 mod figure;
 mod load;
 mod measure;
+mod options;
 mod page;
 mod row;
 mod rows;
@@ -18,6 +19,7 @@ use std::process::{Command, ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use self::options::Options;
 use self::row::{FULL, Row, SHORT};
 
 #[derive(Parser)]
@@ -35,7 +37,6 @@ enum Action {
     Load(load::Args),
 }
 
-/// `cargo xtask bench` describes the options that it passes on.
 #[derive(clap::Args)]
 struct Args {
     /// The agent's binary
@@ -48,15 +49,9 @@ struct Args {
     #[arg(long)]
     page: Option<PathBuf>,
     #[arg(long)]
-    short: bool,
-    #[arg(long)]
-    check: bool,
-    #[arg(long)]
-    json: bool,
-    #[arg(long)]
     no_setup: bool,
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
+    #[command(flatten)]
+    options: Options,
 }
 
 fn main() -> ExitCode {
@@ -79,15 +74,15 @@ fn run(args: &Args) -> Result<bool> {
     if !args.no_setup {
         install_peers();
     }
-    let scale = if args.short { SHORT } else { FULL };
+    let scale = if args.options.short { SHORT } else { FULL };
     stop::heed_signals();
     watch::own_mounts()?;
     let _tracefs = watch::tracefs();
-    let rows = rows::all(&args.agent, &args.forest, scale, &args.only);
+    let rows = rows::all(&args.agent, &args.forest, scale, &args.options.only);
     stop::going_on()?;
-    let command = if args.short { "cargo xtask bench --short" } else { "cargo xtask bench" };
+    let command = if args.options.short { "cargo xtask bench --short" } else { "cargo xtask bench" };
     println!("\n{}", page::table(&rows));
-    if args.json {
+    if args.options.json {
         println!("{}", page::as_json(&rows, scale, command));
     }
     if let Some(file) = &args.page {
@@ -98,7 +93,7 @@ fn run(args: &Args) -> Result<bool> {
     for fault in &faults {
         eprintln!("no figure: {fault}");
     }
-    Ok(!args.check || faults.is_empty())
+    Ok(!args.options.check || faults.is_empty())
 }
 
 /// Each program that a row wants, with Debian's package of it.

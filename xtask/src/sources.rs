@@ -30,7 +30,8 @@ fn is_probe_crate(package: &str) -> bool {
         .is_some_and(|p| p.starts_with("aya-ebpf") || p.starts_with("aya-log-ebpf"))
 }
 
-fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) -> io::Result<()> {
+/// Adds the Rust files below a folder.
+pub(crate) fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         if path.is_dir() {

@@ -7,6 +7,7 @@ use super::escape::{age, between, escape};
 use super::style::{Paint, Style};
 use super::table::Table;
 use crate::model::schema::{Alert, AlertState, Alerts, Severity};
+use crate::model::stats::alert_state_label;
 
 /// A line for each alert; `none` is what is said where there is none.
 #[must_use]
@@ -19,7 +20,7 @@ pub fn alerts(alerts: &Alerts, none: &str, now: SystemTime, style: Style) -> Str
     for a in &alerts.alerts {
         t.row(vec![
             (Paint::Strong, escape(&a.id)),
-            (state_paint(a.state), state_word(a.state).into()),
+            (state_paint(a.state), alert_state_label(a.state).into()),
             (severity_paint(a), a.severity.as_str().into()),
             (Paint::Plain, a.kind.as_str().into()),
             (Paint::Plain, between(&a.since, now).map_or_else(|| "?".into(), age)),
@@ -54,10 +55,6 @@ fn summary(a: &Alert) -> String {
         Some(cause) => format!("{}: {}", text.trim_end_matches('.'), escape(cause)),
         None => text,
     }
-}
-
-const fn state_word(s: AlertState) -> &'static str {
-    crate::model::stats::alert_state_label(s)
 }
 
 const fn state_paint(s: AlertState) -> Paint {

@@ -6,6 +6,7 @@ use super::escape::{age, between, escape};
 use super::style::{Paint, Style};
 use super::table::Table;
 use crate::model::schema::{Job, JobState, Jobs};
+use crate::model::stats::job_state_label;
 
 /// A line for each job; `now` is for ages and for the time left.
 #[must_use]
@@ -18,7 +19,7 @@ pub fn jobs(jobs: &Jobs, now: SystemTime, style: Style) -> String {
     for j in &jobs.jobs {
         let number = |n: usize, paint| (if n > 0 { paint } else { Paint::Plain }, n.to_string());
         t.row(vec![
-            (paint(j.state), word(j.state).into()),
+            (paint(j.state), job_state_label(j.state).into()),
             (Paint::Plain, between(&j.started, now).map_or_else(|| "?".into(), age)),
             left(j, now),
             number(j.processes, Paint::Plain),
@@ -39,16 +40,6 @@ fn left(j: &Job, now: SystemTime) -> (Paint, String) {
         return (Paint::Dim, "-".into());
     };
     if over > 0.0 { (Paint::Bad, format!("-{}", age(over))) } else { (Paint::Plain, age(-over)) }
-}
-
-pub(super) const fn word(s: JobState) -> &'static str {
-    match s {
-        JobState::Running => "running",
-        JobState::Lingering => "lingering",
-        JobState::Expired => "expired",
-        JobState::Killing => "killing",
-        JobState::Done => "done",
-    }
 }
 
 const fn paint(s: JobState) -> Paint {

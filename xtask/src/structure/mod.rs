@@ -10,11 +10,12 @@ mod text;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
 use crate::root;
+use crate::sources::rust_files;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -76,7 +77,8 @@ fn faults(dir: &Path) -> Result<Faults> {
     }
     let mut files = Vec::new();
     for folder in FOLDERS {
-        rust_files(&dir.join(folder), &mut files)?;
+        let folder = dir.join(folder);
+        rust_files(&folder, &mut files).with_context(|| folder.display().to_string())?;
     }
     for path in files {
         let source = fs::read_to_string(&path)?;
@@ -142,18 +144,6 @@ fn pruned(excepted: &Faults, faults: &Faults) -> String {
 
 fn line(what: &str, size: usize) -> String {
     if size == 1 { what.to_owned() } else { format!("{what} {size}") }
-}
-
-fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
-        let path = entry?.path();
-        if path.is_dir() {
-            rust_files(&path, into)?;
-        } else if path.extension().is_some_and(|e| e == "rs") {
-            into.push(path);
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

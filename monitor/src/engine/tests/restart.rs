@@ -225,25 +225,35 @@ fn who_is_not_in_the_kernels_map_is_entered() {
     assert_eq!(told, [(w.sim.key(child), number), (w.sim.key(late), number)]);
 }
 
-/// The forest is wrong about the last member: the kernel is asked before the job is let go.
+/// The fork record of the last member is lost, and the loss is known already or not: the kernel is asked before the job ends.
 #[test]
 fn a_job_is_not_over_while_the_kernel_has_members() {
-    let mut w = World::new(RULE);
-    let worker = w.sim.spawn(1, "worker");
-    w.drain();
-    label(&mut w);
-    let child = w.sim.fork(worker);
-    w.sim.ring.clear();
-    w.sim.end(worker, 0);
-    w.pass(5 * S);
-    let ended = |w: &World| w.changed.iter().any(|c| matches!(c, Change::JobEnded(_)));
-    assert!(!ended(&w), "the child lives, whatever the forest believes");
-    let s = w.sim.snapshot(true);
-    w.merge(s);
-    assert_eq!((w.e.jobs()[0].processes, w.e.jobs_of(w.sim.key(child)).len()), (1, 1));
-    w.sim.end(child, 0);
-    w.pass(5 * S);
-    assert!(ended(&w));
+    for loss_known in [false, true] {
+        let mut w = World::new(RULE);
+        let worker = w.sim.spawn(1, "worker");
+        w.drain();
+        label(&mut w);
+        let child = w.sim.fork(worker);
+        w.sim.ring.clear();
+        w.sim.end(worker, 0);
+        w.drain();
+        if loss_known {
+            let mut fx = Output::default();
+            w.e.handle(Input::EventsLost { count: 1 }, w.sim.now, &mut fx);
+            w.answer(fx);
+        }
+        w.pass(5 * S);
+        let ended = |w: &World| w.changed.iter().any(|c| matches!(c, Change::JobEnded(_)));
+        assert!(!ended(&w), "loss known: {loss_known}");
+        let s = w.sim.snapshot(true);
+        w.merge(s);
+        w.pass(2 * S);
+        assert_eq!((w.e.jobs()[0].processes, w.e.jobs_of(w.sim.key(child)).len()), (1, 1));
+        assert!(!ended(&w), "loss known: {loss_known}");
+        w.sim.end(child, 0);
+        w.pass(5 * S);
+        assert!(ended(&w), "loss known: {loss_known}");
+    }
 }
 
 #[test]
@@ -309,30 +319,6 @@ fn losses_are_told_and_end() {
     assert_eq!(w.firing(), [AlertKind::EventsLost]);
     w.pass(2 * S);
     assert_eq!(w.firing(), []);
-}
-
-#[test]
-fn a_job_whose_last_known_member_died_is_not_over_while_records_are_lost() {
-    let mut w = World::new(RULE);
-    let worker = w.sim.spawn(1, "worker");
-    w.drain();
-    label(&mut w);
-    // Its child's fork record is lost.
-    let child = w.sim.fork(worker);
-    w.sim.ring.clear();
-    w.sim.end(worker, 0);
-    w.drain();
-    let mut fx = Output::default();
-    w.e.handle(Input::EventsLost { count: 1 }, w.sim.now, &mut fx);
-    w.answer(fx);
-    w.pass(5 * S);
-    assert!(!w.changed.iter().any(|c| matches!(c, Change::JobEnded(_))));
-    let s = w.sim.snapshot(true);
-    w.merge(s);
-    w.pass(2 * S);
-    assert_eq!(w.e.jobs()[0].processes, 1);
-    assert_eq!(w.e.jobs_of(w.sim.key(child)).len(), 1);
-    assert!(!w.changed.iter().any(|c| matches!(c, Change::JobEnded(_))));
 }
 
 #[test]

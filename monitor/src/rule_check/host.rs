@@ -179,13 +179,6 @@ fn danger(
     this: (u32, &str),
 ) -> Option<String> {
     let consequence = kills(rule)?;
-    if all.len() >= 10 && matches * 100 >= all.len() * MOST {
-        return Some(format!(
-            "rule {}: it matches {matches} of the {} processes on this host, and {consequence}",
-            rule.name,
-            all.len()
-        ));
-    }
     let mut found: Vec<String> = Vec::new();
     let mut name = |what: &str, pid: u32| {
         let text = if what == "PID 1" { what.to_owned() } else { format!("{what} (PID {pid})") };
@@ -207,7 +200,10 @@ fn danger(
             name(&text(file.as_bytes()), p.pid);
         }
     }
-    (!found.is_empty()).then(|| {
-        format!("rule {}: its jobs contain {} on this host, and {consequence}", rule.name, found.join(", "))
-    })
+    let contained =
+        (!found.is_empty()).then(|| format!("its jobs contain {} on this host", found.join(", ")));
+    let most = (all.len() >= 10 && matches * 100 >= all.len() * MOST)
+        .then(|| format!("it matches {matches} of the {} processes on this host", all.len()));
+    let dangers: Vec<String> = contained.into_iter().chain(most).collect();
+    (!dangers.is_empty()).then(|| format!("rule {}: {}, and {consequence}", rule.name, dangers.join("; ")))
 }

@@ -10,6 +10,7 @@ mod missed_reaps;
 mod proc_reader;
 mod recorded_engine;
 mod reload;
+mod rule_check;
 mod scrape;
 mod service_manager;
 mod storage;
@@ -287,6 +288,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(Waiting, Back
     let (told, kills) = of_this_boot.map_or_else(Default::default, |s| (s.lost, s.kills.clone()));
     let engine = engine(&config, &boot_id, &kernel, &center, saved, recorder).await;
     leftovers(&kernel, &engine);
+    rule_check::log_warnings(&config, &Handle::current());
     let parts = Parts {
         engine,
         told,

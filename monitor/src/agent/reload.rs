@@ -2,21 +2,41 @@
 //! is the engine's and the receivers'.
 
 use std::borrow::Cow;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::core::{Core, Internal, default_config, wall_seconds};
 use crate::api::{ApiError, Class, Peer, Reloaded, Reply};
-use crate::config::Config;
+use crate::config::{Config, Overrides};
 use crate::engine::{Input, Output};
 use crate::redact::Redactor;
 use crate::sources::host;
+
+/// For reading the config file.
+const READ: Duration = Duration::from_secs(10);
 
 /// One is under way; the others wait for its end, so that the last config that was read is the one in force.
 #[derive(Debug, Default)]
 pub(super) struct Reloads {
     under_way: bool,
     waiting: VecDeque<(Option<Peer>, Option<Reply<Reloaded>>)>,
+}
+
+/// Beside the core: thousands of rules take a while, and a file that blocks its readers does not block the next reload.
+async fn read(
+    path: Option<PathBuf>,
+    env: BTreeMap<String, String>,
+    overrides: Overrides,
+) -> Result<Box<Config>, String> {
+    let load = move || crate::config::load(path.as_deref(), &env, &overrides);
+    match tokio::time::timeout(READ, tokio::task::spawn_blocking(load)).await {
+        Ok(Ok(Ok(config))) => Ok(Box::new(config)),
+        Ok(Ok(Err(e))) => Err(e.to_string()),
+        Ok(Err(e)) => Err(e.to_string()),
+        Err(_) => Err(format!("the config file could not be read within {} s", READ.as_secs())),
+    }
 }
 
 impl Core {
@@ -34,15 +54,12 @@ impl Core {
         let Some((peer, reply)) = self.reloads.waiting.pop_front() else { return };
         self.reloads.under_way = true;
         self.service_manager.reloading(host::monotonic_us());
-        let (path, env) = (self.options.config_path.clone(), self.options.env.clone());
-        let overrides = self.options.overrides.clone();
+        let o = &self.options;
+        let read = read(o.config_path.clone(), o.env.clone(), o.overrides.clone());
         let (center, tx) = (self.center.clone(), self.internal.clone());
         self.beside.spawn(async move {
-            let read =
-                move || crate::config::load(path.as_deref(), &env, &overrides).map_err(|e| e.to_string());
-            let read = tokio::task::spawn_blocking(read).await;
-            let result = match read.map_err(|e| e.to_string()).flatten() {
-                Ok(c) => center.reload(&c).await.map(|()| Box::new(c)).map_err(|e| e.to_string()),
+            let result = match read.await {
+                Ok(config) => center.reload(&config).await.map(|()| config).map_err(|e| e.to_string()),
                 Err(e) => Err(e),
             };
             let _ = tx.send(Internal::Reloaded { result, peer, reply });
@@ -86,6 +103,7 @@ impl Core {
             receivers: config.receivers.len(),
             needs_restart,
         };
+        super::rule_check::log_warnings(&config, &self.beside);
         self.config = config;
         self.apply(out);
         tracing::info!(jobs = reloaded.jobs, receivers = reloaded.receivers, "config reloaded");

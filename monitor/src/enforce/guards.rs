@@ -317,19 +317,19 @@ fn bare(m: &Member) -> Ref {
 }
 
 /// Facts that own what they point to.
-#[derive(Default)]
-struct Own {
-    argv: Vec<String>,
+#[derive(Clone, Default)]
+pub(crate) struct Own {
+    pub(crate) argv: Vec<String>,
     joined: Option<String>,
-    exe: Option<String>,
-    comm: Option<String>,
-    uid: Option<u32>,
+    pub(crate) exe: Option<String>,
+    pub(crate) comm: Option<String>,
+    pub(crate) uid: Option<u32>,
     cgroup: Option<String>,
     container: Option<String>,
 }
 
 impl Own {
-    fn read(
+    pub(crate) fn read(
         proc: &Proc,
         pid: u32,
         uid: Option<u32>,
@@ -375,7 +375,7 @@ impl Own {
 }
 
 /// Calls `f` with the facts of `own`, whose parents are `parents` (nearest first).
-fn with_parents<R>(own: &Own, parents: &[Own], f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
+pub(crate) fn with_parents<R>(own: &Own, parents: &[Own], f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
     fn build<R>(own: &Own, rest: &[Own], above: Option<&Facts<'_>>, f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
         match rest.split_last() {
             None => f(&own.facts(above)),

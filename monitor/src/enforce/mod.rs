@@ -2,7 +2,7 @@
 
 pub mod audit;
 pub mod cgroup;
-mod guards;
+pub(crate) mod guards;
 pub mod order;
 pub mod pidfd;
 mod stages;

@@ -70,7 +70,8 @@ impl Log {
         self.start_to(io::stderr())
     }
 
-    fn start_to(&self, to: impl AsFd + Send + 'static) -> io::Result<()> {
+    /// As [`Log::start`], to another file.
+    pub fn start_to(&self, to: impl AsFd + Send + 'static) -> io::Result<()> {
         let Some(lines) = self.unread().take() else { return Ok(()) };
         let log = self.clone();
         let write = move || log.run(&lines, Output { to, torn: false });

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use jobwarden::model::outside::OutsideText;
 use jobwarden::model::schema::{Alerts, Cause, Evidence, KillReport, Tree};
 use jobwarden_tests::agent::{self, Options};
 use jobwarden_tests::{Agent, Fixture, Shape, eventually, fixture, ms, skip};
@@ -85,7 +86,7 @@ fn as_reader<T: DeserializeOwned>(
 
 fn frames(c: &Cause) -> Vec<(&str, Option<&str>)> {
     let frames = c.evidence.iter().filter_map(|e| match e {
-        Evidence::Python { file, source, .. } => Some((file.as_str(), source.as_deref())),
+        Evidence::Python { file, source, .. } => Some((file.raw(), source.as_ref().map(OutsideText::raw))),
         _ => None,
     });
     frames.collect()

@@ -260,7 +260,11 @@ pub(super) fn matched(core: &Core, t: Target) -> Matched {
             target: key.to_string(),
             what: core.engine.reference(key).map_or_else(String::new, |mut r| {
                 core.redact.reference(&mut r);
-                if r.argv.is_empty() { r.comm } else { r.argv.join(" ") }
+                if r.argv.is_empty() {
+                    r.comm.to_string()
+                } else {
+                    crate::model::outside::command_line(&r.argv)
+                }
             }),
         },
         Target::Job(id) => Matched {

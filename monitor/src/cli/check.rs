@@ -100,7 +100,7 @@ fn matched(s: &Survey) -> String {
             r.members
         );
         for e in &r.examples {
-            let _ = writeln!(out, "  {} {} {}", e.pid, escape(&e.comm), argv(&e.argv));
+            let _ = writeln!(out, "  {} {} {}", e.pid, e.comm, argv(&e.argv));
         }
         if r.matches > r.examples.len() {
             let _ = writeln!(out, "  and {} more", r.matches - r.examples.len());

@@ -9,6 +9,7 @@ use toml::de::DeValue;
 
 use super::names;
 use super::{Pattern, User};
+use crate::model::schema::is_job_name;
 use crate::model::signal;
 
 /// Longer than any job; keeps sums of times far from overflow.
@@ -221,12 +222,8 @@ pub(super) fn signal_number(v: &DeValue<'_>) -> Value<u8> {
 
 /// `[A-Za-z0-9_.-]{1,64}`.
 pub(super) fn name(v: &DeValue<'_>) -> Value<String> {
-    let fits = |s: &str| {
-        (1..=64).contains(&s.len())
-            && s.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
-    };
     match v.as_str() {
-        Some(s) if fits(s) => Ok(s.to_owned()),
+        Some(s) if is_job_name(s) => Ok(s.to_owned()),
         _ => wrong("a name of 1 to 64 letters, digits, '_', '.' and '-'", v),
     }
 }

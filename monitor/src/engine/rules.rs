@@ -14,7 +14,7 @@ use crate::config::{Match, Rule};
 use crate::matcher::{self, Needs};
 use crate::model::container;
 use crate::model::key::Key;
-use crate::model::schema::text;
+use crate::model::outside::OutsideText;
 
 /// How long a scan waits for facts from /proc before it goes on without.
 const SCAN_WAITS: u64 = 2 * SECOND;
@@ -88,6 +88,11 @@ impl Own {
     }
 }
 
+/// As rules match it.
+fn raw(b: &[u8]) -> String {
+    OutsideText::from_bytes(b).into_raw()
+}
+
 /// argv as rules see it: joined by one space.
 fn spaced(argv: &[u8]) -> String {
     let mut joined = argv.to_vec();
@@ -96,7 +101,7 @@ fn spaced(argv: &[u8]) -> String {
             *b = b' ';
         }
     }
-    String::from_utf8(joined).unwrap_or_else(|e| text(e.as_bytes()))
+    String::from_utf8(joined).unwrap_or_else(|e| raw(e.as_bytes()))
 }
 
 /// `m` without what must be read: what is left must hold in any case. None: nothing is left.
@@ -127,13 +132,13 @@ pub(super) struct Rules {
 /// Only what the rules ask about: this is done at each exec.
 fn own_facts(n: &Node, needs: Needs, forest: &Forest) -> Own {
     let get = |s, wanted: bool| if wanted { forest.strings.get(s) } else { None };
-    let cgroup = get(n.cgroup, needs.cgroup || needs.container).map(text);
+    let cgroup = get(n.cgroup, needs.cgroup || needs.container).map(raw);
     Own {
         argv: get(n.argv, needs.argv).map(spaced),
-        exe: get(n.exe, needs.exe).map(text),
-        comm: if needs.comm { text(n.comm.bytes()) } else { String::new() },
+        exe: get(n.exe, needs.exe).map(raw),
+        comm: if needs.comm { raw(n.comm.bytes()) } else { String::new() },
         uid: (n.uid != NO_UID).then_some(n.uid),
-        container: cgroup.as_deref().and_then(container::named).map(|c| c.id),
+        container: cgroup.as_deref().and_then(container::named).map(|c| c.id.into_raw()),
         name: cgroup.as_deref().and_then(|c| container::name(container::shown(c))).map(str::to_owned),
         cgroup: cgroup.map(|c| container::shown(&c).to_owned()),
     }

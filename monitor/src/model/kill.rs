@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::model::key::Key;
+use crate::model::outside::OutsideText;
 
 /// Why a job is ended: the `reason` of `jobwarden_job_kills_total` and of the audit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -37,7 +38,7 @@ impl Reason {
 pub struct AskedBy {
     pub uid: Option<u32>,
     pub pid: Option<u32>,
-    pub exe: Option<String>,
+    pub exe: Option<OutsideText>,
     /// The rule's name, when policy asked.
     pub rule: Option<String>,
 }

@@ -13,7 +13,7 @@ use crate::config::{Config, Rule};
 use crate::enforce::guards::{Own, with_parents};
 use crate::engine::prefilter::{Known, Prefilter};
 use crate::matcher::{self, Needs};
-use crate::model::schema::text;
+use crate::model::outside::OutsideText;
 use crate::redact::Redactor;
 use crate::sources::proc::Proc;
 
@@ -53,8 +53,8 @@ pub struct Matched {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Example {
     pub pid: u32,
-    pub comm: String,
-    pub argv: Vec<String>,
+    pub comm: OutsideText,
+    pub argv: Vec<OutsideText>,
 }
 
 struct Process {
@@ -162,7 +162,7 @@ fn judge(c: &Config, all: &[Process], this: (u32, &str), parents: usize, redact:
             let p = &all[i];
             let (mut argv, comm) = (p.own.argv.clone(), p.own.comm.clone().unwrap_or_default());
             redact.argv(&mut argv);
-            Example { pid: p.pid, comm: redact.text(&comm).into_owned(), argv }
+            Example { pid: p.pid, comm: redact.text(&comm).into_owned().into(), argv }
         };
         let examples = own().take(EXAMPLES).map(example).collect();
         s.rules.push(Matched { name: rule.name.clone(), matches, members: members.len(), examples });
@@ -197,7 +197,7 @@ fn danger(
         } else if file == "jobwarden" && p.own.argv.iter().skip(1).any(|a| a == "agent") {
             name("the agent", p.pid);
         } else if matcher::protected_by_default(exe, p.own.uid) {
-            name(&text(file.as_bytes()), p.pid);
+            name(&OutsideText::from_bytes(file.as_bytes()).to_string(), p.pid);
         }
     }
     let contained =

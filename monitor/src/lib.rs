@@ -32,6 +32,7 @@ pub mod privileges;
 pub mod recording;
 pub mod redact;
 pub mod render;
+pub mod rule_check;
 pub mod sources;
 pub mod state;
 #[cfg(test)]

@@ -70,7 +70,8 @@ impl Log {
         self.start_to(io::stderr())
     }
 
-    fn start_to(&self, to: impl AsFd + Send + 'static) -> io::Result<()> {
+    /// As [`Log::start`], to another file.
+    pub fn start_to(&self, to: impl AsFd + Send + 'static) -> io::Result<()> {
         if self.unread().is_none() {
             return Ok(());
         }

@@ -1,8 +1,6 @@
 //! MATCH of the config against the facts of one process. Pure: who asks has gathered the facts, from events or /proc.
 
-use regex::Regex;
-
-use crate::config::Match;
+use crate::config::{Match, Pattern};
 
 /// What a MATCH can ask about. None = unknown, and an unknown fact matches nothing.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,8 +52,9 @@ impl Match {
     /// Whether all the given fields match. A MATCH with no field matches nobody.
     #[must_use]
     pub fn matches(&self, f: &Facts<'_>) -> bool {
-        let regex =
-            |r: &Option<Regex>, v: Option<&str>| r.as_ref().is_none_or(|r| v.is_some_and(|v| r.is_match(v)));
+        let regex = |r: &Option<Pattern>, v: Option<&str>| {
+            r.as_ref().is_none_or(|r| v.is_some_and(|v| r.is_match(v)))
+        };
         let exe = f.exe.map(existing);
         !self.is_empty()
             && regex(&self.argv, f.argv)
@@ -96,7 +95,7 @@ impl Match {
 }
 
 /// The path without the kernel's mark of a file that was unlinked or replaced.
-fn existing(exe: &str) -> &str {
+pub(crate) fn existing(exe: &str) -> &str {
     exe.strip_suffix(" (deleted)").unwrap_or(exe)
 }
 
@@ -121,8 +120,8 @@ mod tests {
     use super::*;
     use crate::config::User;
 
-    fn re(s: &str) -> Option<Regex> {
-        Regex::new(s).ok()
+    fn re(s: &str) -> Option<Pattern> {
+        Pattern::new(s).ok()
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use regex::Regex;
 use serde_json::Value;
 
+use crate::model::outside::OutsideText;
 use crate::model::schema::{Alert, Cause, EventLine, Evidence, Exit, Process, Ref};
 
 /// What stands in a match's place.
@@ -51,16 +52,17 @@ impl Redactor {
         if ranges.is_empty() { Cow::Borrowed(text) } else { Cow::Owned(masked(text, 0, &ranges)) }
     }
 
-    pub fn argv(&self, argv: &mut [String]) {
+    pub fn argv(&self, argv: &mut [OutsideText]) {
         if self.0.is_empty() || argv.is_empty() {
             return;
         }
-        let ranges = self.ranges(&argv.join(" "));
+        let joined = argv.iter().map(OutsideText::raw).collect::<Vec<_>>().join(" ");
+        let ranges = self.ranges(&joined);
         let mut at = 0;
         for arg in argv {
-            let next = at + arg.len() + 1;
+            let next = at + arg.raw().len() + 1;
             if ranges.iter().any(|&(from, to)| from < next - 1 && to > at) {
-                *arg = masked(arg, at, &ranges);
+                *arg = masked(arg.raw(), at, &ranges).into();
             }
             at = next;
         }
@@ -68,13 +70,13 @@ impl Redactor {
 
     pub fn reference(&self, r: &mut Ref) {
         self.argv(&mut r.argv);
-        self.string(&mut r.comm);
+        self.outside(&mut r.comm);
     }
 
     pub fn process(&self, p: &mut Process) {
         self.argv(&mut p.argv);
-        self.string(&mut p.comm);
-        p.exe.iter_mut().for_each(|s| self.string(s));
+        self.outside(&mut p.comm);
+        p.exe.iter_mut().for_each(|s| self.outside(s));
         p.adopter.iter_mut().for_each(|r| self.reference(r));
         self.exit(&mut p.exit);
     }
@@ -105,10 +107,10 @@ impl Redactor {
         match v {
             Value::String(s) => self.string(s),
             Value::Array(all) if all.iter().all(Value::is_string) => {
-                let mut argv: Vec<String> =
-                    all.iter().filter_map(|v| v.as_str().map(str::to_owned)).collect();
+                let mut argv: Vec<OutsideText> =
+                    all.iter().filter_map(|v| v.as_str().map(OutsideText::from)).collect();
                 self.argv(&mut argv);
-                *all = argv.into_iter().map(Value::String).collect();
+                *all = argv.into_iter().map(|a| Value::String(a.into_raw())).collect();
             }
             Value::Array(all) => all.iter_mut().for_each(|v| self.value(v)),
             Value::Object(o) => o.values_mut().for_each(|v| self.value(v)),
@@ -119,6 +121,12 @@ impl Redactor {
     fn string(&self, s: &mut String) {
         if let Cow::Owned(masked) = self.text(s) {
             *s = masked;
+        }
+    }
+
+    fn outside(&self, s: &mut OutsideText) {
+        if let Cow::Owned(masked) = self.text(s.raw()) {
+            *s = masked.into();
         }
     }
 
@@ -141,12 +149,12 @@ impl Redactor {
                     self.shown(r);
                 }
                 if let Some(s) = inode {
-                    self.string(s);
+                    self.outside(s);
                 }
             }
             Evidence::Holder { process, inode, relation, .. } => {
                 self.shown(process);
-                self.string(inode);
+                self.outside(inode);
                 self.string(relation);
             }
             Evidence::Wchan { process, .. }
@@ -163,10 +171,10 @@ impl Redactor {
                 self.exit(exit);
             }
             Evidence::Python { file, function, source, .. } => {
-                self.string(file);
-                self.string(function);
+                self.outside(file);
+                self.outside(function);
                 if let Some(s) = source {
-                    self.string(s);
+                    self.outside(s);
                 }
             }
             Evidence::Note { text } => self.string(text),
@@ -194,20 +202,21 @@ fn masked(text: &str, at: usize, ranges: &[(usize, usize)]) -> String {
 
 /// argv for an alert: at most `max` bytes in all; what is longer ends in `…`.
 #[must_use]
-pub fn cut(argv: &[String], max: usize) -> Vec<String> {
+pub fn cut(argv: &[OutsideText], max: usize) -> Vec<OutsideText> {
     let mut left = max;
     let mut out = Vec::new();
     for arg in argv {
-        if arg.len() <= left {
-            left = left.saturating_sub(arg.len() + 1);
+        let text = arg.raw();
+        if text.len() <= left {
+            left = left.saturating_sub(text.len() + 1);
             out.push(arg.clone());
             continue;
         }
         let mut end = left;
-        while !arg.is_char_boundary(end) {
+        while !text.is_char_boundary(end) {
             end -= 1;
         }
-        out.push(format!("{}…", &arg[..end]));
+        out.push(format!("{}…", &text[..end]).into());
         break;
     }
     out
@@ -219,9 +228,9 @@ mod tests {
 
     fn argv(patterns: &[&str], argv: &[&str]) -> Vec<String> {
         let r = Redactor::new(patterns.iter().map(|p| Regex::new(p).unwrap()).collect());
-        let mut v: Vec<String> = argv.iter().map(|s| (*s).to_owned()).collect();
+        let mut v: Vec<OutsideText> = argv.iter().map(|s| OutsideText::from(*s)).collect();
         r.argv(&mut v);
-        v
+        v.into_iter().map(OutsideText::into_raw).collect()
     }
 
     #[test]
@@ -247,7 +256,7 @@ mod tests {
     #[test]
     fn evidence_is_masked_before_it_is_cut() {
         let secret = "A".repeat(20);
-        let argv = vec!["x".repeat(EVIDENCE_ARGV - 10), secret.clone()];
+        let argv = vec!["x".repeat(EVIDENCE_ARGV - 10).into(), secret.into()];
         let process = Ref { id: crate::model::key::Key::new(1, 1), pid: 1, comm: "x".into(), argv };
         let mut e = Evidence::WaitsFor { process };
         Redactor::new(vec![Regex::new("A{20}").unwrap()]).evidence(&mut e);
@@ -259,7 +268,7 @@ mod tests {
     #[test]
     fn names_and_paths_in_evidence_are_masked_too() {
         let r = Redactor::new(vec![Regex::new("s3cret").unwrap()]);
-        let text = || "/run/s3cret/x".to_owned();
+        let text = || OutsideText::from("/run/s3cret/x");
         let process = || Ref {
             id: crate::model::key::Key::new(1, 1),
             pid: 1,
@@ -288,7 +297,7 @@ mod tests {
                 function: "s3cret".into(),
                 source: Some(text()),
             },
-            Evidence::Note { text: text() },
+            Evidence::Note { text: text().into_raw() },
         ] {
             r.evidence(&mut e);
             let shown = serde_json::to_string(&e).unwrap();
@@ -298,7 +307,7 @@ mod tests {
 
     #[test]
     fn cut_keeps_char_bounds_and_says_so() {
-        let v = ["ab".to_owned(), "éé".to_owned(), "z".to_owned()];
+        let v = ["ab", "éé", "z"].map(OutsideText::from);
         assert_eq!(cut(&v, 100), v);
         assert_eq!(cut(&v, 6), ["ab", "é…"]);
         assert_eq!(cut(&v, 0), ["…"]);

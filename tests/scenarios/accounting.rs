@@ -56,7 +56,7 @@ fn five_thousand_as_fast_as_possible() -> Result<()> {
             .filter(|e| e.kind == "exec")
             .filter_map(|e| e.process.as_ref())
             .filter(|p| p.argv.len() == 3 && p.argv[1] == fixture.tag)
-            .filter_map(|p| Some((p.id, p.argv[2].parse().ok()?)))
+            .filter_map(|p| Some((p.id, p.argv[2].raw().parse().ok()?)))
             .collect();
         let mut indexes: Vec<usize> = mine.values().copied().collect();
         indexes.sort_unstable();

@@ -198,7 +198,7 @@ fn the_incident_is_told_and_cured() -> Result<()> {
         _ => None,
     });
     let pipe = pipe.with_context(|| format!("no blocked thread in {:?}", why.evidence))?;
-    assert!(pipe.starts_with("pipe:["), "{pipe}");
+    assert!(pipe.raw().starts_with("pipe:["), "{pipe}");
     let held = why.evidence.iter().any(
         |e| matches!(e, Evidence::Holder { process, inode, .. } if process.pid == holder && *inode == pipe),
     );

@@ -274,3 +274,82 @@ fn shown_in_a_pipe_that_closes() -> Result<()> {
     ensure!(!out.err().contains("panicked"), "{}", out.err());
     Ok(())
 }
+
+/// Valid, and more than anybody can mean: named, on any host and on this one, and the exit status stays 0.
+#[test]
+fn rules_that_would_end_the_host_are_named() -> Result<()> {
+    let fixture = fixture!("rules_that_would_end_the_host_are_named");
+    // Its argv has an escape sequence, a newline and the tag.
+    let evil = format!("\u{1b}]0;owned\u{7}\n{}", fixture.tag);
+    let mut c = fixture.command("/bin/sh");
+    c.args(["-c", "read line", &evil]).stdin(std::process::Stdio::piped());
+    let mut victim = c.spawn()?;
+    let me = std::env::current_exe()?;
+    let file = fixture.path("dangerous.toml");
+    let rule = |name: &str, matches: &str| {
+        format!(
+            "[[job]]\nname = \"{name}\"\nmatch = {{ {matches} }}\ntimeout = \"1h\"\non_timeout = \"kill\"\n"
+        )
+    };
+    let text = rule("meant", &format!("argv = 'read line .*{}$', comm = '^sh$'", fixture.tag))
+        + &rule("own", &format!("exe = '^{}$'", me.display()))
+        + &rule("agent", "argv = '^/usr/bin/jobwarden agent$'")
+        + &rule("root", "user = 0")
+        + &rule("all", "argv = '.*'");
+    std::fs::write(&file, text)?;
+    let file = file.to_string_lossy().into_owned();
+    let check = |more: &[&str]| {
+        let mut args = vec!["check", "--config", &file];
+        args.extend(more);
+        let out = jobwarden(&fixture, &args)?;
+        ensure!(out.code() == Some(0), "{out:?}");
+        Ok(out)
+    };
+    let plain = check(&[])?.out();
+    for (rule, what) in [
+        ("agent", "the agent as it usually runs"),
+        ("root", "every process of root"),
+        ("all", "every process, and on_timeout is \"kill\""),
+    ] {
+        ensure!(plain.contains(&format!("warning: rule {rule}: it matches {what}")), "{what}: {plain}");
+    }
+    ensure!(!plain.contains("rule meant") && !plain.contains("rule own"), "{plain}");
+    let host = check(&["--against-host"])?.out();
+    ensure!(host.contains("rule meant: matches 1 of "), "{host}");
+    ensure!(!host.contains('\u{1b}') && host.contains("\\x1b]0;owned\\x07\\n"), "escaped: {host}");
+    ensure!(!host.contains("warning: rule meant"), "{host}");
+    ensure!(host.contains("warning: rule own: its jobs contain this command (PID "), "{host}");
+    ensure!(host.contains("warning: rule root: its jobs contain PID 1"), "{host}");
+    let json: Value = check(&["--json", "--against-host"])?.json()?;
+    let warnings = json["warnings"].as_array().context("warnings")?;
+    ensure!(warnings.len() >= 5 && warnings.iter().all(Value::is_string), "{json}");
+    let meant = &json["host"]["rules"][0];
+    ensure!(meant["matches"] == 1 && meant["examples"][0]["pid"] == victim.id(), "{json}");
+    ensure!(meant["examples"][0]["argv"][3] == evil.as_str(), "{json}");
+    drop(victim.stdin.take());
+    victim.wait()?;
+    Ok(())
+}
+
+/// The agent says the same when it starts and when it takes a new config. Nothing of this host has this argv.
+#[test]
+fn the_agent_logs_dangerous_rules() -> Result<()> {
+    let fixture = fixture!("the_agent_logs_dangerous_rules");
+    let rule = |name: &str| {
+        format!(
+            "[[job]]\nname = \"{name}\"\nmatch = {{ argv = '^/usr/bin/jobwarden agent$' }}\non_orphan = \"kill\"\n"
+        )
+    };
+    let agent = Agent::start(&fixture, &rule("first"))?;
+    let logged = |name: &str| {
+        jobwarden_tests::eventually(name, ms(5000), || {
+            let log = std::fs::read_to_string(&agent.log)?;
+            ensure!(log.contains(&format!("rule {name}: it matches the agent as it usually runs")), "{log}");
+            Ok(())
+        })
+    };
+    logged("first")?;
+    std::fs::write(&agent.config, rule("second"))?;
+    ensure!(agent.cli(&["reload"])?.code() == Some(0), "{}", agent.log_tail());
+    logged("second")
+}

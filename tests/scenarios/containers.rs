@@ -133,7 +133,7 @@ fn inside(agent: &Agent<'_>, container: &str, ns_pid: u32) -> Result<Process> {
         let found = all.iter().find(|p| {
             p.state != State::Gone
                 && p.ns_pid == Some(ns_pid)
-                && p.container.as_ref().is_some_and(|c| c.id.starts_with(container))
+                && p.container.as_ref().is_some_and(|c| c.id.raw().starts_with(container))
         });
         found.cloned().with_context(|| {
             let theirs: Vec<_> = all.iter().filter(|p| p.container.is_some()).collect();
@@ -151,7 +151,7 @@ fn incident(agent: &Agent<'_>, s: &mut Shape, container: &str, runtime: &str) ->
     for p in [&zombie, &orphan, &init] {
         let c = p.container.as_ref().context("no container")?;
         ensure!(c.runtime.as_deref() == Some(runtime), "{c:?}");
-        ensure!(p.cgroup.as_deref().is_some_and(|g| g.contains(&c.id)), "{p:?}");
+        ensure!(p.cgroup.as_ref().is_some_and(|g| g.raw().contains(c.id.raw())), "{p:?}");
     }
     let worker = zombie.ppid.context("no parent")?;
 
@@ -273,7 +273,7 @@ fn an_init_that_never_reaps_and_one_inside_it() -> Result<()> {
         let time = format!("600.{}{depth}", std::process::id());
         c.args(["sh", "-c", &format!("sleep 0.1 & sleep 0.1 & exec sleep {time}")]);
         let s = Shape::spawn("init", c)?;
-        let of_this = |p: &Process| p.ns_pid == Some(1) && p.argv.last() == Some(&time);
+        let of_this = |p: &Process| p.ns_pid == Some(1) && p.argv.last().is_some_and(|a| *a == time);
         let alert = firing(&agent, AlertKind::Zombie, of_this)?;
         ensure!(alert.count == 2, "{alert:?}");
         ensure!(alert.summary.contains("init of pid namespace"), "{}", alert.summary);

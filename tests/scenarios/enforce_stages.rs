@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use jobwarden::config::Match;
+use jobwarden::config::{Match, Pattern};
 use jobwarden::enforce::{Audit, Enforcer, Guards, Lineage, Member, OrderId, Outcome, audit};
 use jobwarden::model::key::Key;
 use jobwarden::model::kill::{KillSpec, Reason, What};
@@ -189,7 +189,7 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
     let mut root = sh(&fixture, "sh -c 'sleep 101 & wait' & sleep 102 & wait")?;
     let (below, other) = (find(&fixture, "101")?, find(&fixture, "102")?);
     let order = job(&kernel, root.id(), 0)?;
-    let protect = Match { argv: Some(regex("^sh -c sleep 101")?), ..Match::default() };
+    let protect = Match { argv: Some(pattern("^sh -c sleep 101")?), ..Match::default() };
     let guards = Guards::new(vec![protect], false);
     let state = fixture.path("audit");
     std::fs::create_dir(&state)?;
@@ -219,12 +219,12 @@ fn the_protected_live_with_what_descends_from_them_and_lose_their_flags() -> Res
     Ok(())
 }
 
-fn regex(s: &str) -> Result<regex::Regex> {
-    Ok(regex::Regex::new(s)?)
+fn pattern(s: &str) -> Result<Pattern> {
+    Pattern::new(s).map_err(anyhow::Error::msg)
 }
 
 fn protect(argv: &str) -> Result<Match> {
-    Ok(Match { argv: Some(regex(argv)?), ..Match::default() })
+    Ok(Match { argv: Some(pattern(argv)?), ..Match::default() })
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use jobwarden::model::outside::OutsideText;
 use jobwarden::model::schema::{Alerts, Cause, Evidence, KillReport, Tree};
 use jobwarden_tests::agent::{self, Options};
 use jobwarden_tests::{Agent, Fixture, Shape, eventually, fixture, ms, skip};
@@ -92,7 +93,7 @@ fn frames(c: &Cause) -> Vec<(&str, Option<&str>)> {
     let mut all = Vec::new();
     for e in &c.evidence {
         if let Evidence::Python { file, source, .. } = e {
-            all.push((file.as_str(), source.as_deref()));
+            all.push((file.raw(), source.as_ref().map(OutsideText::raw)));
         }
     }
     all

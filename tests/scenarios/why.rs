@@ -244,7 +244,7 @@ fn the_incident_in_python_is_told_and_its_remedy_cures_it() -> Result<()> {
     });
     let (fd, pipe) = blocked.with_context(|| format!("nothing blocked in {c:#?}"))?;
     let link = std::fs::read_link(format!("/proc/{worker}/fd/{fd}"))?;
-    ensure!(link.to_str() == Some(&pipe) && pipe.starts_with("pipe:["), "{fd} {pipe} is {link:?}");
+    ensure!(link.to_str() == Some(pipe.raw()) && pipe.raw().starts_with("pipe:["), "{fd} {pipe} is {link:?}");
     let reaper = truth::stat(orphan)?.ppid;
     ensure!(adopted.adopter.as_ref().is_some_and(|a| a.pid == reaper), "adopted by {reaper}");
     has(&c, "holder", |e| {
@@ -267,7 +267,7 @@ fn the_incident_in_python_is_told_and_its_remedy_cures_it() -> Result<()> {
     let at = u32::try_from(PRELUDE.lines().count() + at + 1)?;
     has(&c, "line of Python", |e| {
         matches!(e, Evidence::Python { thread, file, line: l, function, source: Some(s) }
-            if *thread == u64::from(worker) && file.contains("/family-") && *l == at && function == "<module>"
+            if *thread == u64::from(worker) && file.raw().contains("/family-") && *l == at && function == "<module>"
                 && s == "errors = popen.stderr.read()")
     })?;
 
@@ -386,7 +386,7 @@ fn whatever_it_reads_and_however() -> Result<()> {
         is(&c, Verdict::ParentBlockedOnPipe).with_context(|| script.clone())?;
         has(&c, "holder", |e| {
             matches!(e, Evidence::Holder { process, inode: i, relation, .. }
-                if process.pid == holder && i.contains(inode) && relation.contains("orphan of this job"))
+                if process.pid == holder && i.raw().contains(inode) && relation.contains("orphan of this job"))
         })
         .with_context(|| script.clone())?;
         ensure!(c.remedy == format!("jobwarden kill {id}"), "{script}: {}", c.remedy);

@@ -40,7 +40,7 @@ impl Events {
         eventually("the first event", ms(5000), || {
             fixture.command("/bin/true").arg(&marker).status()?;
             ensure!(
-                events.any(|e| e.process.as_ref().is_some_and(|p| p.argv.contains(&marker))),
+                events.any(|e| e.process.as_ref().is_some_and(|p| p.argv.iter().any(|a| *a == marker))),
                 "no marker among {} events; odd lines: {:?}",
                 events.all().len(),
                 events.odd()

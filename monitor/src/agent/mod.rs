@@ -20,6 +20,7 @@ mod recorded_engine;
 mod replies;
 mod requests;
 mod resync;
+mod rule_check;
 mod saving;
 mod scrape;
 mod service_manager;
@@ -228,6 +229,7 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(EventLoop, Ba
     let (lost, kills) = of_this_boot.map_or_else(Default::default, |s| (s.lost, s.kills.clone()));
     let engine = engine(&config, &boot_id, &kernel, &center, saved, recorder).await;
     leftovers(&kernel, &engine);
+    rule_check::log_warnings(&config, &Handle::current());
     let proc_reader = ProcReader::new(proc.clone());
     let core = Core {
         engine,

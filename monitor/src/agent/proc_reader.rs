@@ -10,7 +10,8 @@ use crate::engine::Observation;
 use crate::engine::forest::{ARGV_MAX, Facts, Look, Seen};
 use crate::model::container::{self, Cgroups};
 use crate::model::key::Key;
-use crate::model::schema::{Process, State, text};
+use crate::model::outside::OutsideText;
+use crate::model::schema::{Process, State};
 use crate::sources::proc::{self, Proc};
 use crate::sources::{container_records, host};
 
@@ -104,7 +105,7 @@ impl ProcReader {
         }
         let cgroup = if p.cgroup.is_none() { self.cgroups(p.id).and_then(|c| c.kept()) } else { None };
         if let Some(c) = &cgroup {
-            (p.container, p.cgroup) = (container::named(c), Some(container::shown(c).to_owned()));
+            (p.container, p.cgroup) = (container::named(c), Some(container::shown(c).into()));
         }
         [
             inside.map(|(pid_ns, ns_pid)| Observation::Inside { key: p.id, pid_ns, ns_pid }),
@@ -139,7 +140,8 @@ impl ProcReader {
             && let Ok(stat) = self.proc.stat(p.pid)
             && stat.start_ticks == self.ticks(p.id)
         {
-            (p.kernel_state, p.comm) = (Some(text(&[stat.state])), text(stat.comm.bytes()));
+            (p.kernel_state, p.comm) =
+                (Some(char::from(stat.state).to_string()), OutsideText::from_bytes(stat.comm.bytes()));
         }
     }
 }

@@ -4,6 +4,7 @@ use super::core::Core;
 use crate::api::{ApiError, Class, Matched, Peer, Reply, Target as Named};
 use crate::enforce::audit;
 use crate::engine::{Answer, JobRecord, Refused, Target};
+use crate::model::outside::command_line;
 
 /// Sends the reply when the state is saved, so that what it promises outlives a SIGKILL of the agent. An error promises nothing and
 /// is sent at once.
@@ -62,7 +63,7 @@ pub(super) fn matched(core: &Core, t: Target) -> Matched {
             target: key.to_string(),
             what: core.engine.reference(key).map_or_else(String::new, |mut r| {
                 core.redact.reference(&mut r);
-                if r.argv.is_empty() { r.comm } else { r.argv.join(" ") }
+                if r.argv.is_empty() { r.comm.to_string() } else { command_line(&r.argv) }
             }),
         },
         Target::Job(id) => Matched {

@@ -28,6 +28,7 @@ use super::{
     Request, Subscription, Target, TreeQuery, WhyQuery,
 };
 use crate::model::audience::Audience;
+use crate::model::schema::is_job_name;
 use crate::model::tree_rows::TreeRows;
 
 /// How long the core may take for an answer that needs no waiting for processes.
@@ -342,6 +343,9 @@ async fn exec(
     request: HttpRequest,
 ) -> Answer<super::ExecRegistered> {
     let exec: ExecRequest = body(request).await?;
+    if !is_job_name(&exec.name) {
+        return Err(ApiError::usage("name: expected 1 to 64 letters, digits, '_', '.' and '-'"));
+    }
     ask(&core, Some(ANSWER), |reply| Request::ExecRegister { exec, peer, reply }).await.map(Json)
 }
 

@@ -1,5 +1,6 @@
 //! Who is at the other end of the control socket, by the kernel's word alone.
 
+use crate::model::outside::OutsideText;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
@@ -24,7 +25,7 @@ pub(super) fn peer(stream: &UnixStream) -> io::Result<Peer> {
     let same_ns = pid != 0 && std::fs::read_link(proc.join("ns/pid")).is_ok_and(|n| n == ours);
     let exe = std::fs::read_link(proc.join("exe"))
         .ok()
-        .map(|p| crate::model::schema::text(std::os::unix::ffi::OsStrExt::as_bytes(p.as_os_str())));
+        .map(|p| OutsideText::from_bytes(std::os::unix::ffi::OsStrExt::as_bytes(p.as_os_str())));
     let sure = pidfd.is_none_or(|fd| alive(fd.as_fd()));
     Ok(Peer {
         pid,
@@ -69,7 +70,7 @@ mod tests {
         let p = peer(&a).unwrap();
         assert_eq!(p.pid, std::process::id());
         assert_eq!(p.privileged, p.uid == 0);
-        assert_eq!(p.exe.as_deref(), std::env::current_exe().unwrap().to_str());
+        assert_eq!(p.exe.as_ref().map(OutsideText::raw), std::env::current_exe().unwrap().to_str());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::{ApiError, Matched, Subscription, Target};
 use crate::enforce::audit;
 use crate::model::audience::Audience;
 use crate::model::kill::AskedBy;
+use crate::model::outside::OutsideText;
 use crate::model::schema::{Alerts, JobId, Jobs, KillReport, Tree};
 
 pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
@@ -22,7 +23,7 @@ pub struct Peer {
     pub pid: u32,
     pub uid: u32,
     pub gid: u32,
-    pub exe: Option<String>,
+    pub exe: Option<OutsideText>,
     /// uid 0 in the agent's own pid namespace: may kill, exec, reload, notify, extend, and switch enforcement. The server
     /// has refused everything else to others before a [`Request`] is made of it.
     pub privileged: bool,

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::model::key::Key;
-use crate::model::schema::JobId;
+use crate::model::schema::{JobId, is_job_name};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Target {
@@ -34,7 +34,7 @@ impl FromStr for Target {
     fn from_str(s: &str) -> Result<Self, TargetError> {
         let bad = || TargetError(s.chars().take(96).collect());
         if let Some(name) = s.strip_prefix("name:") {
-            return if name.is_empty() { Err(bad()) } else { Ok(Self::Name(name.into())) };
+            return if is_job_name(name) { Ok(Self::Name(name.into())) } else { Err(bad()) };
         }
         if s.starts_with("j-") {
             return s.parse().map(Self::Job).map_err(|_| bad());
@@ -85,14 +85,28 @@ mod tests {
             ("7", Target::Pid(7)),
             ("7:8", Target::Id(Key::new(7, 8))),
             ("j-7:8-1", Target::Job(JobId { root: Key::new(7, 8), ordinal: 1 })),
-            ("name:a b", Target::Name("a b".into())),
+            ("name:a-b", Target::Name("a-b".into())),
             ("0123456789abcdef", Target::Alert("0123456789abcdef".into())),
             ("1234567890123456", Target::Alert("1234567890123456".into())),
         ] {
             assert_eq!(s.parse(), Ok(t.clone()));
             assert_eq!(t.to_string(), s);
         }
-        for bad in ["", "0", "-7", "+7", "7:", "j-7-1", "name:", "x", "4294967296", "é", "7:8:9"] {
+        for bad in [
+            "",
+            "0",
+            "-7",
+            "+7",
+            "7:",
+            "j-7-1",
+            "name:",
+            "name:a b",
+            "name:a\n",
+            "x",
+            "4294967296",
+            "é",
+            "7:8:9",
+        ] {
             assert!(bad.parse::<Target>().is_err(), "{bad}");
         }
     }

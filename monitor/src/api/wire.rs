@@ -67,7 +67,8 @@ pub(super) fn only_container(tree: &mut Tree, id: &str) {
     let parents: HashMap<Key, Option<Key>> =
         tree.processes.iter().map(|p| (p.id, p.lineage_parent)).collect();
     let mut keep = HashSet::new();
-    let inside = tree.processes.iter().filter(|p| p.container.as_ref().is_some_and(|c| c.id.starts_with(id)));
+    let inside =
+        tree.processes.iter().filter(|p| p.container.as_ref().is_some_and(|c| c.id.raw().starts_with(id)));
     for p in inside {
         let mut at = Some(p.id);
         // Each is entered once, so a loop in what was sent could not hold this up.

@@ -9,6 +9,7 @@ use jobwarden::config::{self, Overrides};
 use jobwarden::logging::Log;
 
 use super::journal::{self, Levelled};
+use super::log_format::{EscapedJson, escaped_fields};
 use super::output::Context;
 use super::{Failure, Outcome, check};
 
@@ -102,10 +103,10 @@ fn log_to_stderr(config: &config::Config, log: &Log) {
         .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal());
     match (config.agent.log_json, journal::reads_stderr()) {
-        (true, true) => to.json().map_event_format(Levelled).init(),
-        (true, false) => to.json().init(),
-        (false, true) => to.without_time().map_event_format(Levelled).init(),
-        (false, false) => to.init(),
+        (true, true) => to.json().map_event_format(|json| Levelled(EscapedJson(json))).init(),
+        (true, false) => to.json().map_event_format(EscapedJson).init(),
+        (false, true) => to.fmt_fields(escaped_fields()).without_time().map_event_format(Levelled).init(),
+        (false, false) => to.fmt_fields(escaped_fields()).init(),
     }
 }
 

@@ -6,7 +6,7 @@ use jobwarden::api::{Class, EventFilter, Target};
 use jobwarden::model::schema::EventLine;
 use jobwarden::render;
 
-use super::output::{Context, print};
+use super::output::{Context, print, print_json};
 use super::{Failure, Outcome, values};
 
 /// Forks, execs, exits, reaps and signals, one line each, live
@@ -34,17 +34,15 @@ impl Args {
         let style = context.style();
         let mut failed = None;
         context.client()?.lines("/v1/events", &filter, |line| {
-            let text = if context.json {
-                let mut s = String::from_utf8_lossy(line).into_owned();
-                s.push('\n');
-                s
+            let printed = if context.json {
+                print_json(String::from_utf8_lossy(line).into_owned())
             } else {
-                match serde_json::from_slice::<EventLine>(line) {
+                print(&match serde_json::from_slice::<EventLine>(line) {
                     Ok(e) => render::event(&e, style),
                     Err(e) => format!("a line that this client does not understand: {e}\n"),
-                }
+                })
             };
-            failed = print(&text).err();
+            failed = printed.err();
             failed.is_none()
         })?;
         // Only the agent's end, or ours, ends them.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use jobwarden::config::parse_duration;
 use jobwarden::exec::{self, Options};
+use jobwarden::model::schema::is_job_name;
 use jobwarden::model::signal;
 
 use super::Failure;
@@ -63,8 +64,7 @@ fn duration(s: &str) -> Result<Duration, String> {
 }
 
 fn name(s: &str) -> Result<String, String> {
-    let ok = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
-    if (1..=64).contains(&s.len()) && s.chars().all(ok) {
+    if is_job_name(s) {
         Ok(s.into())
     } else {
         Err("expected 1 to 64 letters, digits, `_`, `.` or `-`".into())

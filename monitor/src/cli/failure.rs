@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use jobwarden::api::{ApiError, Class};
 use jobwarden::client::ClientError;
+use jobwarden::model::outside::escape_json;
 use jobwarden::model::schema::{ErrorBody, ErrorInfo};
 use jobwarden::output::error_line;
 use jobwarden::render::escape;
@@ -41,7 +42,7 @@ impl Failure {
         let status = ExitCode::from(self.status);
         if json {
             let body = ErrorBody { error: self.info };
-            error_line(serde_json::to_string(&body).unwrap_or_default());
+            error_line(escape_json(&serde_json::to_string(&body).unwrap_or_default()));
             return status;
         }
         let mark = if journal::reads_stderr() { journal::ERROR } else { "" };

@@ -13,6 +13,7 @@ mod generate;
 mod jobs;
 mod journal;
 mod kill;
+mod log_format;
 mod notify;
 mod output;
 mod reload;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use jobwarden::client::Client;
 use jobwarden::config;
+use jobwarden::model::outside::escape_json;
 use jobwarden::render::Style;
 use serde::Serialize;
 
@@ -71,10 +72,15 @@ impl Context {
         if !self.json {
             return print(&text(self.style()));
         }
-        let mut json = serde_json::to_string(value).map_err(|e| Failure::failed("failed", e.to_string()))?;
-        json.push('\n');
-        print(&json)
+        let json = serde_json::to_string(value).map_err(|e| Failure::failed("failed", e.to_string()))?;
+        print_json(json)
     }
+}
+
+/// A line of JSON that is safe on a terminal.
+pub(crate) fn print_json(mut json: String) -> Result<(), Failure> {
+    json.push('\n');
+    print(&escape_json(&json))
 }
 
 /// To stdout, at once. A reader that has closed the pipe has seen enough: that ends the program quietly.

@@ -4,6 +4,7 @@ use std::io::{BufWriter, ErrorKind, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use jobwarden::model::outside::escape_json;
 use jobwarden::output::error_line;
 use jobwarden::recording::{self, Line, ReplayError};
 
@@ -37,8 +38,7 @@ impl Args {
         let mut broken = false;
         let done = recording::replay(&self.file, self.speed, &mut |line| {
             broken |= matches!(line, Line::End { truncated: true, .. });
-            serde_json::to_writer(&mut out, &line)?;
-            out.write_all(b"\n")?;
+            writeln!(out, "{}", escape_json(&serde_json::to_string(&line)?))?;
             if live { out.flush() } else { Ok(()) }
         });
         match done.and_then(|()| out.flush().map_err(ReplayError::Output)) {

@@ -7,7 +7,7 @@ use jobwarden::config::user_name;
 use jobwarden::model::tree_rows::TreeRows;
 use jobwarden::render;
 
-use super::output::{Context, print};
+use super::output::{Context, print, print_json};
 use super::{Outcome, values};
 
 /// The forest by who started whom: ancestors, it, descendants; the dead and the zombies included
@@ -53,7 +53,7 @@ impl Args {
             ..TreeQuery::default()
         };
         if context.json {
-            print(&(client.get_text("/v1/tree", &query)? + "\n"))?;
+            print_json(client.get_text("/v1/tree", &query)?)?;
         } else {
             let (json, jobs, alerts) = client.tree(&query)?;
             let tree = TreeRows::parse(&json).map_err(|e| client.not_understood(&e))?;

@@ -5,6 +5,7 @@
 
 mod error;
 mod names;
+mod pattern;
 mod print;
 mod read;
 mod section;
@@ -22,7 +23,8 @@ use regex::Regex;
 
 pub use self::error::{ConfigError, Place, Problem};
 pub use self::names::{group_id, user_id, user_name};
-pub use self::read::{environment, load, parse, unknown_environment};
+pub use self::pattern::Pattern;
+pub use self::read::{environment, load, parse, parse_recorded, unknown_environment};
 pub use self::value::{duration_text, parse_duration};
 use crate::model::schema::{AlertKind, Severity};
 
@@ -159,7 +161,7 @@ pub fn protect_defaults() -> Vec<Match> {
     ];
     NAMES
         .iter()
-        .filter_map(|n| Regex::new(&format!(r"^/(?:.*/)?{n}(?: \(deleted\))?$")).ok())
+        .filter_map(|n| Pattern::new(&format!(r"^/(?:.*/)?{n}(?: \(deleted\))?$")).ok())
         .map(|exe| Match {
             exe: Some(exe),
             user: Some(User { given: "0".into(), uid: 0 }),
@@ -172,11 +174,11 @@ pub fn protect_defaults() -> Vec<Match> {
 #[derive(Clone, Debug, Default)]
 pub struct Match {
     /// Over argv joined by one space.
-    pub argv: Option<Regex>,
-    pub exe: Option<Regex>,
-    pub comm: Option<Regex>,
+    pub argv: Option<Pattern>,
+    pub exe: Option<Pattern>,
+    pub comm: Option<Pattern>,
     pub user: Option<User>,
-    pub cgroup: Option<Regex>,
+    pub cgroup: Option<Pattern>,
     /// Container id prefix, or name.
     pub container: Option<String>,
     /// The lineage parent.

@@ -3,11 +3,10 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use regex::Regex;
 use toml::Value;
 
 use super::value::duration_text;
-use super::{Action, Agent, Config, Enforcement, Match, Receiver, ReceiverKind, Rule};
+use super::{Action, Agent, Config, Enforcement, Match, Pattern, Receiver, ReceiverKind, Rule};
 
 impl Config {
     /// Reads back to the same config.
@@ -80,7 +79,7 @@ fn matches(m: &Match) -> Value {
             t.insert(k.into(), v);
         }
     };
-    let text = |r: &Option<Regex>| r.as_ref().map(|r| r.as_str().into());
+    let text = |r: &Option<Pattern>| r.as_ref().map(|r| r.as_str().into());
     put("argv", text(&m.argv));
     put("exe", text(&m.exe));
     put("comm", text(&m.comm));

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use toml::de::DeTable;
+use regex::Regex;
+use toml::de::{DeTable, DeValue};
 
 use super::error::{ConfigError, Place};
 use super::section::{Doc, Section};
@@ -19,6 +20,8 @@ use crate::files;
 use crate::model::schema::{AlertKind, Severity};
 
 const MAX_BYTES: u64 = 4 << 20;
+/// A recorded config may be larger: a file of [`MAX_BYTES`] with every default spelled out is at most this long.
+const MAX_RECORDED_BYTES: u64 = 4 * MAX_BYTES;
 /// `parent = { parent = { .. } }` goes no deeper.
 const MAX_MATCH_DEPTH: usize = 8;
 const MAX_RECEIVERS: usize = 64;
@@ -110,6 +113,18 @@ pub fn load(
         other => other?,
     };
     parse(given, &text, env, overrides)
+}
+
+/// A config that a recording holds as text.
+///
+/// # Errors
+/// As [`load`].
+pub fn parse_recorded(text: &str) -> Result<Config, ConfigError> {
+    let path = Path::new("recorded config");
+    if text.len() as u64 > MAX_RECORDED_BYTES {
+        return Err(ConfigError::TooLarge { path: path.into(), max: MAX_RECORDED_BYTES });
+    }
+    parse(path, text, &BTreeMap::new(), &Overrides::default())
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {
@@ -211,6 +226,7 @@ fn named<'d, 's, T>(
 }
 
 fn agent(mut s: Section<'_, '_>, overrides: &Overrides) -> Agent {
+    let doc = s.doc;
     let default = Agent::default();
     let short = s.doc.env.get("JOBWARDEN_SOCKET").and_then(|p| {
         let read = value::path(&toml::de::DeValue::String(p.as_str().into()));
@@ -235,11 +251,16 @@ fn agent(mut s: Section<'_, '_>, overrides: &Overrides) -> Agent {
         log: s.read("log", value::log_filter).unwrap_or(default.log),
         log_json: s.read("log_format", value::choice(&formats)).unwrap_or_default(),
         labels: s.table("labels", "labels").map(|t| labels(&t)).unwrap_or_default(),
-        redact: s.list("redact", value::regex).unwrap_or_default(),
+        redact: s.list("redact", |v| redact(doc, v)).unwrap_or_default(),
     };
     plain(&s, agent.listen, agent.allow_plain, overrides, listen_in_file);
     s.finish();
     agent
+}
+
+/// Each is run on every argv that is shown, so it is compiled at once.
+fn redact(doc: &Doc<'_>, v: &DeValue<'_>) -> Result<Regex, String> {
+    Regex::new(doc.pattern(v)?.as_str()).map_err(|e| e.to_string())
 }
 
 fn given(flag: Option<&PathBuf>, read: Option<PathBuf>, default: PathBuf) -> PathBuf {
@@ -313,6 +334,7 @@ fn enforcement(mut s: Section<'_, '_>) -> Enforcement {
 
 fn matches(mut s: Section<'_, '_>, depth: usize) -> Match {
     const KEYS: [&str; 7] = ["argv", "exe", "comm", "user", "cgroup", "container", "parent"];
+    let doc = s.doc;
     let empty = !KEYS.iter().any(|k| s.has(k));
     let parent = s.table("parent", "parent");
     let parent = match parent {
@@ -324,11 +346,11 @@ fn matches(mut s: Section<'_, '_>, depth: usize) -> Match {
         None => None,
     };
     let m = Match {
-        argv: s.read("argv", value::regex),
-        exe: s.read("exe", value::regex),
-        comm: s.read("comm", value::regex),
+        argv: s.read("argv", |v| doc.pattern(v)),
+        exe: s.read("exe", |v| doc.pattern(v)),
+        comm: s.read("comm", |v| doc.pattern(v)),
         user: s.read("user", value::user),
-        cgroup: s.read("cgroup", value::regex),
+        cgroup: s.read("cgroup", |v| doc.pattern(v)),
         container: s.read("container", value::filled),
         parent: parent.map(Box::new),
     };

@@ -1,7 +1,7 @@
 //! The file as tables whose keys are asked for by name: what nobody asked for is an unknown key, what does not read is
 //! noted with its place, and reading goes on, so that all problems of a file are told at once.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
@@ -9,8 +9,14 @@ use std::path::Path;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::Pattern;
 use super::error::{Place, Problem, place};
 use super::value::{self, Value};
+
+/// Of all regular expressions together, in states: they take about 40 bytes each where all are in use.
+const PATTERNS: usize = 32_000_000;
+/// What even a small one costs.
+const PATTERN_MIN: usize = 500;
 
 /// The whole text, the environment, and what was found wrong so far.
 pub(super) struct Doc<'s> {
@@ -19,11 +25,35 @@ pub(super) struct Doc<'s> {
     pub(super) env: &'s BTreeMap<String, String>,
     used: RefCell<BTreeSet<String>>,
     problems: RefCell<Vec<Problem>>,
+    /// What is left of [`PATTERNS`].
+    patterns: Cell<usize>,
 }
 
 impl<'s> Doc<'s> {
     pub(super) fn new(path: &'s Path, text: &'s str, env: &'s BTreeMap<String, String>) -> Self {
-        Self { path, text, env, used: RefCell::default(), problems: RefCell::default() }
+        Self {
+            path,
+            text,
+            env,
+            used: RefCell::default(),
+            problems: RefCell::default(),
+            patterns: Cell::new(PATTERNS),
+        }
+    }
+
+    /// A regular expression, if there is room for it beside the others.
+    pub(super) fn pattern(&self, v: &DeValue<'_>) -> Value<Pattern> {
+        let p = value::pattern(v)?;
+        let left = self.patterns.get().checked_sub(p.size().max(PATTERN_MIN));
+        self.patterns.set(left.unwrap_or(0));
+        match left {
+            Some(_) => {
+                p.compile_large().map(|()| p).map_err(|why| format!("expected a smaller expression: {why}"))
+            }
+            None => {
+                Err("expected fewer or simpler regular expressions: all together are too large".to_owned())
+            }
+        }
     }
 
     pub(super) fn problem(&self, span: Range<usize>, message: impl Into<String>) {

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use regex::Regex;
 use toml::de::DeValue;
 
-use super::User;
 use super::names;
+use super::{Pattern, User};
+use crate::model::schema::is_job_name;
 use crate::model::signal;
 
 /// Longer than any job; keeps sums of times far from overflow.
@@ -177,16 +177,13 @@ pub(super) fn address(v: &DeValue<'_>) -> Value<SocketAddr> {
     }
 }
 
-pub(super) fn regex(v: &DeValue<'_>) -> Value<Regex> {
+pub(super) fn pattern(v: &DeValue<'_>) -> Value<Pattern> {
     let Some(s) = v.as_str() else { return wrong("a regular expression as a string", v) };
     if s.is_empty() {
         return Err("expected a regular expression, found an empty one, which matches everything".into());
     }
-    Regex::new(s).map_err(|e| {
-        // The crate draws the expression over several lines; its last one says what is wrong.
-        let all = e.to_string();
-        let last = all.lines().last().unwrap_or_default().trim_start_matches("error: ").trim();
-        format!("expected a regular expression of the regex crate, found {}: {last}", quoted(s))
+    Pattern::new(s).map_err(|why| {
+        format!("expected a regular expression of the regex crate, found {}: {why}", quoted(s))
     })
 }
 
@@ -225,12 +222,8 @@ pub(super) fn signal_number(v: &DeValue<'_>) -> Value<u8> {
 
 /// `[A-Za-z0-9_.-]{1,64}`.
 pub(super) fn name(v: &DeValue<'_>) -> Value<String> {
-    let fits = |s: &str| {
-        (1..=64).contains(&s.len())
-            && s.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
-    };
     match v.as_str() {
-        Some(s) if fits(s) => Ok(s.to_owned()),
+        Some(s) if is_job_name(s) => Ok(s.to_owned()),
         _ => wrong("a name of 1 to 64 letters, digits, '_', '.' and '-'", v),
     }
 }

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::files::{self, OpenError};
 use crate::model::kill::{AskedBy, Reason};
+use crate::model::outside::escape_json;
 use crate::model::schema::{JobId, Ref, SignalledOutcome};
 
 /// Bytes after which a file is put aside.
@@ -306,13 +307,14 @@ impl Audit {
                 target: "audit",
                 what = ?e.what, job = e.job.map(tracing::field::display), job_name = %e.job_name,
                 reason = e.reason.map(Reason::as_str), uid = e.asked_by.uid, by = e.asked_by.pid,
-                exe = e.asked_by.exe, rule = e.asked_by.rule,
+                exe = e.asked_by.exe.as_ref().map(tracing::field::display), rule = e.asked_by.rule,
                 process = e.process.as_ref().map(|p| tracing::field::display(p.id)),
-                comm = e.process.as_ref().map(|p| p.comm.as_str()),
+                comm = e.process.as_ref().map(|p| tracing::field::display(&p.comm)),
                 signal = e.signal, outcome = e.outcome, detail = %e.detail,
             );
             // A string-keyed struct of strings and numbers always serializes.
-            if serde_json::to_writer(&mut lines, e).is_ok() {
+            if let Ok(line) = serde_json::to_string(e) {
+                lines.extend_from_slice(escape_json(&line).as_bytes());
                 lines.push(b'\n');
             }
         }

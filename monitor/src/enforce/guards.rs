@@ -12,7 +12,8 @@ use crate::config::Match;
 use crate::matcher::{self, Facts, Needs};
 use crate::model::container::{self, Cgroups};
 use crate::model::key::Key;
-use crate::model::schema::{Ref, text};
+use crate::model::outside::OutsideText;
+use crate::model::schema::Ref;
 use crate::redact::Redactor;
 use crate::sources::proc::Proc;
 
@@ -114,7 +115,8 @@ impl Guards {
             return Some(why.clone());
         }
         if self.defaults && matcher::protected_by_default(facts.exe, facts.uid) {
-            return Some(format!("protected by default ({})", facts.exe.unwrap_or_default()));
+            let exe = OutsideText::from(facts.exe.unwrap_or_default());
+            return Some(format!("protected by default ({exe})"));
         }
         let n = self.protect.iter().position(|p| p.matches(facts))?;
         Some(format!("protected by enforcement.protect, entry {}", n + 1))
@@ -313,23 +315,23 @@ impl<'a> Judge<'a> {
 }
 
 fn bare(m: &Member) -> Ref {
-    Ref { id: m.key, pid: m.key.pid, comm: text(m.comm.bytes()), argv: Vec::new() }
+    Ref { id: m.key, pid: m.key.pid, comm: OutsideText::from_bytes(m.comm.bytes()), argv: Vec::new() }
 }
 
 /// Facts that own what they point to.
-#[derive(Default)]
-struct Own {
-    argv: Vec<String>,
+#[derive(Clone, Default)]
+pub(crate) struct Own {
+    pub(crate) argv: Vec<OutsideText>,
     joined: Option<String>,
-    exe: Option<String>,
-    comm: Option<String>,
-    uid: Option<u32>,
+    pub(crate) exe: Option<String>,
+    pub(crate) comm: Option<String>,
+    pub(crate) uid: Option<u32>,
     cgroup: Option<String>,
     container: Option<String>,
 }
 
 impl Own {
-    fn read(
+    pub(crate) fn read(
         proc: &Proc,
         pid: u32,
         uid: Option<u32>,
@@ -337,9 +339,8 @@ impl Own {
         exe: Option<PathBuf>,
         needs: Needs,
     ) -> Self {
-        use std::os::unix::ffi::OsStrExt as _;
         let argv = if needs.argv { proc.argv(pid).unwrap_or_default() } else { Vec::new() };
-        let argv: Vec<String> = argv.iter().map(|a| text(a)).collect();
+        let argv: Vec<OutsideText> = argv.iter().map(|a| OutsideText::from_bytes(a)).collect();
         let cgroups = (needs.cgroup || needs.container)
             .then(|| crate::sources::proc::read(&proc.path(pid, "cgroup")).ok())
             .flatten()
@@ -350,13 +351,13 @@ impl Own {
             })
             .unwrap_or_default();
         Self {
-            joined: Some(argv.join(" ")),
+            joined: Some(argv.iter().map(OutsideText::raw).collect::<Vec<_>>().join(" ")),
             argv,
-            exe: exe.map(|e| text(e.as_os_str().as_bytes())),
-            comm: Some(text(comm)),
+            exe: exe.map(|e| OutsideText::from(e.as_path()).into_raw()),
+            comm: Some(OutsideText::from_bytes(comm).into_raw()),
             uid,
             cgroup: cgroups.path().map(str::to_owned),
-            container: cgroups.container().map(|c| c.id),
+            container: cgroups.container().map(|c| c.id.into_raw()),
         }
     }
 
@@ -375,7 +376,7 @@ impl Own {
 }
 
 /// Calls `f` with the facts of `own`, whose parents are `parents` (nearest first).
-fn with_parents<R>(own: &Own, parents: &[Own], f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
+pub(crate) fn with_parents<R>(own: &Own, parents: &[Own], f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
     fn build<R>(own: &Own, rest: &[Own], above: Option<&Facts<'_>>, f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
         match rest.split_last() {
             None => f(&own.facts(above)),

@@ -2,7 +2,7 @@
 
 pub mod audit;
 pub mod cgroup;
-mod guards;
+pub(crate) mod guards;
 mod outcome;
 pub mod pidfd;
 mod stages;

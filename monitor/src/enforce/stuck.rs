@@ -2,7 +2,8 @@
 
 use super::Lineage;
 use crate::model::key::Key;
-use crate::model::schema::{Ref, Stuck, text};
+use crate::model::outside::OutsideText;
+use crate::model::schema::{Ref, Stuck};
 use crate::sources::proc::Proc;
 
 /// Looks at the thread that holds the process back: one in uninterruptible sleep or in a tracer's stop before any other.
@@ -39,7 +40,7 @@ pub(super) fn look(proc: &Proc, lineage: &dyn Lineage, process: Ref) -> Stuck {
 
 fn reference(proc: &Proc, lineage: &dyn Lineage, pid: u32) -> Option<Ref> {
     let start = lineage.start_of(pid).ok().flatten()?;
-    let comm = text(proc.stat(pid).ok()?.comm.bytes());
-    let argv = proc.argv(pid).unwrap_or_default().iter().map(|a| text(a)).collect();
+    let comm = OutsideText::from_bytes(proc.stat(pid).ok()?.comm.bytes());
+    let argv = proc.argv(pid).unwrap_or_default().iter().map(|a| OutsideText::from_bytes(a)).collect();
     Some(Ref { id: Key::new(pid, start), pid, comm, argv })
 }

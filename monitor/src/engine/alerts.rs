@@ -386,7 +386,7 @@ fn labels(
     let user = uid.map(|u| view.settings.users.get(&u).cloned().unwrap_or_else(|| u.to_string()));
     put("user", user.unwrap_or_default());
     if let Some(c) = r.whose.and_then(|i| view.container_of(i)) {
-        put("container", c.id);
+        put("container", c.id.to_string());
         if let Some(pod) = c.pod {
             put("pod", pod);
         }

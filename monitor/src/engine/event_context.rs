@@ -11,7 +11,8 @@ use super::view::View;
 use crate::model::argv::split_argv;
 use crate::model::event::{Body, Comm, Event, SignalResult, WaitStatus};
 use crate::model::key::Key;
-use crate::model::schema::{EventLine, JobId, Ref, SignalBy, text};
+use crate::model::outside::OutsideText;
+use crate::model::schema::{EventLine, JobId, Ref, SignalBy};
 
 /// What was known at an event's time and does not stand in its record.
 #[derive(Clone, Debug)]
@@ -32,8 +33,9 @@ struct Named {
 
 impl Named {
     fn reference(&self, key: Key) -> Ref {
-        let argv = split_argv(self.argv.as_deref().unwrap_or_default()).map(text).collect();
-        Ref { id: key, pid: key.pid, comm: text(self.comm.bytes()), argv }
+        let argv =
+            split_argv(self.argv.as_deref().unwrap_or_default()).map(OutsideText::from_bytes).collect();
+        Ref { id: key, pid: key.pid, comm: OutsideText::from_bytes(self.comm.bytes()), argv }
     }
 }
 
@@ -88,8 +90,8 @@ impl EventContext {
                 "fork"
             }
             Body::Exec { filename, argv, argv_cut, uid, .. } => {
-                process.argv = split_argv(argv).map(text).collect();
-                put("filename", json!(text(filename)));
+                process.argv = split_argv(argv).map(OutsideText::from_bytes).collect();
+                put("filename", json!(OutsideText::from_bytes(filename)));
                 put("argv", json!(process.argv));
                 put("argv_cut", json!(argv_cut));
                 put("uid", json!(uid));

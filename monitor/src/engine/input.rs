@@ -79,13 +79,11 @@ pub enum Input<'a> {
 /// A config in a recording is TOML, as `check --print` writes it.
 mod as_toml {
     use std::borrow::Cow;
-    use std::collections::BTreeMap;
-    use std::path::Path;
 
     use serde::de::Error as _;
     use serde::{Deserialize as _, Deserializer, Serializer};
 
-    use crate::config::{self, Config, Overrides};
+    use crate::config::{self, Config};
 
     pub(super) fn serialize<S: Serializer>(c: &Config, s: S) -> Result<S::Ok, S::Error> {
         s.serialize_str(&c.to_toml())
@@ -93,9 +91,7 @@ mod as_toml {
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Cow<'static, Config>, D::Error> {
         let text = String::deserialize(d)?;
-        config::parse(Path::new("recorded config"), &text, &BTreeMap::new(), &Overrides::default())
-            .map(Cow::Owned)
-            .map_err(D::Error::custom)
+        config::parse_recorded(&text).map(Cow::Owned).map_err(D::Error::custom)
     }
 }
 

@@ -32,6 +32,7 @@ mod kills;
 mod names;
 mod orphans;
 pub mod output;
+pub(crate) mod prefilter;
 mod proc_poll;
 mod queries;
 pub mod query;

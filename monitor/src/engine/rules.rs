@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 use super::facts;
 use super::forest::{Flags, Forest, Idx, NO_UID, Node};
 use super::jobs::{NewJob, policy_of};
+use super::prefilter::{Known, Prefilter, Set, Unread};
 use super::record::JobPolicy;
 use super::timers::Timer;
 use super::turn::{SECOND, Turn};
@@ -13,7 +14,7 @@ use crate::config::{Match, Rule};
 use crate::matcher::{self, Needs};
 use crate::model::container;
 use crate::model::key::Key;
-use crate::model::schema::text;
+use crate::model::outside::OutsideText;
 
 /// How long a scan waits for facts from /proc before it goes on without.
 const SCAN_WAITS: u64 = 2 * SECOND;
@@ -33,6 +34,10 @@ struct Watched {
 }
 
 impl Watched {
+    fn new(r: &Rule) -> Self {
+        Self { needs: r.matches.needs(), policy: policy_of(r), cheap: cheap(&r.matches), rule: r.clone() }
+    }
+
     fn reads(&self) -> bool {
         self.needs.exe || self.needs.cgroup || self.needs.container
     }
@@ -48,7 +53,8 @@ struct Scan {
     existing: bool,
 }
 
-enum Verdict {
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
     No,
     Yes(usize),
     /// The facts of these must be read first.
@@ -82,6 +88,11 @@ impl Own {
     }
 }
 
+/// As rules match it.
+fn raw(b: &[u8]) -> String {
+    OutsideText::from_bytes(b).into_raw()
+}
+
 /// argv as rules see it: joined by one space.
 fn spaced(argv: &[u8]) -> String {
     let mut joined = argv.to_vec();
@@ -90,7 +101,7 @@ fn spaced(argv: &[u8]) -> String {
             *b = b' ';
         }
     }
-    String::from_utf8(joined).unwrap_or_else(|e| text(e.as_bytes()))
+    String::from_utf8(joined).unwrap_or_else(|e| raw(e.as_bytes()))
 }
 
 /// `m` without what must be read: what is left must hold in any case. None: nothing is left.
@@ -108,7 +119,11 @@ fn cheap(m: &Match) -> Option<Match> {
 /// The rules of the config, and the processes that wait for facts.
 #[derive(Debug, Default)]
 pub(super) struct Rules {
+    /// In the order of the config.
     rules: Vec<Watched>,
+    /// What any of them asks about.
+    needs: Needs,
+    prefilter: Prefilter,
     /// A process whose facts are awaited -> the processes that wait for them.
     waiting: HashMap<Key, Vec<Key>>,
     scan: Option<Scan>,
@@ -117,27 +132,53 @@ pub(super) struct Rules {
 /// Only what the rules ask about: this is done at each exec.
 fn own_facts(n: &Node, needs: Needs, forest: &Forest) -> Own {
     let get = |s, wanted: bool| if wanted { forest.strings.get(s) } else { None };
-    let cgroup = get(n.cgroup, needs.cgroup || needs.container).map(text);
+    let cgroup = get(n.cgroup, needs.cgroup || needs.container).map(raw);
     Own {
         argv: get(n.argv, needs.argv).map(spaced),
-        exe: get(n.exe, needs.exe).map(text),
-        comm: if needs.comm { text(n.comm.bytes()) } else { String::new() },
+        exe: get(n.exe, needs.exe).map(raw),
+        comm: if needs.comm { raw(n.comm.bytes()) } else { String::new() },
         uid: (n.uid != NO_UID).then_some(n.uid),
-        container: cgroup.as_deref().and_then(container::named).map(|c| c.id),
+        container: cgroup.as_deref().and_then(container::named).map(|c| c.id.into_raw()),
         name: cgroup.as_deref().and_then(|c| container::name(container::shown(c))).map(str::to_owned),
         cgroup: cgroup.map(|c| container::shown(&c).to_owned()),
     }
 }
 
+/// A process on which rules are tried.
+struct Subject<'a> {
+    /// The process and its ancestors, nearest first.
+    line: &'a [Idx],
+    /// The facts of each in `line`.
+    own: &'a [Own],
+    ask: bool,
+    forest: &'a Forest,
+}
+
+impl Subject<'_> {
+    /// The processes that the rule asks about and that have this property.
+    fn of(&self, w: &Watched, property: impl Fn(&Node) -> bool) -> Vec<Idx> {
+        let asked_about = &self.line[..=w.needs.parents.min(self.line.len() - 1)];
+        asked_about.iter().copied().filter(|&a| property(self.forest.node(a))).collect()
+    }
+}
+
+/// Whether argv is cut, or may be an older program's, and has not been read from /proc.
+fn doubted(n: &Node) -> bool {
+    n.alive() && (n.flags.has(Flags::CUT) || n.flags.has(Flags::DOUBTED)) && !n.flags.has(Flags::READ)
+}
+
+/// Whether a rule that asks about the cgroup (or about the resolved `exe`: `exe`) has to wait for /proc.
+fn unread(n: &Node, exe: bool) -> bool {
+    // The exec record has told the cgroup, if its id was known.
+    let told = !exe && n.cgroup.is_known();
+    n.alive() && !told && !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL)
+}
+
 impl Rules {
     pub(super) fn set(&mut self, rules: &[Rule]) {
-        let one = |r: &Rule| Watched {
-            needs: r.matches.needs(),
-            policy: policy_of(r),
-            cheap: cheap(&r.matches),
-            rule: r.clone(),
-        };
-        self.rules = rules.iter().map(one).collect();
+        self.rules = rules.iter().map(Watched::new).collect();
+        self.needs = self.rules.iter().fold(Needs::default(), |n, w| n.and(w.needs));
+        self.prefilter = Prefilter::new(self.rules.iter().map(|w| &w.rule.matches));
     }
 
     /// What a job of this rule is made of.
@@ -155,41 +196,84 @@ impl Rules {
     }
 
     /// The first rule that matches. `ask`: facts that are missing may be asked for; else they are taken as they are known.
-    fn verdict(&self, i: Idx, ask: bool, forest: &Forest) -> Verdict {
-        let needs = self.rules.iter().fold(Needs::default(), |n, w| n.and(w.needs));
-        let line: Vec<Idx> = std::iter::once(i).chain(forest.ancestors(i).take(needs.parents)).collect();
-        let own: Vec<Own> = line.iter().map(|&a| own_facts(forest.node(a), needs, forest)).collect();
-        for (index, w) in self.rules.iter().enumerate() {
-            let with = |m: &Match, read: bool| chain(&own, read, |f| m.matches(f));
-            let asked_about = &line[..=w.needs.parents.min(line.len() - 1)];
+    pub(super) fn verdict(&self, i: Idx, ask: bool, forest: &Forest) -> Verdict {
+        let line = self.line(i, forest);
+        let own = self.facts_of(&line, forest);
+        // The rules that are left out would neither match nor ask for facts. Where argv is in doubt, all rules are tried.
+        let doubted = ask && line.iter().any(|&a| doubted(forest.node(a)));
+        let tried = if doubted { self.all() } else { self.candidates(forest.node(i), &own[0], ask) };
+        self.first_match(&Subject { line: &line, own: &own, ask, forest }, &tried)
+    }
+
+    /// The same without the prefilter.
+    #[cfg(test)]
+    pub(super) fn verdict_one_by_one(&self, i: Idx, ask: bool, forest: &Forest) -> Verdict {
+        let line = self.line(i, forest);
+        let own = self.facts_of(&line, forest);
+        self.first_match(&Subject { line: &line, own: &own, ask, forest }, &self.all())
+    }
+
+    /// The process, and those of its ancestors that rules ask about.
+    fn line(&self, i: Idx, forest: &Forest) -> Vec<Idx> {
+        std::iter::once(i).chain(forest.ancestors(i).take(self.needs.parents)).collect()
+    }
+
+    fn facts_of(&self, line: &[Idx], forest: &Forest) -> Vec<Own> {
+        line.iter().map(|&a| own_facts(forest.node(a), self.needs, forest)).collect()
+    }
+
+    fn all(&self) -> Set {
+        Set::all(self.rules.len())
+    }
+
+    fn candidates(&self, n: &Node, own: &Own, ask: bool) -> Set {
+        let facts = own.facts(None, true);
+        let unread = |exe| ask && unread(n, exe);
+        self.prefilter.candidates(&Known {
+            argv: facts.argv,
+            comm: facts.comm,
+            uid: facts.uid,
+            exe: if unread(true) { Err(Unread) } else { Ok(facts.exe.map(matcher::existing)) },
+            cgroup: if unread(false) { Err(Unread) } else { Ok(facts.cgroup) },
+        })
+    }
+
+    /// The first of the rules in `tried` that matches, or that asks for missing facts.
+    fn first_match(&self, s: &Subject<'_>, tried: &Set) -> Verdict {
+        let decide =
+            |cheap: &matcher::Facts<'_>| chain(s.own, true, |facts| self.decide(s, cheap, facts, tried));
+        chain(s.own, false, decide).flatten().unwrap_or(Verdict::No)
+    }
+
+    /// `cheap`: the facts without those that are read from /proc.
+    fn decide(
+        &self,
+        s: &Subject<'_>,
+        cheap: &matcher::Facts<'_>,
+        facts: &matcher::Facts<'_>,
+        tried: &Set,
+    ) -> Verdict {
+        for index in tried.iter() {
+            let w = &self.rules[index];
             // Where argv is cut, or may be an older program's, it may match or not for that alone: all of it is read first.
-            if w.needs.argv && ask {
-                let cut = |&&a: &&Idx| {
-                    let n = forest.node(a);
-                    let unsure = n.flags.has(Flags::CUT) || n.flags.has(Flags::DOUBTED);
-                    n.alive() && unsure && !n.flags.has(Flags::READ)
-                };
-                let cut: Vec<Idx> = asked_about.iter().filter(cut).copied().collect();
-                if !cut.is_empty() {
-                    return Verdict::Read(cut);
-                }
-            }
-            if w.reads() {
-                if w.cheap.as_ref().is_some_and(|m| !with(m, false)) {
-                    continue;
-                }
-                let unread = |&&a: &&Idx| {
-                    let n = forest.node(a);
-                    // The exec record has told the cgroup, if its id was known.
-                    let told = !w.needs.exe && n.cgroup.is_known();
-                    n.alive() && !told && !n.flags.has(Flags::READ) && !n.flags.has(Flags::KERNEL)
-                };
-                let missing: Vec<Idx> = asked_about.iter().filter(unread).copied().collect();
-                if ask && !missing.is_empty() {
+            if w.needs.argv && s.ask {
+                let missing = s.of(w, doubted);
+                if !missing.is_empty() {
                     return Verdict::Read(missing);
                 }
             }
-            if with(&w.rule.matches, true) {
+            if w.reads() {
+                if w.cheap.as_ref().is_some_and(|m| !m.matches(cheap)) {
+                    continue;
+                }
+                if s.ask {
+                    let missing = s.of(w, |n| unread(n, w.needs.exe));
+                    if !missing.is_empty() {
+                        return Verdict::Read(missing);
+                    }
+                }
+            }
+            if w.rule.matches.matches(facts) {
                 return Verdict::Yes(index);
             }
         }
@@ -242,7 +326,7 @@ impl Rules {
         if self.rules.is_empty() {
             return false;
         }
-        let argv = self.rules.iter().any(|w| w.needs.argv);
+        let argv = self.needs.argv;
         let mut ask: Vec<Idx> = Vec::new();
         for (i, n) in forest.iter() {
             if !n.alive() || n.flags.has(Flags::KERNEL) {
@@ -314,7 +398,7 @@ impl Rules {
 }
 
 /// Links the facts of a line of ancestors, nearest first, and hands the first to `f`.
-fn chain(own: &[Own], read: bool, f: impl FnOnce(&matcher::Facts<'_>) -> bool) -> bool {
+fn chain<R>(own: &[Own], read: bool, f: impl FnOnce(&matcher::Facts<'_>) -> R) -> Option<R> {
     fn go(own: &[Own], read: bool, f: &mut dyn FnMut(Option<&matcher::Facts<'_>>)) {
         let Some((first, rest)) = own.split_first() else { return f(None) };
         go(rest, read, &mut |parent| {
@@ -324,10 +408,10 @@ fn chain(own: &[Own], read: bool, f: impl FnOnce(&matcher::Facts<'_>) -> bool) -
         });
     }
     let mut f = Some(f);
-    let mut result = false;
+    let mut result = None;
     go(own, read, &mut |facts| {
         if let (Some(facts), Some(f)) = (facts, f.take()) {
-            result = f(facts);
+            result = Some(f(facts));
         }
     });
     result

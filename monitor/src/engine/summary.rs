@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use super::forest::{Idx, Node};
 use super::view::View;
 use crate::model::key::Key;
-use crate::model::schema::{KillReport, text};
+use crate::model::outside::OutsideText;
+use crate::model::schema::KillReport;
 
 /// `1.5 s`, `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`.
 pub(super) fn span(ns: u64) -> String {
@@ -23,7 +24,7 @@ pub(super) fn span(ns: u64) -> String {
 }
 
 fn who(n: &Node) -> String {
-    format!("{} ({})", text(n.comm.bytes()), n.key)
+    format!("{} ({})", OutsideText::from_bytes(n.comm.bytes()), n.key)
 }
 
 /// As [`who`]; of a namespace's PID 1 also of what it is the init.
@@ -76,7 +77,7 @@ pub(super) fn zombies(v: View<'_>, parent: Idx, oldest: Idx, count: usize, now: 
 pub(super) fn zombies_over(
     v: View<'_>,
     parent: Key,
-    oldest: Option<&(Key, String, u64)>,
+    oldest: Option<&(Key, OutsideText, u64)>,
     now: u64,
 ) -> String {
     let node = v.forest.find(parent).map(|i| v.forest.node(i));

@@ -8,8 +8,9 @@ use crate::model::argv::split_argv;
 use crate::model::container;
 use crate::model::event::{Comm, Sender};
 use crate::model::key::Key;
+use crate::model::outside::OutsideText;
 use crate::model::question::SignalSeen;
-use crate::model::schema::{Container, Exit, JobId, LineageKnown, Process, Ref, SignalBy, State, text};
+use crate::model::schema::{Container, Exit, JobId, LineageKnown, Process, Ref, SignalBy, State};
 
 /// What the descriptions are made from.
 #[derive(Clone, Copy)]
@@ -25,27 +26,32 @@ impl View<'_> {
         crate::model::time::rfc3339(boot_ns.saturating_add_signed(self.settings.boot_to_wall_ns))
     }
 
-    pub(super) fn argv_of(&self, n: &Node) -> Vec<String> {
+    pub(super) fn argv_of(&self, n: &Node) -> Vec<OutsideText> {
         let bytes = self.forest.strings.get(n.argv).unwrap_or_default();
-        split_argv(bytes).map(text).collect()
+        split_argv(bytes).map(OutsideText::from_bytes).collect()
     }
 
     pub(super) fn ref_of(&self, i: Idx) -> Ref {
         let n = self.forest.node(i);
-        Ref { id: n.key, pid: n.key.pid, comm: text(n.comm.bytes()), argv: self.argv_of(n) }
+        Ref {
+            id: n.key,
+            pid: n.key.pid,
+            comm: OutsideText::from_bytes(n.comm.bytes()),
+            argv: self.argv_of(n),
+        }
     }
 
     /// Of a process that may be forgotten already: then by the name that it had.
     pub(super) fn ref_of_key(&self, key: Key, comm: Comm) -> Ref {
         self.forest.find(key).map_or_else(
-            || Ref { id: key, pid: key.pid, comm: text(comm.bytes()), argv: Vec::new() },
+            || Ref { id: key, pid: key.pid, comm: OutsideText::from_bytes(comm.bytes()), argv: Vec::new() },
             |i| self.ref_of(i),
         )
     }
 
     pub(super) fn container_of(&self, i: Idx) -> Option<Container> {
         let cgroup = self.forest.strings.get(self.forest.node(i).cgroup)?;
-        container::named(&text(cgroup))
+        container::named(OutsideText::from_bytes(cgroup).raw())
     }
 
     /// Innermost first.
@@ -69,7 +75,7 @@ impl View<'_> {
 
     pub(super) fn describe(&self, i: Idx, now: u64) -> Option<Process> {
         let n = self.forest.get(i)?;
-        let get = |s| self.forest.strings.get(s).map(text);
+        let get = |s| self.forest.strings.get(s).map(OutsideText::from_bytes);
         let parent = self.forest.get(n.parent);
         let adopter = parent.filter(|p| n.flags.has(Flags::ADOPTED) && p.alive() && n.state != State::Gone);
         let jobs = self.job_ids(i);
@@ -99,14 +105,14 @@ impl View<'_> {
             orphan: n.orphan(),
             state_s: now.saturating_sub(n.since) as f64 / 1e9,
             started: self.wall(n.key.start),
-            comm: text(n.comm.bytes()),
+            comm: OutsideText::from_bytes(n.comm.bytes()),
             exe: get(n.exe),
             argv: self.argv_of(n),
             uid: (n.uid != NO_UID).then_some(n.uid),
             job: jobs.first().copied(),
             jobs,
-            container: cgroup.as_deref().and_then(container::named),
-            cgroup: cgroup.map(|c| container::shown(&c).to_owned()),
+            container: cgroup.as_ref().and_then(|c| container::named(c.raw())),
+            cgroup: cgroup.map(|c| container::shown(c.raw()).into()),
             pid_ns,
             ns_pid,
             kernel_thread: n.flags.has(Flags::KERNEL),

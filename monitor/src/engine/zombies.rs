@@ -16,7 +16,8 @@ use super::timers::Timer;
 use super::turn::{MS, PENDING, SECOND, Turn};
 use super::view::View;
 use crate::model::key::Key;
-use crate::model::schema::{AlertKind, State, text};
+use crate::model::outside::OutsideText;
+use crate::model::schema::{AlertKind, State};
 
 /// While an alert fires its zombies are looked at this often (with thousands of alerts less often); before, each second.
 const EVERY: u64 = 250 * MS;
@@ -44,7 +45,7 @@ struct Watch {
     confirm: Option<Key>,
     shown: (usize, Option<Key>, u64),
     /// The oldest zombie that there was, and since when, for the last summary.
-    oldest: Option<(Key, String, u64)>,
+    oldest: Option<(Key, OutsideText, u64)>,
     /// A look found one gone since the last round.
     found_gone: bool,
     /// Where they are (container, pid inside) has been asked for.
@@ -273,7 +274,7 @@ impl Zombies {
         let shown = (f.zombies.len(), Some(key), now);
         let w = self.watches.get_mut(&parent)?;
         let same = w.shown.0 == shown.0 && w.shown.1 == shown.1 && now < w.shown.2.saturating_add(RENEW);
-        w.oldest.get_or_insert_with(|| (key, text(comm.bytes()), since));
+        w.oldest.get_or_insert_with(|| (key, OutsideText::from_bytes(comm.bytes()), since));
         if same && firing.0 == firing.1 {
             return None;
         }

@@ -84,7 +84,7 @@ impl Alone {
             asked_by: AskedBy {
                 uid: Some(rustix::process::getuid().as_raw()),
                 pid: Some(std::process::id()),
-                exe: self.enforcer.proc.exe(std::process::id()).ok().map(|p| p.display().to_string()),
+                exe: self.enforcer.proc.exe(std::process::id()).ok().map(|p| p.as_path().into()),
                 rule: None,
             },
             cgroup: self.cgroup.clone(),

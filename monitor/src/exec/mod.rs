@@ -127,7 +127,7 @@ fn run_held(
         error_line(format_args!("jobwarden: {t}"));
     }
     for s in kill.iter().flat_map(|k| &k.stuck) {
-        let (id, comm, state) = (s.process.id, escape(&s.process.comm), &s.state);
+        let (id, comm, state) = (s.process.id, &s.process.comm, escape(&s.state));
         error_line(format_args!("jobwarden: {id} ({comm}) did not end: state {state}"));
     }
     if ended {

@@ -10,7 +10,8 @@ use serde::Serialize;
 use super::options::{ExecError, Options};
 use super::status::Finish;
 use crate::model::event::WaitStatus;
-use crate::model::schema::{Exit, KillReport, text};
+use crate::model::outside::OutsideText;
+use crate::model::schema::{Exit, KillReport};
 use crate::output::error_line;
 
 /// The file, made before the command starts, so that a path that cannot be written stops it.
@@ -33,7 +34,7 @@ pub(super) struct Ended<'a> {
 #[derive(Serialize)]
 struct Body<'a> {
     name: &'a str,
-    command: Vec<String>,
+    command: Vec<OutsideText>,
     pid: u32,
     /// RFC 3339, UTC.
     started: String,
@@ -61,7 +62,7 @@ impl Report {
         });
         let body = Body {
             name: &e.options.name,
-            command: e.options.command.iter().map(|a| text(a.as_bytes())).collect(),
+            command: e.options.command.iter().map(|a| OutsideText::from_bytes(a.as_bytes())).collect(),
             pid: e.pid,
             started: humantime::format_rfc3339_micros(self.started).to_string(),
             took_s: e.took.as_secs_f64(),

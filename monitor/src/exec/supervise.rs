@@ -153,8 +153,8 @@ impl<'a> Supervisor<'a> {
     fn tell(&self, timed_out: bool, r: &KillReport) {
         if self.o.keep_orphans && !timed_out {
             for s in &r.spared {
-                let argv = s.process.argv.join(" ");
-                error_line(format_args!("jobwarden: {}: {} {}", s.why, s.process.id, argv.escape_debug()));
+                let argv = crate::model::outside::command_line(&s.process.argv);
+                error_line(format_args!("jobwarden: {}: {} {argv}", s.why, s.process.id));
             }
         } else if self.o.verbose && !r.signalled.is_empty() {
             let (sent, survivors) = (r.signalled.len(), r.survivors.len());

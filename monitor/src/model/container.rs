@@ -2,6 +2,7 @@
 //! into the path, each in its own way; a path that none of them would write belongs to no container, unless the runtime's
 //! own records (see `records.rs`) name it.
 
+use crate::model::outside::OutsideText;
 use crate::model::schema::Container;
 
 /// The lines of /proc/PID/cgroup that matter: the v2 path, and for v1 hosts the path of the `pids` controller or of
@@ -25,7 +26,7 @@ impl Cgroups {
             let (Some(id), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else {
                 continue;
             };
-            let path = || Some(crate::model::schema::text(path));
+            let path = || Some(OutsideText::from_bytes(path).into_raw());
             if id == b"0" && controllers.is_empty() {
                 // A zombie stays in a group that has been removed.
                 all.v2 = path().map(|p| p.strip_suffix(" (deleted)").map(str::to_owned).unwrap_or(p));
@@ -106,7 +107,7 @@ pub fn name(path: &str) -> Option<&str> {
 #[must_use]
 pub fn init_of(container: Option<&Container>, pid_ns: Option<u64>) -> String {
     match (container, pid_ns) {
-        (Some(c), _) => format!("init of container {}", c.id.chars().take(12).collect::<String>()),
+        (Some(c), _) => format!("init of container {:.12}", c.id),
         (None, Some(ns)) => format!("init of pid namespace {ns}"),
         (None, None) => "init of a pid namespace".to_owned(),
     }
@@ -129,7 +130,7 @@ pub fn container(path: &str) -> Option<Container> {
     let mut found = None;
     for part in path.split('/').filter(|p| !p.is_empty()) {
         if let Some((id, runtime)) = part_id(part, parent) {
-            found = Some(Container { id, runtime, pod: pod(path) });
+            found = Some(Container { id: id.into(), runtime, pod: pod(path) });
         }
         parent = part;
     }
@@ -211,7 +212,7 @@ mod tests {
         ];
         for (path, runtime, pod) in cases {
             let c = container(&path).unwrap_or_else(|| panic!("{path}"));
-            assert_eq!((c.id.as_str(), c.runtime.as_deref()), (id.as_str(), runtime), "{path}");
+            assert_eq!((c.id.raw(), c.runtime.as_deref()), (id.as_str(), runtime), "{path}");
             if pod.is_some() {
                 assert_eq!(c.pod.as_deref(), pod, "{path}");
             }
@@ -247,7 +248,7 @@ mod tests {
         let kept = Cgroups::parse(text.as_bytes()).kept().unwrap();
         assert_eq!(shown(&kept), "/system.slice/containerd.service");
         let c = named(&kept).unwrap();
-        assert_eq!((c.id, c.runtime.as_deref()), (id.clone(), Some("docker")));
+        assert_eq!((c.id, c.runtime.as_deref()), (id.as_str().into(), Some("docker")));
         // What the runtime has written down says more than the path.
         let mut all = Cgroups::parse(format!("0::/kubepods/podx/{id}\n").as_bytes());
         assert_eq!(named(&all.kept().unwrap()).unwrap().runtime, None);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::model::key::Key;
+use crate::model::outside::OutsideText;
 use crate::model::schema::JobId;
 
 /// Why a job is ended: the `reason` of `jobwarden_job_kills_total` and of the audit.
@@ -41,7 +42,7 @@ impl Reason {
 pub struct AskedBy {
     pub uid: Option<u32>,
     pub pid: Option<u32>,
-    pub exe: Option<String>,
+    pub exe: Option<OutsideText>,
     /// The rule's name, when policy asked.
     pub rule: Option<String>,
 }

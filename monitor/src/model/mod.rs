@@ -7,6 +7,7 @@ pub mod daemon;
 pub mod event;
 pub mod key;
 pub mod kill;
+pub mod outside;
 pub mod question;
 pub mod schema;
 pub mod signal;

@@ -8,6 +8,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::model::key::{Key, Name};
+use crate::model::outside::OutsideText;
 
 /// `"j-" ID "-" ordinal`: the job's root and the ordinal of its rule (1 = the first of the file; 0 = `exec`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,8 +60,8 @@ impl<'de> Deserialize<'de> for JobId {
 pub struct Ref {
     pub id: Key,
     pub pid: u32,
-    pub comm: String,
-    pub argv: Vec<String>,
+    pub comm: OutsideText,
+    pub argv: Vec<OutsideText>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -90,7 +91,7 @@ pub enum Exit {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
-    pub id: String,
+    pub id: OutsideText,
     pub runtime: Option<String>,
     pub pod: Option<String>,
 }
@@ -113,16 +114,16 @@ pub struct Process {
     pub state_s: f64,
     /// RFC 3339, UTC.
     pub started: String,
-    pub comm: String,
-    pub exe: Option<String>,
-    pub argv: Vec<String>,
+    pub comm: OutsideText,
+    pub exe: Option<OutsideText>,
+    pub argv: Vec<OutsideText>,
     pub uid: Option<u32>,
     /// Innermost job.
     pub job: Option<JobId>,
     /// Innermost first.
     pub jobs: Vec<JobId>,
     pub container: Option<Container>,
-    pub cgroup: Option<String>,
+    pub cgroup: Option<OutsideText>,
     pub pid_ns: Option<u64>,
     pub ns_pid: Option<u32>,
     pub kernel_thread: bool,
@@ -393,13 +394,13 @@ pub enum Evidence {
         syscall: String,
         fd: Option<u32>,
         /// `pipe:[N]`, `socket:[N]`, a path.
-        inode: Option<String>,
+        inode: Option<OutsideText>,
     },
     Holder {
         process: Ref,
         fd: u32,
         mode: String,
-        inode: String,
+        inode: OutsideText,
         relation: String,
     },
     Signal {
@@ -415,10 +416,10 @@ pub enum Evidence {
     },
     Python {
         thread: u64,
-        file: String,
+        file: OutsideText,
         line: u32,
-        function: String,
-        source: Option<String>,
+        function: OutsideText,
+        source: Option<OutsideText>,
     },
     Wchan {
         process: Ref,
@@ -542,28 +543,11 @@ pub struct ErrorInfo {
     pub matches: Vec<crate::api::Matched>,
 }
 
-/// Bytes as text: valid UTF-8 as it is, anything else as `\xNN`.
+/// What a job may be called: `[A-Za-z0-9_.-]{1,64}`.
 #[must_use]
-pub fn text(mut b: &[u8]) -> String {
-    use fmt::Write as _;
-    let mut out = String::with_capacity(b.len());
-    loop {
-        match std::str::from_utf8(b) {
-            Ok(s) => {
-                out.push_str(s);
-                return out;
-            }
-            Err(e) => {
-                let (good, bad) = b.split_at(e.valid_up_to());
-                out.push_str(&String::from_utf8_lossy(good));
-                let n = e.error_len().unwrap_or(bad.len());
-                for x in &bad[..n] {
-                    let _ = write!(out, "\\x{x:02x}");
-                }
-                b = &bad[n..];
-            }
-        }
-    }
+pub fn is_job_name(name: &str) -> bool {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
+    (1..=64).contains(&name.len()) && name.bytes().all(fits)
 }
 
 #[cfg(test)]
@@ -587,9 +571,11 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_not_utf8_are_escaped() {
-        assert_eq!(text(b"a\xffb\xc3"), "a\\xffb\\xc3");
-        assert_eq!(text("é".as_bytes()), "é");
+    fn names_of_jobs() {
+        assert!(is_job_name("a_B.9-") && is_job_name(&"x".repeat(64)));
+        for bad in ["", "a b", "a\n", "\x1b[2J", "é", "name:x", &"x".repeat(65)] {
+            assert!(!is_job_name(bad), "{bad:?}");
+        }
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //! (null, false). Less than half as long, and read without copying: a tree may have a hundred thousand processes.
 
 use std::borrow::Cow;
-use std::ops::Deref;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::key::Key;
+use super::outside::escape;
 use super::schema::{Container, Exit, JobId, LineageKnown, Process, Ref, State, Tree, Unread};
 
 /// `tree` ([`Tree`]).
@@ -98,8 +99,8 @@ impl<'a> From<&'a Process> for Row<'a> {
             orphan: p.orphan,
             state_s: p.state_s,
             started: text(&p.started),
-            comm: text(&p.comm),
-            argv: p.argv.iter().map(|a| text(a)).collect(),
+            comm: text(p.comm.raw()),
+            argv: p.argv.iter().map(|a| text(a.raw())).collect(),
             uid: p.uid,
             job: p.job,
             container: p.container.as_ref().map(Cow::Borrowed),
@@ -113,8 +114,8 @@ impl<'a> From<&'a Process> for Row<'a> {
     }
 }
 
-/// A string of the JSON; copied only where it has an escape in it.
-#[derive(Debug, Serialize, Deserialize)]
+/// A string of the JSON; copied only where it has an escape in it. As [`super::outside::OutsideText`], it is only shown escaped.
+#[derive(Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
@@ -122,15 +123,22 @@ const fn text(s: &str) -> Text<'_> {
     Text(Cow::Borrowed(s))
 }
 
-impl Deref for Text<'_> {
-    type Target = str;
-    fn deref(&self) -> &str {
+impl Text<'_> {
+    /// The text itself: to compare and parse it. Never to show it.
+    #[must_use]
+    pub fn raw(&self) -> &str {
         &self.0
     }
 }
 
-impl AsRef<str> for Text<'_> {
-    fn as_ref(&self) -> &str {
-        &self.0
+impl fmt::Display for Text<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&escape(&self.0))
+    }
+}
+
+impl fmt::Debug for Text<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{self}\"")
     }
 }

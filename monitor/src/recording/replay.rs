@@ -1,7 +1,6 @@
 //! A recording, told to an engine again: its events, what the policy made of them, and the forest at the end. No probe,
 //! no /proc: it replays on any machine.
 
-use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::{Frame, Header, Player, RecordingError, Timed};
-use crate::config::{self, ConfigError, Overrides};
+use crate::config::{self, ConfigError};
 use crate::engine::{AlertChange, Change, Engine, Input, Limits, Output, TreeQuery};
 use crate::model::event;
 use crate::model::schema::{Alert, EventLine, Job, Tree};
@@ -73,8 +72,7 @@ pub fn replay_frames<R: Read>(
         return Ok(false);
     };
     header.settings.limits = header.settings.limits.at_most(&Limits::default());
-    let none = BTreeMap::new();
-    let config = config::parse(Path::new("recorded config"), &header.config, &none, &Overrides::default())?;
+    let config = config::parse_recorded(&header.config)?;
     let mut engine = Engine::new(header.settings, &config);
     let mut pace = speed.map(Pace::new);
     let (mut output, mut events, mut last) = (Output::default(), 0, 0);

@@ -24,7 +24,7 @@ pub fn audit(entries: &[Entry], style: Style) -> String {
             let _ = write!(out, " {}", escape(s));
         }
         if let Some(p) = &e.process {
-            let _ = write!(out, " to {} ({})", p.id, escape(&p.comm));
+            let _ = write!(out, " to {} ({})", p.id, p.comm);
         }
         if let Some(o) = &e.outcome {
             let bad = matches!(o.as_str(), "survived" | "failed" | "refused");
@@ -52,7 +52,7 @@ pub fn audit(entries: &[Entry], style: Style) -> String {
             let _ = write!(out, " pid={pid}");
         }
         if let Some(exe) = &by.exe {
-            let _ = write!(out, " exe={}", escape(exe));
+            let _ = write!(out, " exe={exe}");
         }
         out.push('\n');
     }

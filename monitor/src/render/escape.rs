@@ -3,64 +3,13 @@
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
+use crate::model::outside;
 use crate::model::schema::{Exit, Ref};
 
-/// Untrusted text, safe on a terminal: control characters, and those that change the direction of writing or are
-/// invisible, as escapes. (Bytes that are not UTF-8 are `\xNN` already, see [`crate::model::schema::text`].)
+/// Text that came over the socket, safe on a terminal.
 #[must_use]
 pub fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    escape_to(&mut out, text);
-    out
-}
-
-/// The same, behind what `out` has already.
-fn escape_to(out: &mut String, text: &str) {
-    if text.bytes().all(|b| matches!(b, b' '..=b'~')) {
-        out.push_str(text);
-        return;
-    }
-    for c in text.chars() {
-        match c {
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            c if c.is_ascii_control() => {
-                // Writing to a String cannot fail.
-                let _ = write!(out, "\\x{:02x}", c as u32);
-            }
-            c if c.is_control() || hidden(c) => {
-                let _ = write!(out, "\\u{{{:x}}}", c as u32);
-            }
-            c => out.push(c),
-        }
-    }
-}
-
-/// Unicode's format characters that a terminal or an eye is fooled by, and its line separators.
-const fn hidden(c: char) -> bool {
-    matches!(c as u32,
-        0xad | 0x61c | 0x180e | 0x200b..=0x200f | 0x2028..=0x202e | 0x2060..=0x206f | 0xfeff | 0xfff9..=0xfffb
-        | 0xe_0000..=0xe_0fff)
-}
-
-/// argv as one line: joined by a space, what is empty or has a space in it quoted, so that the words can be told apart.
-#[must_use]
-pub fn argv<S: AsRef<str>>(argv: &[S]) -> String {
-    let mut out = String::with_capacity(argv.iter().map(|a| a.as_ref().len() + 1).sum());
-    for (n, word) in argv.iter().map(AsRef::as_ref).enumerate() {
-        if n > 0 {
-            out.push(' ');
-        }
-        // An escape neither has such a character nor takes one away.
-        if word.is_empty() || word.contains([' ', '\'', '"']) {
-            // Writing to a String cannot fail.
-            let _ = write!(out, "'{}'", escape(word).replace('\'', r"'\''"));
-        } else {
-            escape_to(&mut out, word);
-        }
-    }
-    out
+    outside::escape(text).into_owned()
 }
 
 /// `4110 (python3)`.
@@ -71,8 +20,8 @@ pub fn process(r: &Ref) -> String {
 
 /// The same, of its parts.
 #[must_use]
-pub(super) fn name(pid: u32, comm: &str) -> String {
-    format!("{pid} ({})", escape(comm))
+pub(super) fn name(pid: u32, comm: &impl std::fmt::Display) -> String {
+    format!("{pid} ({comm})")
 }
 
 /// How it ended: `exit 1`, `killed by SIGTERM from 4110 (python3)`.
@@ -141,20 +90,6 @@ pub(super) fn clock(rfc3339: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn nothing_untrusted_reaches_the_terminal_raw() {
-        let evil = "a\nb\t\x1b[2J\x1b]0;t\x07\u{9b}31m\u{202e}gnp\u{200b}\u{7f}é日";
-        let e = escape(evil);
-        assert_eq!(e, r"a\nb\t\x1b[2J\x1b]0;t\x07\u{9b}31m\u{202e}gnp\u{200b}\x7fé日");
-        assert!(!e.chars().any(char::is_control));
-    }
-
-    #[test]
-    fn words_of_argv_can_be_told_apart() {
-        let a = ["sh", "-c", "it's a\nb", ""].map(String::from);
-        assert_eq!(argv(&a), r"sh -c 'it'\''s a\nb' ''");
-    }
 
     #[test]
     fn ages_have_two_units() {

@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use super::escape::{argv, clock, escape};
+use super::argv;
+use super::escape::{clock, escape};
 use super::style::{Paint, Style};
 use crate::model::schema::{EventLine, Exit, Ref};
 
@@ -14,7 +15,7 @@ pub fn event(e: &EventLine, style: Style) -> String {
     let mut out = style.paint(Paint::Dim, &clock(&e.at));
     let _ = write!(out, "  {}", style.paint(paint(&e.kind), &format!("{:11}", escape(&e.kind))));
     if let Some(p) = &e.process {
-        let _ = write!(out, " {} ({})", p.pid, escape(&p.comm));
+        let _ = write!(out, " {} ({})", p.pid, p.comm);
         if e.kind == "exec" {
             let _ = write!(out, " {}", argv(&p.argv));
         }
@@ -38,7 +39,7 @@ pub fn event(e: &EventLine, style: Style) -> String {
 
 fn value(v: &Value) -> String {
     if let Ok(r) = serde_json::from_value::<Ref>(v.clone()) {
-        return format!("{}({})", r.pid, escape(&r.comm));
+        return format!("{}({})", r.pid, r.comm);
     }
     if v.is_object()
         && let Ok(e) = serde_json::from_value::<Exit>(v.clone())
@@ -47,8 +48,7 @@ fn value(v: &Value) -> String {
             Exit::Code { code } => code.to_string(),
             Exit::Signal { signal, core, sender } => {
                 let core = if core { "+core" } else { "" };
-                let from =
-                    sender.map_or_else(String::new, |s| format!(" from {}({})", s.pid, escape(&s.comm)));
+                let from = sender.map_or_else(String::new, |s| format!(" from {}({})", s.pid, s.comm));
                 format!("{}{core}{from}", escape(&signal))
             }
         };

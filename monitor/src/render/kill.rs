@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::escape::{age, argv, count, escape};
+use super::argv;
+use super::escape::{age, count, escape};
 use super::style::{Paint, Style};
 use crate::model::schema::{KillReport, Ref, SignalledOutcome};
 
@@ -43,7 +44,7 @@ pub fn kill(r: &KillReport, dry_run: bool, style: Style) -> String {
                 let _ = write!(out, ", waits in {}", escape(w));
             }
             if let Some(t) = &s.tracer {
-                let _ = write!(out, ", held by tracer {} ({})", t.id, escape(&t.comm));
+                let _ = write!(out, ", held by tracer {} ({})", t.id, t.comm);
             }
             if s.frozen {
                 out.push_str(", in a frozen cgroup");
@@ -68,6 +69,6 @@ pub fn kill(r: &KillReport, dry_run: bool, style: Style) -> String {
 }
 
 fn who(r: &Ref) -> String {
-    let what = if r.argv.is_empty() { format!("[{}]", escape(&r.comm)) } else { argv(&r.argv) };
+    let what = if r.argv.is_empty() { format!("[{}]", r.comm) } else { argv(&r.argv) };
     format!("{} {what}", r.id)
 }

@@ -17,9 +17,10 @@ mod tests;
 mod tree;
 mod why;
 
+pub use crate::model::outside::command_line as argv;
 pub use alerts::alerts;
 pub use audit::audit;
-pub use escape::{age, argv, escape, exit, process, wall};
+pub use escape::{age, escape, exit, process, wall};
 pub use event::event;
 pub use jobs::jobs;
 pub use kill::kill;

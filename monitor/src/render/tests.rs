@@ -19,7 +19,7 @@ fn now() -> SystemTime {
 }
 
 fn process(pid: u32, parent: Option<u32>, args: &[&str]) -> Process {
-    let comm = args.first().map_or("x", |a| a.rsplit('/').next().unwrap_or(a)).to_owned();
+    let comm = args.first().map_or("x", |a| a.rsplit('/').next().unwrap_or(a)).into();
     Process {
         id: Key::new(pid, u64::from(pid)),
         pid,
@@ -34,7 +34,7 @@ fn process(pid: u32, parent: Option<u32>, args: &[&str]) -> Process {
         started: "2026-11-23T12:00:00Z".into(),
         comm,
         exe: None,
-        argv: args.iter().map(ToString::to_string).collect(),
+        argv: args.iter().map(|a| (*a).into()).collect(),
         uid: Some(0),
         job: None,
         jobs: vec![],
@@ -145,7 +145,7 @@ fn the_incident_as_a_tree() {
 
 #[test]
 fn colours_only_where_they_are_asked_for_and_width_only_on_a_terminal() {
-    let long = Process { argv: vec!["x".repeat(5000)], ..process(600, Some(1), &["x"]) };
+    let long = Process { argv: vec!["x".repeat(5000).into()], ..process(600, Some(1), &["x"]) };
     let mut all = incident();
     all.push(long);
     let pipe = draw(all.clone(), Style::default());

@@ -4,12 +4,13 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::time::SystemTime;
 
-use super::escape::{age, argv, between, count, escape, exit, name, wall};
+use super::escape::{age, between, count, escape, exit, name, wall};
 use super::style::{Paint, Style, cut, width};
 use super::why::word;
 use crate::model::key::Key;
+use crate::model::outside::command_line_of;
 use crate::model::schema::{Alert, AlertKind, AlertState, Alerts, JobId, Jobs, LineageKnown, State, Verdict};
-use crate::model::tree_rows::{Row, TreeRows};
+use crate::model::tree_rows::{Row, Text, TreeRows};
 
 /// What is drawn, and what is needed to know beside it.
 pub struct TreeView<'a> {
@@ -63,7 +64,7 @@ pub fn tree(view: &TreeView<'_>, style: Style) -> String {
     let levels = style
         .width
         .map_or(LEVELS, |w| (w.saturating_sub(width(&columns.head()) + COMMAND_MIN) / EDGE).clamp(2, LEVELS));
-    let lines = Lines { view, forest: &forest, columns, levels, now: wall(&view.tree.at) };
+    let lines = Lines { view, forest: &forest, columns, levels, now: wall(view.tree.at.raw()) };
     let mut out = style.paint(Paint::Dim, &lines.columns.head());
     out.push('\n');
     // Not recursive: a chain may be longer than a stack. With each: what its line begins with, whether a sibling follows,
@@ -197,7 +198,7 @@ struct Lines<'a> {
 impl Lines<'_> {
     fn line(&self, out: &mut String, i: usize, bars: &str, depth: usize, style: Style) {
         let (p, c) = (self.forest.shown[i], &self.columns);
-        let old = self.now.and_then(|n| between(&p.started, n)).map_or_else(|| "?".into(), age);
+        let old = self.now.and_then(|n| between(p.started.raw(), n)).map_or_else(|| "?".into(), age);
         let front = format!("{:>pid$} {} {old:>6} {} ", p.id.pid, letter(p), c.users[&p.uid], pid = c.pid);
         let edge = match (depth, p.lineage) {
             (0, _) => "",
@@ -246,9 +247,8 @@ impl Lines<'_> {
         if let Some(c) = &p.container
             && above.and_then(|a| a.container.as_ref()) != Some(c)
         {
-            let id: String = c.id.chars().take(12).collect();
             let runtime = c.runtime.as_deref().unwrap_or("container");
-            notes.push((Paint::Dim, format!("{{{} {}}}", escape(runtime), escape(&id))));
+            notes.push((Paint::Dim, format!("{{{} {:.12}}}", escape(runtime), c.id)));
         }
         if let Some(inside) = p.ns_pid.filter(|n| *n != p.id.pid) {
             notes.push((Paint::Dim, format!("(pid {inside} inside)")));
@@ -311,7 +311,7 @@ fn letter(p: &Row<'_>) -> String {
         State::Exiting => "X",
         State::Gone => "-",
     };
-    let kernel = p.kernel_state.as_deref().filter(|_| p.state != State::Gone);
+    let kernel = p.kernel_state.as_ref().map(Text::raw).filter(|_| p.state != State::Gone);
     escape(kernel.unwrap_or(by_state)).chars().take(1).collect()
 }
 
@@ -328,5 +328,9 @@ const fn paints(p: &Row<'_>) -> (Paint, Paint) {
 
 fn command(p: &Row<'_>) -> String {
     let cut = if p.argv_cut { " …" } else { "" };
-    if p.argv.is_empty() { format!("[{}]{cut}", escape(&p.comm)) } else { argv(&p.argv) + cut }
+    if p.argv.is_empty() {
+        format!("[{}]{cut}", p.comm)
+    } else {
+        command_line_of(p.argv.iter().map(Text::raw)) + cut
+    }
 }

@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::escape::{age, argv, escape, exit, process};
+use super::argv;
+use super::escape::{age, escape, exit, process};
 use super::style::{Paint, Style, cut};
 use crate::model::schema::{Cause, Evidence, Process, Ref, SignalBy, SignalOutcome, State, Verdict};
 
@@ -10,7 +11,7 @@ use crate::model::schema::{Cause, Evidence, Process, Ref, SignalBy, SignalOutcom
 pub fn why(c: &Cause, style: Style) -> String {
     let p = &c.process;
     let mut out = String::new();
-    let command = if p.argv.is_empty() { format!("[{}]", escape(&p.comm)) } else { argv(&p.argv) };
+    let command = if p.argv.is_empty() { format!("[{}]", p.comm) } else { argv(&p.argv) };
     let command = style.width.map_or_else(|| command.clone(), |w| cut(&command, w.max(60) - 24));
     let _ = writeln!(out, "{} {command}", style.paint(Paint::Strong, &p.id.to_string()));
     let _ = writeln!(out, "  {}", style.paint(state_paint(p), &state(p)));
@@ -70,8 +71,8 @@ fn state(p: &Process) -> String {
         let _ = write!(s, ", pid {inside} in its own namespace");
     }
     if let Some(c) = &p.container {
-        let id: String = c.id.chars().take(12).collect();
-        let _ = write!(s, ", in {} {}", escape(c.runtime.as_deref().unwrap_or("container")), escape(&id));
+        let runtime = escape(c.runtime.as_deref().unwrap_or("container"));
+        let _ = write!(s, ", in {runtime} {:.12}", c.id);
     }
     if let Some(j) = p.job {
         let _ = write!(s, ", job {j}");
@@ -86,12 +87,12 @@ fn evidence(e: &Evidence) -> (usize, String) {
             let who =
                 p.as_ref().map_or_else(|| format!("thread {thread}"), |p| thread_of(p, u64::from(*thread)));
             let fd = fd.map_or_else(String::new, |f| format!(" of fd {f}"));
-            let inode = inode.as_ref().map_or_else(String::new, |i| format!(", {}", escape(i)));
+            let inode = inode.as_ref().map_or_else(String::new, |i| format!(", {i}"));
             (0, format!("{who} is blocked in {}{fd}{inode}", escape(syscall)))
         }
         Evidence::Python { thread, file, line, function, source } => {
-            let source = source.as_ref().map_or_else(String::new, |s| format!(": {}", escape(s.trim())));
-            (1, format!("{}:{line} in {} (thread {thread}){source}", escape(file), escape(function)))
+            let source = source.as_ref().map_or_else(String::new, |s| format!(": {s}"));
+            (1, format!("{file}:{line} in {function} (thread {thread}){source}"))
         }
         Evidence::Wchan { process: p, thread, wchan } => {
             (1, format!("{} waits in the kernel in {}", thread_of(p, u64::from(*thread)), escape(wchan)))
@@ -99,9 +100,8 @@ fn evidence(e: &Evidence) -> (usize, String) {
         Evidence::Holder { process: p, fd, mode, inode, relation } => (
             1,
             format!(
-                "{} holds {} open for {} as fd {fd}; {}",
+                "{} holds {inode} open for {} as fd {fd}; {}",
                 with_argv(p),
-                escape(inode),
                 match mode.as_str() {
                     "r" => "reading".to_owned(),
                     "w" => "writing".to_owned(),
@@ -143,7 +143,7 @@ fn thread_of(p: &Ref, thread: u64) -> String {
 }
 
 fn with_argv(r: &Ref) -> String {
-    let what = if r.argv.is_empty() { format!("({})", escape(&r.comm)) } else { cut(&argv(&r.argv), 60) };
+    let what = if r.argv.is_empty() { format!("({})", r.comm) } else { cut(&argv(&r.argv), 60) };
     format!("{} {what}", r.pid)
 }
 

@@ -32,7 +32,7 @@ struct RuncState {
 pub(crate) fn path(proc: &Proc, c: &Cgroups) -> Option<String> {
     [&c.v2, &c.v1].into_iter().flatten().find_map(|p| match container(p) {
         Some(found) if found.runtime.is_some() => None,
-        Some(found) => shim(proc, p, &found.id),
+        Some(found) => shim(proc, p, found.id.raw()),
         None => runc(proc, p),
     })
 }
@@ -117,7 +117,7 @@ mod tests {
         // Only root's word counts.
         if rustix::process::geteuid().is_root() {
             let told = container(&told.unwrap()).unwrap();
-            assert_eq!((told.id.as_str(), told.runtime.as_deref()), ("web", Some("runc")));
+            assert_eq!((told.id.raw(), told.runtime.as_deref()), ("web", Some("runc")));
         } else {
             assert_eq!(told, None);
         }

@@ -3,6 +3,7 @@
 use super::family::{Closeness, Family, Relation};
 use super::holders::{FdRow, rows_of};
 use crate::model::key::Key;
+use crate::model::outside::OutsideText;
 use crate::model::schema::Ref;
 use crate::sources::proc::{FdLink, Stat};
 
@@ -71,7 +72,7 @@ pub(super) struct Holder {
     pub who: Ref,
     pub fd: u32,
     pub mode: &'static str,
-    pub inode: String,
+    pub inode: OutsideText,
     pub relation: Relation,
 }
 
@@ -231,7 +232,7 @@ pub(super) fn attach(
         rows.extend(rows_of(f.proc, 1, &inodes));
     }
     for end in ends.iter_mut() {
-        let mut others: Vec<(Stat, FdRow, String)> = Vec::new();
+        let mut others: Vec<(Stat, FdRow, OutsideText)> = Vec::new();
         for row in &rows {
             let Some(inode) = verified(f, me.pid, end, row) else { continue };
             if row.process.pid == me.pid {
@@ -253,7 +254,7 @@ pub(super) fn attach(
 
 use super::Holders as _;
 
-fn holder(f: &Family<'_>, me: &Stat, zombie: Key, stat: &Stat, row: &FdRow, inode: String) -> Holder {
+fn holder(f: &Family<'_>, me: &Stat, zombie: Key, stat: &Stat, row: &FdRow, inode: OutsideText) -> Holder {
     let who = f.name_of(stat);
     let relation = f.relation(who.id, stat, zombie, me);
     let mode = match (row.read, row.write) {
@@ -311,7 +312,7 @@ fn other_inodes(f: &Family<'_>, pid: u32, end: &End) -> Vec<u64> {
 
 /// Whether the row is the other end of `end`: the file in /proc is compared, since inode numbers are unique only within a
 /// file system and the row may be old. Gives the text of the holder's link.
-fn verified(f: &Family<'_>, pid: u32, end: &End, row: &FdRow) -> Option<String> {
+fn verified(f: &Family<'_>, pid: u32, end: &End, row: &FdRow) -> Option<OutsideText> {
     let fits = match end.want {
         Want::Read => row.write,
         Want::Write => row.read,
@@ -323,7 +324,7 @@ fn verified(f: &Family<'_>, pid: u32, end: &End, row: &FdRow) -> Option<String> 
     }
     let holder = row.process.pid;
     let link = f.proc.fd_link(holder, row.fd).ok()?;
-    let text = link.to_string();
+    let text = link.text();
     let path = || f.node(holder, &format!("fd/{}", row.fd));
     let is_it = match (end.kind, &link) {
         (Kind::Pipe, FdLink::Pipe(_)) => link == end.link,

@@ -52,7 +52,7 @@ pub(super) fn blocked(look: &Look, t: &Thread) -> Vec<Evidence> {
         thread: t.tid,
         syscall: syscall.clone(),
         fd: end.map(|e| e.fd),
-        inode: end.map(|e| e.link.to_string()).or_else(|| t.path.clone()),
+        inode: end.map(|e| e.link.text()).or_else(|| t.path.clone()),
     };
     if let Doing::Files { ends, direct, .. } = &t.doing {
         let mut held: Vec<&End> = verdict::pipes(ends).collect();
@@ -89,7 +89,7 @@ impl Family<'_> {
             v.push(note(format!("{} more hold {}", end.holders.len() - HOLDERS, end.link)));
         }
         if let Some(fd) = end.own {
-            let (process, mode, inode) = (look.who.clone(), "w".to_owned(), end.link.to_string());
+            let (process, mode, inode) = (look.who.clone(), "w".to_owned(), end.link.text());
             let mode = if matches!(end.kind, Kind::Pipe | Kind::Fifo(..)) { mode } else { "rw".into() };
             v.push(Evidence::Holder {
                 process,

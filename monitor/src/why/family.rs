@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use super::{Holders, Limits};
 use crate::model::key::Key;
+use crate::model::outside::OutsideText;
 use crate::model::question::Question;
-use crate::model::schema::{LineageKnown, Process, Ref, State, text};
+use crate::model::schema::{LineageKnown, Process, Ref, State};
 use crate::sources::proc::{Proc, Stat};
 
 /// Ancestors that are followed, as many as the forest keeps.
@@ -68,11 +69,11 @@ impl<'a> Family<'a> {
         if let Some(p) = self.known(stat)
             && !p.argv.is_empty()
         {
-            return Ref { comm: text(stat.comm.bytes()), ..p.to_ref() };
+            return Ref { comm: OutsideText::from_bytes(stat.comm.bytes()), ..p.to_ref() };
         }
         let argv = self.proc.argv(stat.pid).unwrap_or_default();
-        let argv = argv.iter().map(|a| text(a)).collect();
-        Ref { id: self.key(stat), pid: stat.pid, comm: text(stat.comm.bytes()), argv }
+        let argv = argv.iter().map(|a| OutsideText::from_bytes(a)).collect();
+        Ref { id: self.key(stat), pid: stat.pid, comm: OutsideText::from_bytes(stat.comm.bytes()), argv }
     }
 
     /// Names the tracer by what TracerPid says: the thread that traces.

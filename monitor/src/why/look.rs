@@ -7,6 +7,7 @@ use super::ends::{self, End, Kind, Want};
 use super::family::Family;
 use super::syscalls;
 use crate::model::key::Key;
+use crate::model::outside::OutsideText;
 use crate::model::schema::Ref;
 use crate::sources::proc::{InSyscall, Stat, Status};
 
@@ -46,7 +47,7 @@ pub(super) struct Thread {
     /// The call's name; None when it is in none, or that may not be read.
     pub syscall: Option<String>,
     /// The path that the call was given.
-    pub path: Option<String>,
+    pub path: Option<OutsideText>,
     pub doing: Doing,
     /// Of the time between two looks, the share on a CPU; None after one look.
     pub cpu: Option<f64>,
@@ -224,12 +225,12 @@ impl Family<'_> {
     }
 
     /// A C string of the process's memory; a page that is not there ends it.
-    fn string(&self, pid: u32, at: u64) -> Option<String> {
+    fn string(&self, pid: u32, at: u64) -> Option<OutsideText> {
         const PAGE: u64 = 4096;
         let mut buf = vec![0; (PAGE - at % PAGE).min(256) as usize];
         self.proc.memory(pid, at, &mut buf).ok()?;
         let end = buf.iter().position(|&b| b == 0).unwrap_or(buf.len());
-        Some(crate::model::schema::text(buf.get(..end)?)).filter(|s| !s.is_empty())
+        Some(OutsideText::from_bytes(buf.get(..end)?)).filter(|s| !s.raw().is_empty())
     }
 
     fn waits(&self, look: &Look, target: WaitFor, zombie: Key) -> Doing {

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::model::outside::OutsideText;
 use crate::model::question::Question;
 use crate::model::schema::{Cause, Evidence, State, Verdict};
 use crate::sources::proc::{Proc, blocking};
@@ -176,7 +177,7 @@ impl Family<'_> {
 
     fn leader_exited(&self, who: &str, live: &[crate::sources::proc::Stat]) -> CauseDraft {
         let name = |s: &crate::sources::proc::Stat| {
-            format!("{} ({})", crate::model::schema::text(s.comm.bytes()), s.pid)
+            format!("{} ({})", OutsideText::from_bytes(s.comm.bytes()), s.pid)
         };
         let names: Vec<String> = live.iter().take(THREADS_NAMED).map(name).collect();
         let more = live.len().saturating_sub(names.len());

@@ -204,13 +204,13 @@ impl Family<'_> {
                     thread: t.tid,
                     syscall: call,
                     fd: Some(w.fd),
-                    inode: Some(w.link.to_string()),
+                    inode: Some(w.link.text()),
                 },
                 Evidence::Holder {
                     process: self.name_of(orphan),
                     fd: held.fd,
                     mode: held.mode.to_owned(),
-                    inode: mine.to_string(),
+                    inode: mine.text(),
                     relation: "this orphan".into(),
                 },
             ];

@@ -31,7 +31,7 @@ pub fn helper_main() -> Option<std::process::ExitCode> {
 
 /// The innermost frame that is not of Python's own library, in words.
 pub(super) fn where_it_is(frames: &[Evidence]) -> Option<String> {
-    let own = |e: &&Evidence| matches!(e, Evidence::Python { file, .. } if !file.contains("/lib/python") && !file.starts_with('<'));
+    let own = |e: &&Evidence| matches!(e, Evidence::Python { file, .. } if !file.raw().contains("/lib/python") && !file.raw().starts_with('<'));
     let Evidence::Python { file, line, function, source, .. } = frames.iter().find(own).or(frames.first())?
     else {
         return None;
@@ -80,7 +80,7 @@ mod spy {
         if let Ok(lines) = blocking::run(pid, "source files", &dir, blocking::LIMIT, sources) {
             for (frame, line) in frames.iter_mut().zip(lines) {
                 if let Evidence::Python { source, .. } = frame {
-                    *source = line;
+                    *source = line.map(Into::into);
                 }
             }
         }
@@ -90,7 +90,7 @@ mod spy {
 
     fn line_of(proc: &Proc, pid: u32, frame: &Evidence) -> Option<String> {
         let Evidence::Python { file, line, .. } = frame else { return None };
-        source::line(proc, pid, file, *line)
+        source::line(proc, pid, file.raw(), *line)
     }
 
     fn ask_helper(pid: u32, tid: u32, limit: Duration) -> Option<Vec<Evidence>> {
@@ -166,9 +166,9 @@ mod spy {
         let evidence = |f: &py_spy::Frame| Evidence::Python {
             thread: u64::from(tid),
             source: None,
-            file: f.filename.clone(),
+            file: f.filename.as_str().into(),
             line: f.line.max(0) as u32,
-            function: f.name.clone(),
+            function: f.name.as_str().into(),
         };
         Some(trace.frames.iter().take(FRAMES).map(evidence).collect())
     }

@@ -180,8 +180,7 @@ mod tests {
             job: None,
             ancestors: vec![],
         };
-        let holder =
-            |c| Holder { who: name(9), fd: 2, mode: "w", inode: String::new(), relation: relation(c) };
+        let holder = |c| Holder { who: name(9), fd: 2, mode: "w", inode: "".into(), relation: relation(c) };
         let holders = closeness.iter().map(|c| holder(*c)).collect();
         let link = FdLink::Pipe(1);
         Doing::Files {

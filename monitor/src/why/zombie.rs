@@ -203,7 +203,7 @@ impl Family<'_> {
                 }
             }
             _ => {
-                if let Some(m) = t.path.as_ref().and_then(|path| self.proc.mount_of(p.stat.pid, path)) {
+                if let Some(m) = t.path.as_ref().and_then(|path| self.proc.mount_of(p.stat.pid, path.raw())) {
                     told.evidence
                         .push(note(format!("the path is on {} ({} of {})", m.point, m.fs, m.source)));
                 }

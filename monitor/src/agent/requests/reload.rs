@@ -2,22 +2,44 @@
 //! is the engine's and the receivers' business.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::agent::core::{Core, wall_seconds};
 use crate::agent::message::Message;
 use crate::agent::options::default_config;
 use crate::agent::replies::audited;
+use crate::agent::rule_check;
 use crate::api::{ApiError, Class, Peer, Reloaded, Reply};
-use crate::config::Config;
+use crate::config::{Config, Overrides};
 use crate::engine::Input;
 use crate::redact::Redactor;
 use crate::sources::host;
+
+/// For reading the config file.
+const READ: Duration = Duration::from_secs(10);
 
 /// Reads the config file again. The reading and the test of the receivers run in the background; [`finish`] swaps the configs.
 pub(in crate::agent) fn request(core: &mut Core, peer: Option<Peer>, reply: Option<Reply<Reloaded>>) {
     core.reloads.waiting.push_back((peer, reply));
     start_next(core);
+}
+
+/// In the background: thousands of rules take a while, and a file that blocks its readers does not block the next reload.
+async fn read(
+    path: Option<PathBuf>,
+    env: BTreeMap<String, String>,
+    overrides: Overrides,
+) -> Result<Box<Config>, String> {
+    let load = move || crate::config::load(path.as_deref(), &env, &overrides);
+    match tokio::time::timeout(READ, tokio::task::spawn_blocking(load)).await {
+        Ok(Ok(Ok(config))) => Ok(Box::new(config)),
+        Ok(Ok(Err(e))) => Err(e.to_string()),
+        Ok(Err(e)) => Err(e.to_string()),
+        Err(_) => Err(format!("the config file could not be read within {} s", READ.as_secs())),
+    }
 }
 
 fn start_next(core: &mut Core) {
@@ -27,14 +49,12 @@ fn start_next(core: &mut Core) {
     let Some((peer, reply)) = core.reloads.waiting.pop_front() else { return };
     core.reloads.running = true;
     core.service_manager.reloading(host::monotonic_us());
-    let (path, env) = (core.options.config_path.clone(), core.options.env.clone());
-    let overrides = core.options.overrides.clone();
+    let o = &core.options;
+    let read = read(o.config_path.clone(), o.env.clone(), o.overrides.clone());
     let (service, messages) = (core.alert_service.clone(), core.messages.clone());
     core.background.spawn(async move {
-        let read = move || crate::config::load(path.as_deref(), &env, &overrides).map_err(|e| e.to_string());
-        let read = tokio::task::spawn_blocking(read).await;
-        let result = match read.map_err(|e| e.to_string()).flatten() {
-            Ok(c) => service.reload(&c).await.map(|()| Box::new(c)).map_err(|e| e.to_string()),
+        let result = match read.await {
+            Ok(config) => service.reload(&config).await.map(|()| config).map_err(|e| e.to_string()),
             Err(e) => Err(e),
         };
         let _ = messages.send(Message::Reloaded { result, peer, reply });
@@ -78,6 +98,7 @@ fn swap(core: &mut Core, config: Config) -> Reloaded {
         receivers: config.receivers.len(),
         needs_restart,
     };
+    rule_check::log_warnings(&config, &core.background);
     core.config = config;
     tracing::info!(jobs = reloaded.jobs, receivers = reloaded.receivers, "config reloaded");
     reloaded

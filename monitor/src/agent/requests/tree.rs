@@ -13,7 +13,8 @@ use crate::engine::{Observation, TreeQuery};
 use crate::model::audience::Audience;
 use crate::model::event::Comm;
 use crate::model::key::Key;
-use crate::model::schema::{State, Tree, Unread, text};
+use crate::model::outside::OutsideText;
+use crate::model::schema::{State, Tree, Unread};
 use crate::redact::Redactor;
 use crate::sources::host;
 use crate::sources::kernel::Kernel;
@@ -98,7 +99,8 @@ impl Reader {
             read.extend(self.proc_reader.place(p, host_ns).into_iter().flatten());
             match states.get(&p.id) {
                 Some((letter, comm)) if p.state != State::Gone => {
-                    (p.kernel_state, p.comm) = (Some(text(&[*letter])), text(comm.bytes()));
+                    (p.kernel_state, p.comm) =
+                        (Some(char::from(*letter).to_string()), OutsideText::from_bytes(comm.bytes()));
                 }
                 _ => self.proc_reader.show(p),
             }

@@ -56,7 +56,7 @@ fn inside(core: &Core, pid: u32, container: &str) -> Result<Key, ApiError> {
         core.proc_reader.place(p, host_ns);
     }
     let theirs = |p: &&Process| {
-        p.state != State::Gone && p.container.as_ref().is_some_and(|c| c.id.starts_with(container))
+        p.state != State::Gone && p.container.as_ref().is_some_and(|c| c.id.raw().starts_with(container))
     };
     let found: Vec<Key> = all.iter().filter(theirs).filter(|p| p.ns_pid == Some(pid)).map(|p| p.id).collect();
     match found.as_slice() {

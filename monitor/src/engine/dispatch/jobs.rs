@@ -1,6 +1,8 @@
 //! The life of a job, the rules and the config.
 
-use crate::config::Config;
+use std::collections::HashMap;
+
+use crate::config::{Config, Rule};
 use crate::engine::conditions::Capacity;
 use crate::engine::forest::Idx;
 use crate::engine::jobs::{NewJob, policy_of};
@@ -162,11 +164,10 @@ impl Engine {
     pub(in crate::engine) fn reload(&mut self, c: &Config, out: &mut Output) {
         self.configure(c);
         self.names.plan(turn!(self, out));
+        let by_name: HashMap<&str, &Rule> = c.jobs.iter().map(|r| (r.name.as_str(), r)).collect();
         for g in self.jobs.groups() {
-            let of_job = |r: &&crate::config::Rule| {
-                self.jobs.get(g).is_some_and(|j| j.record.rule.as_ref() == Some(&r.name))
-            };
-            let Some(rule) = c.jobs.iter().find(of_job) else { continue };
+            let name = self.jobs.get(g).and_then(|j| j.record.rule.as_deref());
+            let Some(rule) = name.and_then(|name| by_name.get(name)) else { continue };
             if !self.jobs.set_policy(g, policy_of(rule), turn!(self, out)) {
                 continue;
             }

@@ -16,7 +16,7 @@ fn read(w: &mut World, path: &str, by_id: bool) -> Vec<u32> {
 }
 
 fn cgroup(w: &World, pid: u32) -> Option<String> {
-    w.process(w.sim.key(pid))?.cgroup
+    w.process(w.sim.key(pid))?.cgroup.map(crate::model::outside::OutsideText::into_raw)
 }
 
 #[test]

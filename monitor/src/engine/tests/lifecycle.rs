@@ -10,7 +10,7 @@ fn a_short_life_leaves_nothing() {
     let key = w.sim.key(a);
     w.drain();
     let p = w.process(key).unwrap();
-    assert_eq!((p.state, p.comm.as_str(), p.argv), (State::Running, "true", vec!["/bin/true".to_owned()]));
+    assert_eq!((p.state, p.comm.raw(), p.argv), (State::Running, "true", vec!["/bin/true".into()]));
     assert_eq!((p.lineage_parent, p.lineage, p.ppid), (Some(Key::new(1, 1)), LineageKnown::Known, Some(1)));
     w.sim.end(a, 0);
     let looks = w.looks;
@@ -246,7 +246,7 @@ fn unknown_ones_are_entered_and_asked_for() {
     w.sim.exec(b, "/bin/c");
     w.drain();
     let p = w.process(w.sim.key(b)).unwrap();
-    assert_eq!((p.comm.as_str(), p.lineage), ("c", LineageKnown::Unknown));
+    assert_eq!((p.comm.raw(), p.lineage), ("c", LineageKnown::Unknown));
     // A child of the shell that nobody had heard of: both become known.
     let c = w.sim.spawn(a, "/bin/d");
     w.pass(S);

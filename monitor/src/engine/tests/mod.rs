@@ -6,6 +6,7 @@ mod jobs;
 mod kills;
 mod lifecycle;
 mod orphans;
+mod prefilter;
 mod random;
 mod restart;
 mod rules;

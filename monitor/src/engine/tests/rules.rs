@@ -22,7 +22,7 @@ fn what_the_record_cut_is_read() {
         }
         w.drain();
         let shown = w.process(w.sim.key(p)).unwrap();
-        assert_eq!(shown.argv.join(" "), whole);
+        assert_eq!(crate::model::outside::command_line(&shown.argv), whole);
         assert_eq!((shown.job.is_some(), shown.argv_cut), (whole.ends_with(" 77"), false), "{sent}");
     }
     // Gone before /proc could be asked: what is known decides, and it is marked.
@@ -144,7 +144,10 @@ fn facts_are_asked_for_only_when_a_rule_has_come_that_far() {
     w.drain();
     assert_eq!(w.e.jobs().len(), 1);
     let p = w.process(w.sim.key(yes)).unwrap();
-    assert_eq!((p.container.unwrap().id.len(), p.cgroup, p.pid_ns, p.ns_pid), (64, cgroup, Some(5), Some(2)));
+    assert_eq!(
+        (p.container.unwrap().id.raw().len(), p.cgroup, p.pid_ns, p.ns_pid),
+        (64, cgroup.map(Into::into), Some(5), Some(2))
+    );
     assert!(w.e.jobs_of(w.sim.key(sibling)).is_empty());
 }
 

@@ -13,6 +13,7 @@ use tokio::process::{ChildStderr, Command};
 
 use super::webhook::Body;
 use super::{DeliveryResult, Reason, family, text};
+use crate::model::outside::{escape, escape_lines};
 use crate::model::schema::{Alert, AlertState};
 
 /// Of what the program says on its standard error no more is kept.
@@ -124,7 +125,7 @@ fn kept() -> impl Iterator<Item = (OsString, OsString)> {
     std::env::vars_os().filter(|(k, _)| KEPT.iter().any(|kept| k == kept))
 }
 
-/// The key fields; no variable holds a NUL or is long.
+/// The key fields; no variable holds a control character but line breaks of its own, or is long.
 fn variables(a: &Alert) -> Vec<(&'static str, String)> {
     let state = if a.state == AlertState::Resolved { "resolved" } else { "firing" };
     let remedy = a.cause.as_ref().map(|c| c.remedy.clone()).unwrap_or_default();
@@ -144,7 +145,7 @@ fn variables(a: &Alert) -> Vec<(&'static str, String)> {
         ("JOBWARDEN_ALERT_REMEDY", remedy),
         ("JOBWARDEN_ALERT_RUNBOOK", text::runbook(a.kind)),
     ];
-    all.into_iter().map(|(k, v)| (k, text::clip(&v.replace('\0', " "), MAX_VARIABLE))).collect()
+    all.into_iter().map(|(k, v)| (k, text::clip(&escape_lines(&v), MAX_VARIABLE))).collect()
 }
 
 /// The end of what is said, on one line. Reads on, so that the program never blocks on it.
@@ -158,5 +159,5 @@ async fn last_said(mut stderr: ChildStderr) -> String {
     }
     let text = String::from_utf8_lossy(&kept);
     let line = text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or_default();
-    text::clip(line.trim(), 200).replace(char::is_control, " ")
+    escape(&text::clip(line.trim(), 200)).into_owned()
 }

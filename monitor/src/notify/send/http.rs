@@ -16,6 +16,7 @@ use super::transport::Transport;
 use super::{DeliveryResult, Reason};
 use crate::config::Receiver;
 use crate::files;
+use crate::model::outside::escape;
 
 /// Of an answer no more is read; enough for what is shown of it.
 const MAX_ANSWER: usize = 16 * 1024;
@@ -217,9 +218,8 @@ fn http_date(s: &str) -> Option<std::time::SystemTime> {
 
 fn shown(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(body);
-    let line: String =
-        text.trim().chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_SHOWN).collect();
-    if line.is_empty() { String::new() } else { format!(" ({line})") }
+    let line: String = text.trim().chars().take(MAX_SHOWN).collect();
+    if line.is_empty() { String::new() } else { format!(" ({})", escape(&line)) }
 }
 
 /// An error with its sources, each once.

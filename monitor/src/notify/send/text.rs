@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use crate::model::outside::{OutsideText, command_line, escape_lines};
 use crate::model::schema::{Alert, AlertKind, Cause, Evidence, Exit, Process, Ref, SignalBy, State};
 
 /// Bytes of one annotation.
@@ -27,7 +28,7 @@ pub(super) fn annotations(a: &Alert) -> BTreeMap<&'static str, String> {
     }
     all.retain(|_, v| !v.is_empty());
     for v in all.values_mut() {
-        *v = clip_bytes(v, MAX_NOTE);
+        *v = clip_bytes(&escape_lines(v), MAX_NOTE);
     }
     all
 }
@@ -93,7 +94,7 @@ fn evidence(e: &Evidence) -> String {
             format!("{} {}", short(process), exit.as_ref().map_or_else(|| "has exited".into(), ended))
         }
         Evidence::Python { thread, file, line, function, source } => {
-            let source = source.as_ref().map(|s| format!(": {}", s.trim())).unwrap_or_default();
+            let source = source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
             format!("thread {thread} at {file}:{line} in {function}{source}")
         }
         Evidence::Wchan { process, thread, wchan } => {
@@ -120,9 +121,9 @@ fn short(p: &Ref) -> String {
     format!("{} ({argv})", p.id)
 }
 
-fn command(comm: &str, argv: &[String]) -> String {
-    let text = if argv.is_empty() { format!("[{comm}]") } else { argv.join(" ") };
-    clip(&text, MAX_ARGV).replace(char::is_control, " ")
+fn command(comm: &OutsideText, argv: &[OutsideText]) -> String {
+    let text = if argv.is_empty() { format!("[{comm}]") } else { command_line(argv) };
+    clip(&text, MAX_ARGV)
 }
 
 /// What the alert itself knows of the family: the subject, below it the process that the cause is about, and who else is

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use rustix::fs::{AtFlags, Statx, StatxFlags};
 
 use super::Proc;
+use crate::model::outside::OutsideText;
 
 /// What a link in /proc/PID/fd says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,14 +18,22 @@ pub enum FdLink {
     Path(PathBuf),
 }
 
+impl FdLink {
+    /// As /proc has it.
+    #[must_use]
+    pub fn text(&self) -> OutsideText {
+        match self {
+            Self::Pipe(n) => format!("pipe:[{n}]").into(),
+            Self::Socket(n) => format!("socket:[{n}]").into(),
+            Self::Anon(s) => format!("anon_inode:{s}").into(),
+            Self::Path(p) => p.as_path().into(),
+        }
+    }
+}
+
 impl std::fmt::Display for FdLink {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Pipe(n) => write!(f, "pipe:[{n}]"),
-            Self::Socket(n) => write!(f, "socket:[{n}]"),
-            Self::Anon(s) => write!(f, "anon_inode:{s}"),
-            Self::Path(p) => write!(f, "{}", p.display()),
-        }
+        self.text().fmt(f)
     }
 }
 

@@ -5,6 +5,7 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 
 use super::Proc;
+use crate::model::outside::OutsideText;
 
 /// /proc/PID/task/TID/syscall (`proc_pid_syscall(5)`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,9 +44,9 @@ pub fn parse_syscall(b: &[u8]) -> Option<InSyscall> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
     pub id: u64,
-    pub point: String,
-    pub fs: String,
-    pub source: String,
+    pub point: OutsideText,
+    pub fs: OutsideText,
+    pub source: OutsideText,
 }
 
 /// Parses one line (`proc_pid_mountinfo(5)`).
@@ -56,9 +57,9 @@ pub fn parse_mount(line: &str) -> Option<Mount> {
     let mut r = right.split(' ');
     Some(Mount {
         id: l.next()?.parse().ok()?,
-        point: l.nth(3)?.to_owned(),
-        fs: r.next()?.to_owned(),
-        source: r.next()?.to_owned(),
+        point: l.nth(3)?.into(),
+        fs: r.next()?.into(),
+        source: r.next()?.into(),
     })
 }
 
@@ -146,8 +147,8 @@ impl Proc {
     pub fn mount_of(&self, pid: u32, path: &str) -> Option<Mount> {
         let b = self.in_time(pid, "mountinfo", |path| read_bounded(&path)).ok()?;
         let text = String::from_utf8_lossy(&b);
-        let holds = |m: &Mount| std::path::Path::new(path).starts_with(&m.point);
-        text.lines().filter_map(parse_mount).filter(holds).max_by_key(|m| m.point.len())
+        let holds = |m: &Mount| std::path::Path::new(path).starts_with(m.point.raw());
+        text.lines().filter_map(parse_mount).filter(holds).max_by_key(|m| m.point.raw().len())
     }
 
     /// Whether the process has mapped a file whose path contains `part`.
@@ -189,14 +190,14 @@ mod tests {
     fn mount_lines() {
         let m =
             parse_mount("36 35 98:0 /m /mnt/n\\040x rw,noatime master:1 - nfs4 srv:/e rw,errors=x").unwrap();
-        assert_eq!((m.id, &*m.point, &*m.fs, &*m.source), (36, "/mnt/n\\040x", "nfs4", "srv:/e"));
+        assert_eq!((m.id, m.point.raw(), m.fs.raw(), m.source.raw()), (36, "/mnt/n\\040x", "nfs4", "srv:/e"));
         assert_eq!(parse_mount("36 35 - "), None);
     }
 
     #[test]
     fn mount_of_a_path() {
         let m = Proc::default().mount_of(std::process::id(), "/proc/self/stat").unwrap();
-        assert_eq!((&*m.point, &*m.fs), ("/proc", "proc"));
+        assert_eq!((m.point.raw(), m.fs.raw()), ("/proc", "proc"));
         assert_eq!(Proc::default().mount_of(std::process::id(), "relative"), None);
     }
 

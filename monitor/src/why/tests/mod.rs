@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::model::event::SignalResult;
 use crate::model::key::Key;
+use crate::model::outside::OutsideText;
 use crate::model::question::SignalSeen;
-use crate::model::schema::{Exit, JobId, LineageKnown, Process, Ref, SignalBy, text};
+use crate::model::schema::{Exit, JobId, LineageKnown, Process, Ref, SignalBy};
 
 /// The environment variable that marks what a test started, whoever has adopted it.
 const MARK: &str = "JOBWARDEN_WHY_TEST";
@@ -178,9 +179,9 @@ fn process(pid: u32, lineage_parent: Option<Key>) -> Process {
         orphan: lineage_parent.is_some_and(|l| l.pid != s.ppid),
         state_s: 42.0,
         started: String::new(),
-        comm: text(s.comm.bytes()),
+        comm: OutsideText::from_bytes(s.comm.bytes()),
         exe: None,
-        argv: p.argv(pid).unwrap_or_default().iter().map(|a| text(a)).collect(),
+        argv: p.argv(pid).unwrap_or_default().iter().map(|a| OutsideText::from_bytes(a)).collect(),
         uid: Some(0),
         job: None,
         jobs: Vec::new(),
@@ -199,7 +200,7 @@ fn process(pid: u32, lineage_parent: Option<Key>) -> Process {
 /// A process that has been reaped.
 fn reaped(key: Key, lineage_parent: Option<Key>, exit: Exit) -> Process {
     let me = process(std::process::id(), lineage_parent);
-    let (state, comm) = (State::Gone, "dead".to_owned());
+    let (state, comm) = (State::Gone, "dead".into());
     Process {
         id: key,
         pid: key.pid,
@@ -257,7 +258,7 @@ fn ask_zombie(zombie: u32, parent: u32) -> Cause {
 fn holders<'a>(c: &'a Cause) -> Vec<(u32, &'a str, &'a str)> {
     let one = |e: &'a Evidence| match e {
         Evidence::Holder { process, inode, relation, .. } => {
-            Some((process.pid, inode.as_str(), relation.as_str()))
+            Some((process.pid, inode.raw(), relation.as_str()))
         }
         _ => None,
     };
@@ -268,7 +269,7 @@ fn holders<'a>(c: &'a Cause) -> Vec<(u32, &'a str, &'a str)> {
 fn blocked_in(c: &Cause) -> (&str, Option<u32>, &str) {
     let found = c.evidence.iter().find_map(|e| match e {
         Evidence::Blocked { syscall, fd, inode, .. } => {
-            Some((syscall.as_str(), *fd, inode.as_deref().unwrap_or_default()))
+            Some((syscall.as_str(), *fd, inode.as_ref().map_or("", OutsideText::raw)))
         }
         _ => None,
     });

@@ -63,7 +63,7 @@ fn the_incident() {
     assert!(c.summary.contains("SIGTERM from python3"), "{}", c.summary);
     let line = |e: &Evidence| {
         matches!(e, Evidence::Python { file, source: Some(s), .. }
-            if s == "popen.stderr.read()" && std::path::Path::new(file).starts_with(i.made.dir.path()))
+            if s == "popen.stderr.read()" && std::path::Path::new(file.raw()).starts_with(i.made.dir.path()))
     };
     assert_eq!(c.evidence.iter().any(line), cfg!(feature = "python"), "{c:#?}");
     assert_eq!(c.remedy, format!("jobwarden kill {}", key(i.orphan)));

@@ -291,7 +291,7 @@ fn rules_that_would_end_the_host_are_named() -> Result<()> {
             "[[job]]\nname = \"{name}\"\nmatch = {{ {matches} }}\ntimeout = \"1h\"\non_timeout = \"kill\"\n"
         )
     };
-    let text = rule("meant", &format!("argv = 'read line .*{}$', comm = '^sh$'", fixture.tag))
+    let text = rule("meant", &format!("argv = '(?s)read line .*{}$', comm = '^sh$'", fixture.tag))
         + &rule("own", &format!("exe = '^{}$'", me.display()))
         + &rule("agent", "argv = '^/usr/bin/jobwarden agent$'")
         + &rule("root", "user = 0")

@@ -160,13 +160,11 @@ fn threads_are_no_processes() -> Result<()> {
     let exits = events.of(pid).iter().filter(|e| e.kind.ends_with("exit")).count();
     assert_eq!(exits, 1, "one exit, of the group: {:?}", events.of(pid));
     for tid in tids.split(',').filter_map(|t| t.parse::<u32>().ok()) {
+        let of = events.of(tid);
+        let tag = fixture.tag.as_str().into();
         assert!(
-            events
-                .of(tid)
-                .iter()
-                .all(|e| e.process.as_ref().is_none_or(|p| p.argv.iter().all(|a| *a != fixture.tag))),
-            "thread {tid} gave events: {:?}",
-            events.of(tid)
+            !of.iter().filter_map(|e| e.process.as_ref()).any(|p| p.argv.contains(&tag)),
+            "{tid}: {of:?}"
         );
     }
     Ok(())
@@ -382,14 +380,9 @@ fn a_process_that_lives_under_a_millisecond() -> Result<()> {
     s.step()?;
     let child: u32 = s.fact("child")?;
     let exec = events.wait("exec", child)?;
-    let mut want: Vec<String> = given.iter().map(ToString::to_string).collect();
-    want.push(fixture.tag.clone());
-    assert_eq!(
-        exec.process.as_ref().map(|p| p.argv.iter().map(|a| a.raw().to_owned()).collect::<Vec<_>>()),
-        Some(want),
-        "argv whole"
-    );
-    assert_eq!(exec.process.as_ref().map(|p| p.comm.raw()), Some("true"));
+    let process = exec.process.context("no process")?;
+    assert_eq!(process.argv, [&given[..], &[&fixture.tag]].concat(), "argv whole");
+    assert_eq!(process.comm, "true");
     assert_eq!(exit_of(&events, child)?, Exit::Code { code: 0 });
     whole_life(&events, child)?;
     s.finish()?;
@@ -502,11 +495,7 @@ fn argv_is_never_raw_on_the_terminal() -> Result<()> {
     s.fact::<u32>("grandchild")?;
     let pid = s.pid().to_string();
     let p = agent.process(s.pid())?;
-    assert!(
-        p.argv.iter().any(|a| a.raw().contains("\\xff")),
-        "bytes that are not UTF-8 as \\xNN: {:?}",
-        p.argv
-    );
+    assert!(p.argv.iter().any(|a| a.raw().contains("\\xff")), "bytes as \\xNN: {:?}", p.argv);
     for args in [vec!["tree", &pid], vec!["tree"], vec!["why", &pid], vec!["kill", "--dry-run", &pid]] {
         let out = agent.cli(&args)?;
         for text in [&out.stdout, &out.stderr] {

@@ -48,11 +48,8 @@ fn program(fixture: &Fixture, of: &Path) -> Result<PathBuf> {
 fn fifo(at: &Path) -> Result<std::fs::File> {
     let path = CString::new(at.as_os_str().as_bytes())?;
     // SAFETY: the path is NUL-terminated and outlives the call.
-    ensure!(
-        unsafe { libc::mkfifo(path.as_ptr(), 0o600) } == 0,
-        "mkfifo: {}",
-        std::io::Error::last_os_error()
-    );
+    let made = unsafe { libc::mkfifo(path.as_ptr(), 0o600) };
+    ensure!(made == 0, "mkfifo: {}", std::io::Error::last_os_error());
     Ok(std::fs::File::options().read(true).write(true).open(at)?)
 }
 

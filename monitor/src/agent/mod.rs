@@ -80,6 +80,7 @@ pub fn run(options: Options) -> Result<(), AgentError> {
     let begun = Privileged::new(&options)?;
     options.log.start().map_err(AgentError::Log)?;
     let others = background_runtime().map_err(AgentError::Runtime)?;
+    rule_check::log_warnings(&options.config, others.handle());
     let own =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AgentError::Runtime)?;
     let done = others.block_on(serve(options, begun)).and_then(|(event_loop, background)| {
@@ -229,7 +230,6 @@ async fn serve(mut options: Options, begun: Privileged) -> Result<(EventLoop, Ba
     let (lost, kills) = of_this_boot.map_or_else(Default::default, |s| (s.lost, s.kills.clone()));
     let engine = engine(&config, &boot_id, &kernel, &center, saved, recorder).await;
     leftovers(&kernel, &engine);
-    rule_check::log_warnings(&config, &Handle::current());
     let proc_reader = ProcReader::new(proc.clone());
     let core = Core {
         engine,

@@ -359,14 +359,21 @@ mod tests {
     #[test]
     fn queries_are_escaped_and_read_back() {
         let client = Client::new(Path::new("/nowhere/s")).unwrap();
-        let q =
-            TreeQuery {
-                target: Some(Target::Name("a b&c=é".into())), zombies: true, ..TreeQuery::default()
-            };
-        let text = client.query(&q).unwrap();
+        let named = |name: &str| TreeQuery {
+            target: Some(Target::Name(name.into())),
+            zombies: true,
+            ..TreeQuery::default()
+        };
+        let read = |text: &str| {
+            let uri: hyper::Uri = format!("/v1/tree{text}").parse().unwrap();
+            axum::extract::Query::<TreeQuery>::try_from_uri(&uri).map(|q| q.0)
+        };
+        let text = client.query(&named("a.b-c")).unwrap();
+        assert_eq!(text, "?target=name%3Aa.b-c&zombies=true");
+        assert_eq!(read(&text).unwrap(), named("a.b-c"));
+        let text = client.query(&named("a b&c=é")).unwrap();
         assert_eq!(text, "?target=name%3Aa%20b%26c%3D%C3%A9&zombies=true");
-        let uri: hyper::Uri = format!("/v1/tree{text}").parse().unwrap();
-        assert_eq!(axum::extract::Query::<TreeQuery>::try_from_uri(&uri).unwrap().0, q);
+        assert!(read(&text).is_err(), "no job has such a name");
         let e = client.get::<()>("/x", &TreeQuery::default()).unwrap_err();
         assert!(matches!(e, ClientError::Unreachable { .. }), "{e}");
         assert_eq!((e.class().exit_status(), e.info().code.as_str()), (3, "agent-not-reachable"));

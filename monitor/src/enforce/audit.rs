@@ -313,10 +313,8 @@ impl Audit {
                 signal = e.signal, outcome = e.outcome, detail = %e.detail,
             );
             // A string-keyed struct of strings and numbers always serializes.
-            if let Ok(line) = serde_json::to_string(e) {
-                lines.extend_from_slice(escape_json(&line).as_bytes());
-                lines.push(b'\n');
-            }
+            let line = serde_json::to_string(e).unwrap_or_default();
+            let _ = writeln!(lines, "{}", escape_json(&line));
         }
         if let Some(file) = &self.file {
             file.add(&lines, entries.len());

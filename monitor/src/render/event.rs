@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use super::argv;
 use super::escape::{clock, escape};
 use super::style::{Paint, Style};
+use crate::model::outside::command_line as argv;
 use crate::model::schema::{EventLine, Exit, Ref};
 
 /// `12:00:00.123  exec  4123 (sh) sh -c true`.

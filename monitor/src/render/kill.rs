@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::argv;
 use super::escape::{age, count, escape};
 use super::style::{Paint, Style};
+use crate::model::outside::command_line as argv;
 use crate::model::schema::{KillReport, Ref, SignalledOutcome};
 
 /// What was done to whom, and what is left.

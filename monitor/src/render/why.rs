@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::argv;
 use super::escape::{age, escape, exit, process};
 use super::style::{Paint, Style, cut};
+use crate::model::outside::command_line as argv;
 use crate::model::schema::{Cause, Evidence, Process, Ref, SignalBy, SignalOutcome, State, Verdict};
 
 #[must_use]

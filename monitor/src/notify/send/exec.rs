@@ -13,7 +13,7 @@ use tokio::process::{ChildStderr, Command};
 
 use super::webhook::Body;
 use super::{DeliveryResult, Reason, family, text};
-use crate::model::outside::{escape, escape_lines};
+use crate::model::outside::{escape, escape_json, escape_lines};
 use crate::model::schema::{Alert, AlertState};
 
 /// Of what the program says on its standard error no more is kept.
@@ -37,9 +37,11 @@ impl Exec {
         let Some((program, args)) = self.command.split_first() else {
             return DeliveryResult::Refused { error: "no program is given".into() };
         };
-        let Ok(body) = serde_json::to_vec(&Body::of(std::slice::from_ref(a))) else {
+        let Ok(body) = serde_json::to_string(&Body::of(std::slice::from_ref(a))) else {
             return DeliveryResult::Refused { error: "the alert cannot be written as JSON".into() };
         };
+        // The program may print it.
+        let body = escape_json(&body).into_owned();
         let mark = family::Mark::new(self.runs.fetch_add(1, Ordering::Relaxed));
         let mut command = Command::new(program);
         command
@@ -73,7 +75,7 @@ impl Exec {
         let writer = child.stdin.take().map(|mut stdin| {
             tokio::spawn(async move {
                 // A program that does not want its input closes it.
-                let _ = stdin.write_all(&body).await;
+                let _ = stdin.write_all(body.as_bytes()).await;
             })
         });
         let reader = child.stderr.take().map(|stderr| tokio::spawn(last_said(stderr)));

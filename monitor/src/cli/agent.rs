@@ -8,8 +8,8 @@ use std::time::Duration;
 use jobwarden::config::{self, Overrides};
 use jobwarden::logging::Log;
 
-use super::journal::{self, Levelled};
-use super::log_format::{EscapedJson, escaped_fields};
+use super::journal;
+use super::log_format::{escaped_fields, escaped_json, levelled};
 use super::output::Context;
 use super::{Failure, Outcome, check};
 
@@ -103,9 +103,9 @@ fn log_to_stderr(config: &config::Config, log: &Log) {
         .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal());
     match (config.agent.log_json, journal::reads_stderr()) {
-        (true, true) => to.json().map_event_format(|json| Levelled(EscapedJson(json))).init(),
-        (true, false) => to.json().map_event_format(EscapedJson).init(),
-        (false, true) => to.fmt_fields(escaped_fields()).without_time().map_event_format(Levelled).init(),
+        (true, true) => to.json().map_event_format(|json| levelled(escaped_json(json))).init(),
+        (true, false) => to.json().map_event_format(escaped_json).init(),
+        (false, true) => to.fmt_fields(escaped_fields()).without_time().map_event_format(levelled).init(),
         (false, false) => to.fmt_fields(escaped_fields()).init(),
     }
 }

@@ -19,7 +19,13 @@ pub(super) fn log_warnings(config: &Config, beside: &Handle) {
         log(rule_check::warnings(&config));
         if rule_check::any_kills(&config) {
             let this = (std::process::id(), "the agent");
-            log(rule_check::host::survey(&config, &Proc::default(), this, LIMIT).warnings);
+            let survey = rule_check::host::survey(&config, &Proc::default(), this, LIMIT);
+            log(survey.warnings);
+            if survey.incomplete {
+                tracing::warn!(
+                    "not all processes could be read in time, so rules were not compared with all of them"
+                );
+            }
         }
     });
 }

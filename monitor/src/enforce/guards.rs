@@ -2,6 +2,7 @@
 //! ancestors, members that `protect` matches and what descends from such a member. It reads /proc and asks for lineage; it
 //! signals nobody and sets no flag.
 
+use std::borrow::Borrow;
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
@@ -319,7 +320,7 @@ fn bare(m: &Member) -> Ref {
 }
 
 /// Facts that own what they point to.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(crate) struct Own {
     pub(crate) argv: Vec<OutsideText>,
     joined: Option<String>,
@@ -376,11 +377,20 @@ impl Own {
 }
 
 /// Calls `f` with the facts of `own`, whose parents are `parents` (nearest first).
-pub(crate) fn with_parents<R>(own: &Own, parents: &[Own], f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
-    fn build<R>(own: &Own, rest: &[Own], above: Option<&Facts<'_>>, f: &mut dyn FnMut(&Facts<'_>) -> R) -> R {
+pub(crate) fn with_parents<R>(
+    own: &Own,
+    parents: &[impl Borrow<Own>],
+    f: &mut dyn FnMut(&Facts<'_>) -> R,
+) -> R {
+    fn build<R>(
+        own: &Own,
+        rest: &[impl Borrow<Own>],
+        above: Option<&Facts<'_>>,
+        f: &mut dyn FnMut(&Facts<'_>) -> R,
+    ) -> R {
         match rest.split_last() {
             None => f(&own.facts(above)),
-            Some((top, rest)) => build(own, rest, Some(&top.facts(above)), f),
+            Some((top, rest)) => build(own, rest, Some(&top.borrow().facts(above)), f),
         }
     }
     build(own, parents, None, f)

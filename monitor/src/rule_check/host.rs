@@ -2,8 +2,6 @@
 //! alone, so it needs no agent; within a time limit, since a process can hold up whoever reads its files.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -15,12 +13,14 @@ use crate::engine::prefilter::{Known, Prefilter};
 use crate::matcher::{self, Needs};
 use crate::model::outside::OutsideText;
 use crate::redact::Redactor;
-use crate::sources::proc::Proc;
+use crate::sources::proc::{Proc, blocking};
 
 /// Processes of a rule that are named.
 const EXAMPLES: usize = 3;
 /// A rule that matches more of all processes than this, in percent, is named for that alone.
 const MOST: usize = 90;
+/// For one process: its argv alone may take [`blocking::LIMIT`].
+const OF_PROCESS: Duration = Duration::from_secs(1);
 /// PF_KTHREAD, include/linux/sched.h.
 const PF_KTHREAD: u32 = 0x0020_0000;
 
@@ -31,7 +31,7 @@ pub struct Survey {
     pub processes: usize,
     /// Of these, those whose executable may not be read: rules with `exe` were not tried on them.
     pub unreadable: usize,
-    /// The time was over before all had been read.
+    /// Not all processes could be read in time.
     pub incomplete: bool,
     pub rules: Vec<Matched>,
     #[serde(skip)]
@@ -69,45 +69,29 @@ pub fn survey(c: &Config, proc: &Proc, this: (u32, &'static str), limit: Duratio
     let needs = c.jobs.iter().fold(Needs::default(), |n, r| n.and(r.matches.needs()));
     // Names and protected programs are shown, whatever the rules ask about.
     let needs = Needs { argv: true, exe: true, ..needs };
-    let (processes, incomplete) = read(proc.clone(), needs, limit);
+    let (processes, incomplete) = read(proc, needs, limit);
     let redact = Redactor::new(c.agent.redact.clone());
     let mut s = judge(c, &processes, this, needs.parents, &redact);
     s.incomplete = incomplete;
     s
 }
 
-/// A reader is at work. One that a process holds up stays the only one, however often it is asked for.
-static READING: AtomicBool = AtomicBool::new(false);
-
-/// All processes but kernel threads, by PID. True: the time was over first.
-fn read(proc: Proc, needs: Needs, limit: Duration) -> (Vec<Process>, bool) {
-    let (tx, rx) = channel();
+/// All processes but kernel threads, by PID. True: some were not read, since the time was over or since they hold up their readers.
+fn read(proc: &Proc, needs: Needs, limit: Duration) -> (Vec<Process>, bool) {
     let end = Instant::now() + limit;
-    if READING.swap(true, Ordering::AcqRel) {
-        return (Vec::new(), true);
-    }
-    // It may wait for a process for ever: then it is left behind, and ends with this program or when that process does.
-    let reader = std::thread::Builder::new().name("survey".into()).spawn(move || {
-        for pid in proc.pids().unwrap_or_default() {
-            if let Some(p) = one(&proc, pid, needs)
-                && tx.send(p).is_err()
-            {
-                break;
-            }
+    let (mut all, mut incomplete) = (Vec::new(), false);
+    for pid in proc.pids().unwrap_or_default() {
+        if Instant::now() >= end {
+            incomplete = true;
+            break;
         }
-        READING.store(false, Ordering::Release);
-    });
-    if reader.is_err() {
-        READING.store(false, Ordering::Release);
-    }
-    let mut all = Vec::new();
-    let incomplete = loop {
-        match rx.recv_timeout(end.saturating_duration_since(Instant::now())) {
-            Ok(p) => all.push(p),
-            Err(RecvTimeoutError::Timeout) => break true,
-            Err(RecvTimeoutError::Disconnected) => break reader.is_err(),
+        let of = proc.clone();
+        let read = move || Ok(one(&of, pid, needs));
+        match blocking::run(pid, "facts", &proc.path(pid, ""), OF_PROCESS, read) {
+            Ok(p) => all.extend(p),
+            Err(_) => incomplete = true,
         }
-    };
+    }
     all.sort_unstable_by_key(|p| p.pid);
     (all, incomplete)
 }
@@ -128,7 +112,7 @@ fn judge(c: &Config, all: &[Process], this: (u32, &str), parents: usize, redact:
     };
     let prefilter = Prefilter::new(c.jobs.iter().map(|r| &r.matches));
     let first = |i: usize| {
-        let line: Vec<Own> = above(i).take(parents).map(|a| all[a].own.clone()).collect();
+        let line: Vec<&Own> = above(i).take(parents).map(|a| &all[a].own).collect();
         with_parents(&all[i].own, &line, &mut |f| {
             let known = Known {
                 argv: f.argv,
@@ -206,4 +190,30 @@ fn danger(
         .then(|| format!("it matches {matches} of the {} processes on this host", all.len()));
     let dangers: Vec<String> = contained.into_iter().chain(most).collect();
     (!dangers.is_empty()).then(|| format!("rule {}: {}, and {consequence}", rule.name, dangers.join("; ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use super::*;
+
+    /// A reload right after the start compares its rules too.
+    #[test]
+    fn two_surveys_at_a_time_are_both_whole() {
+        let text = "[[job]]\nname = 'all'\nmatch = { argv = '.*' }\non_orphan = 'kill'\n";
+        let overrides = crate::config::Overrides::default();
+        let c = crate::config::parse(Path::new("t"), text, &BTreeMap::new(), &overrides).unwrap();
+        let this = (std::process::id(), "this test");
+        let one = || survey(&c, &Proc::default(), this, Duration::from_mins(1));
+        let found: Vec<Survey> = std::thread::scope(|s| {
+            let both = [s.spawn(one), s.spawn(one)];
+            both.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        for s in found {
+            assert!(s.processes > 0 && s.rules[0].members == s.processes, "{s:?}");
+            assert!(!s.warnings.is_empty(), "{s:?}");
+        }
+    }
 }

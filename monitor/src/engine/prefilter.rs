@@ -22,6 +22,10 @@ impl Set {
         s
     }
 
+    fn has(&self, i: usize) -> bool {
+        self.0[i / 64] & 1 << (i % 64) != 0
+    }
+
     fn insert(&mut self, i: usize) {
         self.0[i / 64] |= 1 << (i % 64);
     }
@@ -95,8 +99,17 @@ impl Texts {
             }
             return;
         };
+        // Each text once, however often it occurs: thousands of rules may stand under it.
+        let mut seen = Set::default();
         for m in search.find_overlapping_iter(text) {
-            self.rules[m.pattern().as_usize()].iter().for_each(|&r| set.insert(r as usize));
+            if seen.0.is_empty() {
+                seen = Set::new(self.rules.len());
+            }
+            let n = m.pattern().as_usize();
+            if !seen.has(n) {
+                seen.insert(n);
+                self.rules[n].iter().for_each(|&r| set.insert(r as usize));
+            }
         }
     }
 }

@@ -64,6 +64,7 @@ use crate::sources::kernel::{self, Kernel, Tracer};
 use crate::sources::proc::{self, Proc};
 use crate::state::{State, StateDir, StateWriter, Store};
 use crate::why::Holders;
+use crate::why::holders::NS_PER_TICK;
 
 /// tokio adds it to the clock, so it must not overflow.
 const FOREVER: Duration = Duration::from_hours(10 * 365 * 24);
@@ -390,7 +391,7 @@ fn leftovers(kernel: &Kernel, engine: &RecordedEngine) {
 fn own_start(kernel: &Kernel, pid: u32) -> u64 {
     match crate::enforce::Lineage::start_of(kernel, pid) {
         Ok(Some(start)) => start,
-        _ => Proc::default().stat(pid).map_or(0, |s| s.start_ticks * 10_000_000),
+        _ => Proc::default().stat(pid).map_or(0, |s| s.start_ticks * NS_PER_TICK),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::schema::{KillReport, SignalledOutcome, Stuck};
+use crate::model::schema::{KillReport, SignalledOutcome};
 
 /// The outcome of a kill.
 #[derive(Clone, Debug)]
@@ -17,26 +17,6 @@ impl Outcome {
     #[must_use]
     pub fn ended(&self) -> bool {
         self.report.survivors.is_empty()
-    }
-
-    /// One line about the survivors for the `kill-failed` alert: who, state, wchan, tracer.
-    #[must_use]
-    pub fn why_failed(&self) -> String {
-        use std::fmt::Write as _;
-        let one = |s: &Stuck| {
-            let mut t = format!("{} ({}) in state {}", s.process.id, s.process.comm, s.state);
-            if let Some(w) = &s.wchan {
-                let _ = write!(t, ", waits in {w}");
-            }
-            if let Some(r) = &s.tracer {
-                let _ = write!(t, ", held by tracer {} ({})", r.id, r.comm);
-            }
-            if s.frozen {
-                t += ", in a frozen cgroup";
-            }
-            t
-        };
-        self.report.stuck.iter().map(one).collect::<Vec<_>>().join("; ")
     }
 }
 

@@ -170,19 +170,10 @@ pub(super) fn survivors(r: &KillReport) -> String {
     let mut s = String::new();
     for (i, p) in r.survivors.iter().enumerate().take(8) {
         let sep = if i == 0 { "" } else { ", " };
-        let _ = write!(s, "{sep}{} ({})", p.comm, p.id);
-        if let Some(k) = r.stuck.iter().find(|k| k.process.id == p.id) {
-            let _ = write!(s, " in state {}", k.state);
-            if let Some(w) = &k.wchan {
-                let _ = write!(s, " waiting in {w}");
-            }
-            if let Some(t) = &k.tracer {
-                let _ = write!(s, " held by tracer {} ({})", t.comm, t.id);
-            }
-            if k.frozen {
-                s += " in a frozen cgroup";
-            }
-        }
+        let _ = match r.stuck.iter().find(|k| k.process.id == p.id) {
+            Some(stuck) => write!(s, "{sep}{stuck}"),
+            None => write!(s, "{sep}{} ({})", p.comm, p.id),
+        };
     }
     if r.survivors.len() > 8 {
         let _ = write!(s, " and {} more", r.survivors.len() - 8);

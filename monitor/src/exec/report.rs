@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::options::{ExecError, Options};
 use super::status::Finish;
 use crate::model::event::WaitStatus;
-use crate::model::outside::OutsideText;
+use crate::model::outside::{OutsideText, escape_json};
 use crate::model::schema::{Exit, KillReport};
 use crate::output::error_line;
 
@@ -71,10 +71,9 @@ impl Report {
             exit_status: e.finish.shown(),
             kill: e.kill.clone(),
         };
-        let written = serde_json::to_vec(&body).map_err(std::io::Error::from).and_then(|mut b| {
-            b.push(b'\n');
-            self.file.write_all(&b)
-        });
+        let written = serde_json::to_string(&body)
+            .map_err(std::io::Error::from)
+            .and_then(|json| self.file.write_all(format!("{}\n", escape_json(&json)).as_bytes()));
         if let Err(e) = written {
             error_line(format_args!("jobwarden: the report cannot be written: {e}"));
         }

@@ -502,6 +502,22 @@ pub struct Stuck {
     pub frozen: bool,
 }
 
+impl fmt::Display for Stuck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}) in state {}", self.process.comm, self.process.id, self.state)?;
+        if let Some(w) = &self.wchan {
+            write!(f, " waiting in {w}")?;
+        }
+        if let Some(t) = &self.tracer {
+            write!(f, " held by tracer {} ({})", t.comm, t.id)?;
+        }
+        if self.frozen {
+            f.write_str(" in a frozen cgroup")?;
+        }
+        Ok(())
+    }
+}
+
 /// `kill`.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub struct KillReport {
